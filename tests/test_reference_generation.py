@@ -36,6 +36,24 @@ def test_first_step_of_a_block_keeps_a_prefix(model: Qwen3ForCausalLM, seed: int
     assert len(steps[0].retained) < TOKENS
 
 
+def test_target_follows_the_block_average(model: Qwen3ForCausalLM, prompt: Tensor) -> None:
+    """K of every step from the tokens decoded so far in its block; a commit starts anew."""
+    decoding = Decoding("fixed", tokens_per_step=2)
+    generated = generate_row(
+        model, prompt, blocks=2, block_length=TOKENS, mask_id=MASK, decoding=decoding
+    )
+    for block in range(2):
+        counts: list[int] = []
+        for step in (s for s in generated.steps if s.block == block):
+            left = TOKENS - sum(counts)
+            average = sum(counts) / len(counts) if counts else 1.0
+            assert step.k == min(left, math.ceil(max(average, 1.0) * 1.5))
+            counts.append(len(step.decoded))
+        assert sum(counts) == TOKENS
+    assert {step.k for step in generated.steps} >= {2, 3}
+    assert any(len(step.retained) < len(step.fed) for step in generated.steps)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("strategy", ["threshold", "fixed", "sequential"])
 def test_generation_without_eviction_is_dense_decoding(
