@@ -1,0 +1,197 @@
+"""Train the model from scratch: autoregressive first, then adapted to block diffusion.
+
+    python train.py --work WORK_FOLDER --out checkpoint
+
+Interrupt it at any time; the same command goes on from the last state in the work folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import batches
+import torch
+import typer
+from language import build_model, build_tokenizer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from tasks import TASKS
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its name is also part of the seed of its batches."""
+
+    name: str
+    steps: int
+    rate: float
+    warmup: int = 50
+    decay: float = 0.3  # the last part of the stage, over which the rate falls to 5 %
+    grow: tuple[int, int] = (0, 0)  # only short examples before, all lengths after these steps
+
+    def rate_at(self, step: int) -> float:
+        left = (self.steps - step) / (self.decay * self.steps)
+        return self.rate * min((step + 1) / self.warmup, 1.0, 0.05 + 0.95 * left)
+
+    def longest_at(self, step: int) -> float:
+        first, last = self.grow
+        return 1.0 if step >= last else max(0.0, (step - first) / (last - first))
+
+
+def make_batch(
+    stage: Stage, seed: int, step: int, size: int, copies: int, tokenizer: PreTrainedTokenizerFast
+) -> batches.Batch:
+    """The batch of a step, the same whether training was interrupted or not."""
+    drawn = batches.draw(seed, stage.name, step, size, stage.longest_at(step))
+    if stage.name == "autoregressive":
+        return batches.autoregressive(drawn, tokenizer)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return batches.diffusion(drawn, tokenizer, generator, copies)
+
+
+def train_step(
+    model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, batch: batches.Batch, bf16: bool
+) -> dict[str, float]:
+    """One optimizer step; returns the loss and each task's token accuracy on what was trained."""
+    lower = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
+    with lower:
+        logits = model(
+            input_ids=batch.ids,
+            attention_mask=batch.visible,
+            position_ids=batch.positions,
+            use_cache=False,
+        ).logits
+    trained = batch.weights > 0
+    logits, targets = logits[trained].float(), batch.targets[trained]
+    weights = batch.weights[trained]
+    loss = (cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    right = logits.argmax(-1) == targets
+    task = batch.task[:, None].expand_as(trained)[trained]
+    record = {"loss": loss.item()}
+    for index, known in enumerate(TASKS):
+        counted = (task == index) & (weights == 1.0)
+        if counted.any():
+            record[known.name] = right[counted].float().mean().item()
+    return record
+
+
+def run_stage(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    stage: Stage,
+    *,
+    work: Path,
+    seed: int,
+    size: int,
+    copies: int,
+    bf16: bool,
+    save_every: int,
+) -> None:
+    """Train one stage, from its last saved state if there is one."""
+    state_path = work / f"{stage.name}.pt"
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    done, seconds = 0, 0.0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done, seconds = state["step"], state["seconds"]
+        console.log(f"{stage.name}: going on from step {done}")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar, (work / "log.jsonl").open("a") as log:
+        row = bar.add_task(stage.name, total=stage.steps, completed=done, note="")
+        for step in range(done, stage.steps):
+            start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = stage.rate_at(step)
+            batch = make_batch(stage, seed, step, size, copies, tokenizer)
+            record = train_step(model, optimizer, batch, bf16)
+            seconds += time.perf_counter() - start
+            log.write(
+                json.dumps({"stage": stage.name, "step": step, "s": seconds, **record}) + "\n"
+            )
+            log.flush()
+            bar.update(row, advance=1, note=" ".join(f"{k} {v:.3f}" for k, v in record.items()))
+            if (step + 1) % save_every == 0 or step + 1 == stage.steps:
+                saved = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "seconds": seconds,
+                }
+                torch.save(saved, state_path.with_suffix(".tmp"))
+                state_path.with_suffix(".tmp").replace(state_path)
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="folder of states and of the loss log")],
+    out: Annotated[Path, typer.Option(help="folder of the finished checkpoint")],
+    seed: int = 0,
+    threads: int = 1,
+    layers: int = 8,
+    width: int = 128,
+    batch: int = 64,
+    copies: Annotated[int, typer.Option(help="noised versions of each sampled block")] = 2,
+    autoregressive_steps: int = 600,
+    diffusion_steps: int = 1600,
+    save_every: int = 50,
+    bf16: Annotated[bool, typer.Option(help="autocast matrix products to bfloat16")] = True,
+) -> None:
+    """Train both stages and write the checkpoint in Hugging Face format."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    model = build_model(layers, width)
+    model.train()
+    for stage in (
+        Stage("autoregressive", autoregressive_steps, rate=2e-3, grow=(200, 400)),
+        Stage("diffusion", diffusion_steps, rate=1.5e-3),
+    ):
+        run_stage(
+            model,
+            tokenizer,
+            stage,
+            work=work,
+            seed=seed,
+            size=batch,
+            copies=copies,
+            bf16=bf16,
+            save_every=save_every,
+        )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    console.log(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,104 @@
+"""Options of the backend, as one frozen value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+__all__ = ["FocusConfig"]
+
+_VISIBILITIES = ("written", "prefix")
+
+
+@dataclass(frozen=True)
+class FocusConfig:
+    """What ``torch.compile(model, backend="focus", options={...})`` accepts.
+
+    Attributes:
+        mask_token_id: the id of the mask token; None if a session or the caller gives the masks.
+        alpha: budget factor of docs/algorithm.md section 2, at least 1 (paper: 1.5).
+        visibility: which block slots a retained query sees, ``"written"`` or ``"prefix"``
+            (section 5.4).
+        delayed_cache: whether a session stops feeding final tokens (section 6).
+        strict: raise instead of falling back to the dense program when a graph is refused.
+        mode: Inductor's mode, as ``torch.compile(mode=...)`` names it.
+        inductor: Inductor config patches for all three programs.
+    """
+
+    mask_token_id: int | None = None
+    alpha: float = 1.5
+    visibility: str = "written"
+    delayed_cache: bool = True
+    strict: bool = False
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        if self.mask_token_id is not None:
+            _expect(
+                "mask_token_id",
+                self.mask_token_id,
+                _is_int(self.mask_token_id) and self.mask_token_id >= 0,
+                "an int >= 0 or None",
+            )
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        valid = number and self.alpha >= 1 and not math.isnan(self.alpha)
+        _expect("alpha", self.alpha, valid, "a number >= 1")
+        _expect(
+            "visibility",
+            self.visibility,
+            self.visibility in _VISIBILITIES,
+            f"one of {_VISIBILITIES}",
+        )
+        for name in ("delayed_cache", "strict"):
+            _expect(
+                name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
+            )
+        modes = tuple(torch._inductor.list_mode_options())
+        _expect(
+            "mode", self.mode, self.mode is None or self.mode in modes, f"None or one of {modes}"
+        )
+        _expect(
+            "inductor",
+            self.inductor,
+            isinstance(self.inductor, Mapping),
+            "a dict of Inductor config patches",
+        )
+        object.__setattr__(self, "inductor", MappingProxyType(dict(self.inductor)))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> FocusConfig:
+        """Build from ``options``.
+
+        Raises:
+            ValueError: an unknown option, or a value out of range; it names what is allowed.
+        """
+        options = dict(options or {})
+        names = tuple(entry.name for entry in fields(cls))
+        unknown = [name for name in options if name not in names]
+        if unknown:
+            raise ValueError(
+                f"unknown option {unknown[0]!r}: the options of backend 'focus' are {', '.join(names)}"
+            )
+        return cls(**options)
+
+    def patches(self) -> dict[str, Any]:
+        """Inductor config patches of ``mode`` and ``inductor``."""
+        out: dict[str, Any] = {}
+        if self.mode is not None:
+            out |= torch._inductor.list_mode_options(self.mode)
+        return out | dict(self.inductor)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _expect(name: str, value: Any, valid: bool, allowed: str) -> None:
+    if not valid:
+        raise ValueError(f"option {name}={value!r}: expected {allowed}")

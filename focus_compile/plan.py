@@ -1,0 +1,191 @@
+"""The plan: what the passes will do to a canonical graph, or why they will not.
+
+Every value lives in one of three domains. *Canvas*: as the caller sees it. *Fed*: packed rows of
+the tokens that are fed in this step. *Retained*: packed rows of the tokens that later layers
+compute. A value is packed if packed tokens reach it: from the embedding of the token ids, through
+token-wise operators and attention sites. K/V writes return to the canvas. The cut lies inside layer
+1, after its q, k and v: what they need is fed, what follows is retained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+
+import networkx as nx
+import torch
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+
+from focus_compile.axes import AxisMap, Dims, Role
+from focus_compile.errors import Unsupported
+from focus_compile.rules import operands, token_ids
+from focus_compile.sites import Site, data_flow, find_sites
+
+__all__ = ["Domain", "Place", "Plan", "make_plan"]
+
+_MIN_LAYERS = 2
+
+
+class Domain(Enum):
+    """Where a packed value lives."""
+
+    FED = "fed"
+    RETAINED = "retained"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A packed value: its domain, and where its batch and token axes stand."""
+
+    domain: Domain
+    batch_dim: int | None
+    token_dim: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the passes need to know about a canonical graph. Frozen; nodes are given by name.
+
+    Attributes:
+        ids: graph input of token ids, ``[B, T]`` or ``[T]``.
+        embedding: the node that embeds them: packed tokens enter here.
+        sites: attention sites in layer order, at least two.
+        packed: packed values by name. Everything else is on the canvas.
+        cut: values of the prefix that the suffix needs, packed or canvas, by name.
+    """
+
+    ids: str
+    embedding: str
+    sites: tuple[Site, ...]
+    packed: Mapping[str, Place]
+    cut: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.sites) < _MIN_LAYERS:
+            raise ValueError("a plan needs two attention sites")
+        if any(site.layer != layer for layer, site in enumerate(self.sites)):
+            raise ValueError("attention sites are not in layer order")
+        for site in self.sites:
+            for name in (site.query, site.out, *(write.new for write in site.writes)):
+                if name not in self.packed:
+                    raise ValueError(f"{name} of layer {site.layer} is not packed")
+        if self.packed[self.sites[1].query].domain is not Domain.FED:
+            raise ValueError("the cut lies after the queries of layer 1")
+
+
+def make_plan(gm: GraphModule, axes: AxisMap) -> Plan:
+    """Decide what to restrict in a canonical graph.
+
+    Raises:
+        Unsupported: with the reason and the operator at fault.
+    """
+    _refuse_mutation(gm)
+    entry = token_ids(gm)
+    if entry is None:
+        raise Unsupported("no embedding of token ids: compile the whole model, not single layers")
+    embedding, ids = entry
+    sites = find_sites(gm, axes)
+    if not sites:
+        raise Unsupported("no attention site over the tokens: compile the whole model")
+    if len(sites) < _MIN_LAYERS:
+        raise Unsupported("FOCUS compares the attention of two layers, and this graph has one")
+    nodes = {node.name: node for node in gm.graph.nodes}
+    prefix = _ancestors(gm, sites[:2], nodes)
+    packed = _packed(gm, axes, embedding, sites, prefix)
+    cut = tuple(
+        node.name
+        for node in gm.graph.nodes
+        if node in prefix
+        and isinstance(node.meta["val"], torch.Tensor)
+        and node.op == "call_function"
+        and any(user not in prefix for user in node.users)
+    )
+    return Plan(ids.name, embedding.name, sites, MappingProxyType(packed), cut)
+
+
+def _refuse_mutation(gm: GraphModule) -> None:
+    for node in gm.graph.nodes:
+        target = node.target
+        if not isinstance(target, OpOverload) or target is torch.ops.aten.detach_.default:
+            continue
+        if target._schema.is_mutable:
+            raise Unsupported("an operator writes into its input", node)
+
+
+def _ancestors(gm: GraphModule, sites: tuple[Site, ...], nodes: Mapping[str, Node]) -> set[Node]:
+    """Layer 0, and layer 1 up to its q, k and v."""
+    flow = data_flow(gm)
+    last = sites[-1]
+    ends = [nodes[last.query], *(nodes[write.new] for write in last.writes)]
+    out: set[Node] = set(ends)
+    for end in ends:
+        out |= nx.ancestors(flow, end)
+    return out
+
+
+def _packed(
+    gm: GraphModule, axes: AxisMap, embedding: Node, sites: tuple[Site, ...], prefix: set[Node]
+) -> dict[str, Place]:
+    """Packed values by name, each checked: the operator must commute with gathering tokens."""
+    packed: dict[str, Place] = {}
+    regions = {name: site for site in sites for name in site.region}
+    writes = {write.cat for site in sites for write in site.writes if write.cat is not None}
+    merged = {
+        write.new for site in sites for write in site.writes if write.cat is None
+    }  # packed where computed, canvas for whoever reads them
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not isinstance(
+            node.meta["val"], torch.Tensor | tuple | list
+        ):
+            continue
+        if node.name in regions and node.name != regions[node.name].out:
+            continue
+        if node.name in writes:
+            continue
+        reads = any(arg.name in packed and arg.name not in merged for arg in operands_of(node))
+        if not (reads or node is embedding or node.name in regions):
+            continue
+        dims = axes.of(node) if isinstance(node.meta["val"], torch.Tensor) else axes.dims[node][0]
+        if node.name not in regions:
+            _check(node, axes)
+        token_dim = _token_dim(axes, dims)
+        if token_dim is None:
+            raise Unsupported("an operator removes the token axis", node)
+        domain = Domain.FED if node in prefix else Domain.RETAINED
+        packed[node.name] = Place(domain, axes.position(dims, Role.BATCH), token_dim)
+    return packed
+
+
+def operands_of(node: Node) -> list[Node]:
+    """Operands that hold tensors, tuples of tensors included."""
+    return [
+        arg
+        for arg in node.all_input_nodes
+        if isinstance(arg.meta["val"], torch.Tensor | tuple | list)
+    ]
+
+
+def _token_dim(axes: AxisMap, dims: Dims) -> int | None:
+    """Index of the dim that holds the token axis, alone or folded with the batch axis."""
+    for index, dim in enumerate(dims):
+        roles = [axis.role for axis in axes.resolve(dim)]
+        if Role.TOKEN in roles and set(roles) <= {Role.TOKEN, Role.BATCH}:
+            return index
+    return None
+
+
+def _check(node: Node, axes: AxisMap) -> None:
+    """Refuse an operator that gathering tokens does not commute with."""
+    if node in axes.unruled:
+        raise Unsupported("no rule says how this operator treats the token axis", node)
+    for dim in axes.mixed.get(node, ()):
+        if axes.holds(dim, Role.TOKEN) or axes.holds(dim, Role.BATCH):
+            raise Unsupported("this operator mixes tokens outside attention", node)
+    for operand in operands(node):
+        for dim in axes.of(operand):
+            if axes.resolve(dim) and any(axis.sum is not None for axis in axes.resolve(dim)):
+                if axes.holds(dim, Role.TOKEN):
+                    raise Unsupported("this operator reads keys of the history", node)

@@ -1,0 +1,346 @@
+"""Compute packed rows: fed tokens up to layer 1's q, k and v, retained tokens after.
+
+embedding(ids)          ->  embedding(focus.pack(ids))                      [B, T, E] -> [1, N, E]
+cat([past, k])          ->  cat([past, focus.merge(k, ..., slots)])         stale where not computed
+sdpa(q, K, V, mask)     ->  focus.pack_attention(sdpa(focus.unpack(q), K, V, focus.site_mask(...)))
+linear, norm, MLP, ...  ->  the same operator on packed rows
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import GraphModule, Node
+
+from focus_compile.axes import AxisMap, Dim, Role, tensor_of
+from focus_compile.errors import Unsupported
+from focus_compile.ops import focus
+from focus_compile.plan import Domain, Place, Plan
+from focus_compile.replay import Replay, fake_mode_of
+from focus_compile.rules import POINTWISE, RESHAPES, aten, propagate
+from focus_compile.sites import Site, Write
+from focus_compile.symbols import HINTS, Symbols
+
+__all__ = ["merged_name", "narrow", "slot_name"]
+
+
+def slot_name(layer: int, part: int) -> str:
+    """Input that holds the stale keys (part 0) or values (part 1) of a layer."""
+    return f"slots{layer}_{'kv'[part]}"
+
+
+def merged_name(layer: int, part: int) -> str:
+    """Node that holds the block's keys or values of a layer, new and stale ones."""
+    return f"merged{layer}_{'kv'[part]}"
+
+
+def narrow(gm: GraphModule, plan: Plan) -> GraphModule:
+    """Restrict the graph to fed and retained tokens; the output gains the K/V of every layer.
+
+    ``(own outputs, control)`` becomes ``(own outputs, control, ((k, v) of layer 0, ...))``; own
+    outputs that carry the token axis are packed. Adds the inputs of :class:`_Narrow`.
+    """
+    return _Narrow(gm, plan).run()
+
+
+class _Narrow:
+    """One run of the pass.
+
+    Inputs that it adds: ``fed_tokens`` int64 ``[N_fed]``, ``fed_inverse`` ``[B, T]``, ``fed_rows``
+    ``[B, R_fed]`` (tables of the fed tokens); ``tokens`` ``[N]`` and ``rows`` ``[B, R]`` (of the
+    retained ones, cut to size by the host); ``written01`` and ``written`` bool ``[B, T]``;
+    ``prefix_visibility`` bool ``[]``; the slots of every layer.
+    """
+
+    def __init__(self, gm: GraphModule, plan: Plan) -> None:
+        self.gm = gm
+        self.plan = plan
+        self.axes: AxisMap = propagate(gm)
+        self.replay = Replay(gm, fake_mode_of(gm))
+        self.symbols = Symbols.of(gm)
+        self.env: dict[Node, Node] = {}
+        self.converted: dict[tuple[Node, Domain | None, int | None], Node] = {}
+        self.nodes = {node.name: node for node in gm.graph.nodes}
+        self.sites = {name: site for site in plan.sites for name in site.region}
+        self.writes: dict[str, tuple[int, int, Write]] = {}
+        for site in plan.sites:
+            for part, write in enumerate(site.writes):
+                self.writes[write.new if write.cat is None else write.cat] = (
+                    site.layer,
+                    part,
+                    write,
+                )
+        self.kv: dict[tuple[int, int], Node] = {}
+
+    def run(self) -> GraphModule:
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                self.env[node] = self.replay.placeholder(node.name, node.meta["val"], node)
+        self._inputs()
+        for node in self.gm.graph.nodes:
+            if node.op == "get_attr":
+                self.env[node] = self.replay.attribute(node)
+            elif node.op == "call_function":
+                self._emit(node)
+        own, control = fx.map_arg(self.gm.graph.output_node().args[0], self._output)
+        kv = tuple((self.kv[site.layer, 0], self.kv[site.layer, 1]) for site in self.plan.sites)
+        return self.replay.finish((own, control, kv))
+
+    # -- inputs ----------------------------------------------------------------------------------
+
+    def _inputs(self) -> None:
+        value = tensor_of(self.nodes["masked"])
+        batch, tokens = value.shape
+        sizes = {
+            name: self.symbols.make(name, HINTS[name])
+            for name in ("fed", "fed_row", "retained", "retained_row")
+        }
+
+        def given(name: str, *shape: Any, dtype: torch.dtype = torch.int64) -> Node:
+            fake = self.symbols.tensor(shape, dtype, value.device)
+            return self.replay.placeholder(name, fake)
+
+        self.tokens = {
+            Domain.FED: given("fed_tokens", sizes["fed"]),
+            Domain.RETAINED: given("tokens", sizes["retained"]),
+        }
+        self.rows = {
+            Domain.FED: given("fed_rows", batch, sizes["fed_row"]),
+            Domain.RETAINED: given("rows", batch, sizes["retained_row"]),
+        }
+        self.inverse = {Domain.FED: given("fed_inverse", batch, tokens)}
+        self.written = (
+            given("written01", batch, tokens, dtype=torch.bool),
+            given("written", batch, tokens, dtype=torch.bool),
+        )
+        self.prefix = given("prefix_visibility", dtype=torch.bool)
+        self.slots: dict[tuple[int, int], Node] = {}
+        for site in self.plan.sites:
+            for part, write in enumerate(site.writes):
+                name = slot_name(site.layer, part)
+                fake = self.symbols.strided(tensor_of(self.nodes[write.new]), name)
+                self.slots[site.layer, part] = self.replay.placeholder(name, fake)
+        self.keep = {Domain.FED: self.env[self.nodes["fed"]]}
+        self.visible: dict[int, Node] = {}
+
+    def _tables(self, domain: Domain) -> tuple[Node, Node, Node]:
+        """(tokens, inverse, keep) of a domain."""
+        if domain is Domain.FED:
+            return self.tokens[domain], self.inverse[domain], self.keep[domain]
+        return self.tokens[domain], self._made("inverse"), self._made("retain_mask")
+
+    def _made(self, name: str) -> Node:
+        return self.env[self.nodes[name]]
+
+    # -- nodes -----------------------------------------------------------------------------------
+
+    def _emit(self, node: Node) -> None:
+        if node.name in self.sites:
+            site = self.sites[node.name]
+            if node.name == site.out:
+                self._attend(node, site)
+        elif node.name in self.writes and self.writes[node.name][2].cat is not None:
+            self._write(node)
+        elif node.name in self.plan.packed:
+            self._packed(node, self.plan.packed[node.name])
+            if node.name in self.writes:
+                self._merge(node, self.env[node])
+        else:
+            args = fx.map_arg(node.args, self._canvas)
+            kwargs = fx.map_arg(node.kwargs, self._canvas)
+            self.env[node] = self.replay.call(node.target, args, kwargs, like=node)
+
+    def _packed(self, node: Node, place: Place) -> None:
+        """A token-wise operator: every operand packed to the operator's domain."""
+
+        def operand(arg: Node) -> Node:
+            if not isinstance(arg.meta["val"], torch.Tensor):
+                return self.env[arg]
+            return self._in_domain(arg, place, node)
+
+        if node is self.nodes[self.plan.embedding]:
+            weight, ids, *rest = node.args
+            args = (self.env[weight], self._in_domain(ids, place, node), *rest)  # type: ignore
+        else:
+            args = fx.map_arg(node.args, operand)
+        if node.target in RESHAPES or node.target is aten.expand.default:
+            dims = self.axes.of(node)
+            args = (args[0], [self._packed_size(dim, place.domain, node) for dim in dims])
+        kwargs = fx.map_arg(node.kwargs, operand)
+        self.env[node] = self.replay.call(node.target, args, kwargs, like=node)
+
+    def _packed_size(self, dim: Dim, domain: Domain, node: Node) -> Node | int:
+        sizes: list[Node | int] = []
+        for axis in self.axes.resolve(dim):
+            if axis.role is Role.TOKEN:
+                sizes.append(self.replay.size(self.tokens[domain], 0))
+            elif axis.role is None:
+                size = self.axes.expr(axis.size)
+                if not size.is_Integer:
+                    raise Unsupported("a packed value has an axis of unknown size", node)
+                sizes.append(int(size))
+        return self.replay.product(*sizes)
+
+    def _attend(self, node: Node, site: Site) -> None:
+        """Unpack the retained queries to rows, attend to history and visible slots, pack again."""
+        place = self.plan.packed[node.name]
+        tokens, inverse, _ = self._tables(place.domain)
+        rows = self.rows[place.domain]
+        query = self.nodes[site.query]
+        packed = self.plan.packed[site.query]
+        source = self.inverse[Domain.FED] if packed.domain is Domain.FED else inverse
+        index = self.replay.call(focus.site_index.default, (source, rows))
+        line = self.replay.call(
+            focus.unpack.default, (self.env[query], index, packed.batch_dim, packed.token_dim)
+        )
+        key = self.env[self.nodes[site.key]]
+        history: Node | int = 0
+        if site.writes[0].cat is not None:
+            length = self.replay.size(self.nodes_masked(), 1)
+            history = self.replay.difference(self.replay.size(key, 2), length)
+        visible = self._visible(site.layer)
+        swap = {query: line}
+        mask = self._mask(site, rows, visible, history, swap)
+        for name in site.region:
+            part = self.nodes[name]
+            args = fx.map_arg(part.args, lambda arg: swap.get(arg) or self.env[arg])
+            kwargs = fx.map_arg(part.kwargs, lambda arg: swap.get(arg) or self.env[arg])
+            if part.target is aten.scaled_dot_product_attention.default:
+                args = (*args[:3], mask, *args[4:])
+                kwargs = {key: value for key, value in kwargs.items() if key != "attn_mask"}
+            elif site.mask is None and part.target in (aten.softmax.int, aten._softmax.default):
+                hidden = self.replay.call(focus.hide.default, (args[0], visible, history))
+                args = (hidden, *args[1:])
+            made = f"{name}_rows" if name == site.out else name
+            swap[part] = self.replay.call(part.target, args, kwargs, like=part, name=made)
+        self.env[node] = self.replay.call(
+            focus.pack_attention.default, (swap[node], tokens, inverse, rows), like=node
+        )
+
+    def nodes_masked(self) -> Node:
+        return self.env[self.nodes["masked"]]
+
+    def _mask(
+        self, site: Site, rows: Node, visible: Node, history: Node | int, swap: dict[Node, Node]
+    ) -> Node:
+        old: Node | None = None
+        if site.mask is not None:
+            old = self.env[self.nodes[site.mask]]
+            while tensor_of(old).dim() < 4:
+                old = self.replay.call(aten.unsqueeze.default, (old, 0))
+        if site.mask is None and len(site.region) > 1:
+            return visible
+        new = self.replay.call(focus.site_mask.default, (old, rows, visible, history))
+        if site.mask is not None:
+            swap[self.nodes[site.mask]] = new
+        return new
+
+    def _visible(self, layer: int) -> Node:
+        """Visible slots: layers 0 and 1 hold every fed token, later ones only retained tokens."""
+        kind = min(layer, 2)
+        if kind not in self.visible:
+            kept = self._made("retain_mask") if kind else self.keep[Domain.FED]
+            stored = kept if kind == 2 else self.keep[Domain.FED]
+            self.visible[kind] = self.replay.call(
+                focus.visible.default, (self.written[kind == 2], stored, kept, self.prefix)
+            )
+        return self.visible[kind]
+
+    def _write(self, node: Node) -> None:
+        """Join history and block: the block's part is new where computed, stale elsewhere."""
+        _, _, write = self.writes[node.name]
+        new = self.nodes[write.new]
+        merged = self._merge(node, self.env[new])
+        args = fx.map_arg(node.args, lambda arg: merged if arg is new else self.env[arg])
+        self.env[node] = self.replay.call(node.target, args, node.kwargs, like=node)
+        layer, part, _ = self.writes[node.name]
+        self.kv[layer, part] = self.env[node]
+
+    def _merge(self, node: Node, packed: Node) -> Node:
+        layer, part, write = self.writes[node.name]
+        place = self.plan.packed[write.new]
+        _, inverse, keep = self._tables(place.domain)
+        merged = self.replay.call(
+            focus.merge.default,
+            (
+                packed,
+                inverse,
+                keep,
+                self.slots[layer, part],
+                self.written[layer >= 2],
+                write.batch_dim,
+                write.token_dim,
+            ),
+            name=merged_name(layer, part),
+        )
+        if write.cat is None:
+            self.env[node] = self.kv[layer, part] = merged
+        return merged
+
+    # -- operands --------------------------------------------------------------------------------
+
+    def _is_packed(self, node: Node) -> bool:
+        write = self.writes.get(node.name)
+        return node.name in self.plan.packed and (write is None or write[2].cat is not None)
+
+    def _in_domain(self, arg: Node, place: Place, user: Node) -> Node:
+        """An operand as packed rows of the user's domain."""
+        tokens, inverse, _ = self._tables(place.domain)
+        value = self.env[arg]
+        token_dim: int | None
+        if self._is_packed(arg):
+            old = self.plan.packed[arg.name]
+            if old.domain is place.domain:
+                return value
+            key = (arg, place.domain, None)
+            if key not in self.converted:
+                self.converted[key] = self.replay.call(
+                    focus.repack.default, (value, self.inverse[old.domain], tokens, old.token_dim)
+                )
+            return self.converted[key]
+        dims = self.axes.of(arg)
+        batch_dim = self.axes.position(dims, Role.BATCH)
+        token_dim = self.axes.position(dims, Role.TOKEN)
+        if token_dim is not None:
+            return self._convert(
+                (arg, place.domain, None),
+                focus.pack.default,
+                (value, tokens, inverse, batch_dim, token_dim),
+            )
+        if any(self.axes.holds(dim, Role.TOKEN) for dim in dims):
+            raise Unsupported("packed tokens meet a value whose token axis is folded", user)
+        if batch_dim is None:
+            return value
+        token_dim = len(dims) - (tensor_of(user).dim() - place.token_dim)
+        if user.target not in POINTWISE or token_dim < 0 or dims[token_dim]:
+            raise Unsupported("packed tokens meet one value per row in this operator", user)
+        return self._convert(
+            (arg, place.domain, token_dim),
+            focus.pack_rows.default,
+            (value, tokens, inverse, batch_dim, token_dim),
+        )
+
+    def _convert(
+        self, key: tuple[Node, Domain | None, int | None], target: Any, args: tuple[Any, ...]
+    ) -> Node:
+        if key not in self.converted:
+            self.converted[key] = self.replay.call(target, args)
+        return self.converted[key]
+
+    def _canvas(self, arg: Node) -> Node:
+        """An operand on the canvas; only the importance reads packed values so."""
+        if not self._is_packed(arg):
+            return self.env[arg]
+        place = self.plan.packed[arg.name]
+        _, inverse, _ = self._tables(place.domain)
+        key = (arg, None, None)
+        return self._convert(
+            key,
+            focus.unpack.default,
+            (self.env[arg], inverse, place.batch_dim, place.token_dim),
+        )
+
+    def _output(self, arg: Node) -> Node:
+        return self.env[arg]

@@ -1,0 +1,36 @@
+"""Give packed outputs their canvas shape; 0 at tokens that were not computed.
+
+logits [1, N, V]  ->  focus.restore(logits, inverse, retain_mask) [B, T, V]
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from focus_compile.ops import focus
+from focus_compile.plan import Domain, Plan
+from focus_compile.replay import Replay
+
+__all__ = ["restore"]
+
+
+def restore(gm: GraphModule, plan: Plan) -> GraphModule:
+    """Scatter every packed output of the model back to ``[B, T, ...]``."""
+    replay, nodes, outputs = Replay.copy(gm)
+    own, control, kv = outputs  # type: ignore[misc]
+    tables = {
+        Domain.FED: (nodes["fed_inverse"], nodes["fed"]),
+        Domain.RETAINED: (nodes["inverse"], nodes["retain_mask"]),
+    }
+
+    def scatter(node: Node) -> Node:
+        place = plan.packed.get(node.name)
+        if place is None:
+            return node
+        inverse, keep = tables[place.domain]
+        return replay.call(
+            focus.restore.default, (node, inverse, keep, place.batch_dim, place.token_dim)
+        )
+
+    return replay.finish((map_arg(own, scatter), control, kv))

@@ -1,0 +1,63 @@
+"""Decide which tokens later layers compute.
+
+importance0, importance1  ->  retain_mask = focus.retain(importance1 - importance0, ...)
+                              tokens, inverse, rows, sizes = focus.tables(retain_mask)
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import GraphModule
+
+from focus_compile.axes import tensor_of
+from focus_compile.ops import focus
+from focus_compile.plan import Plan
+from focus_compile.replay import Replay
+from focus_compile.symbols import Symbols
+
+__all__ = ["CONTROL", "retain"]
+
+CONTROL = ("retain_mask", "order", "inverse", "places", "sizes", "delta")
+"""What the pass adds to the outputs, as one tuple after the graph's own."""
+
+
+def retain(gm: GraphModule, plan: Plan) -> GraphModule:
+    """Insert signal, selection and index tables; the output becomes ``(own outputs, CONTROL)``.
+
+    Adds the inputs ``fed`` bool ``[B, T]``, ``progress`` int64 ``[B]``, ``average`` fp32 ``[B]``,
+    ``alpha`` fp32 ``[]``, ``signal_weights`` fp32 ``[2]`` and ``signal_bias`` fp32 ``[B, T]``.
+    """
+    replay, nodes, outputs = Replay.copy(gm)
+    symbols = Symbols.of(gm)
+    masked = nodes["masked"]
+    value = tensor_of(masked)
+    batch, device = value.shape[0], value.device
+
+    def given(
+        name: str, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype
+    ) -> torch.fx.Node:
+        return replay.placeholder(name, symbols.tensor(shape, dtype, device))
+
+    fed = given("fed", tuple(value.shape), torch.bool)
+    progress = given("progress", (batch,), torch.int64)
+    average = given("average", (batch,), torch.float32)
+    alpha = given("alpha", (), torch.float32)
+    weights = given("signal_weights", (2,), torch.float32)
+    bias = given("signal_bias", tuple(value.shape), torch.float32)
+    with replay.before(nodes[plan.sites[1].region[0]]):
+        delta = replay.call(
+            focus.signal.default,
+            (nodes["importance0"], nodes["importance1"], weights, bias),
+            name="delta",
+        )
+        mask = replay.call(
+            focus.retain.default, (delta, masked, fed, progress, average, alpha), name="retain_mask"
+        )
+        tables = replay.call(focus.tables.default, (mask,), name="tables")
+        parts = tuple(
+            replay.call(operator.getitem, (tables, index), name=name)
+            for index, name in enumerate(CONTROL[1:5])
+        )
+    return replay.finish((outputs, (mask, *parts, delta)))
