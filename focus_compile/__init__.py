@@ -1,0 +1,22 @@
+"""FOCUS for diffusion LLMs as a compiler pass: ``torch.compile(model, backend="focus")``."""
+
+from focus_compile.backend import focus_backend
+from focus_compile.config import FocusConfig
+from focus_compile.errors import EvictedTokenDecoded, UncommittedHistory, Unsupported
+from focus_compile.generate import Generated, generate
+from focus_compile.session import Session, SessionStats, Signal, Step, session
+
+__all__ = [
+    "EvictedTokenDecoded",
+    "FocusConfig",
+    "Generated",
+    "Session",
+    "SessionStats",
+    "Signal",
+    "Step",
+    "UncommittedHistory",
+    "Unsupported",
+    "focus_backend",
+    "generate",
+    "session",
+]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch._inductor.compile_fx import compile_fx
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Role, graph_inputs, tensor_of
 from focus_compile.capture import analyzed, capture
@@ -20,7 +20,8 @@ from focus_compile.passes.narrow import slot_name
 from focus_compile.plan import Plan, make_plan
 from focus_compile.programs import Inner
 from focus_compile.rewrite import rewrite
-from focus_compile.runtime import Executable, Layout
+from focus_compile.rules import cat_parts
+from focus_compile.runtime import BATCH, TOKENS, Executable, Layout
 
 __all__ = ["Analysis", "analyze", "focus_backend"]
 
@@ -112,7 +113,7 @@ def _layout(gm: GraphModule, axes: AxisMap, plan: Plan, arguments: tuple[int, ..
             shape = []
             for dim, size in zip(axes.of(nodes[write.new]), value.shape, strict=True):
                 role = dim[0].role if len(dim) == 1 else None
-                shape.append({Role.BATCH: -1, Role.TOKEN: -2}.get(role, size))
+                shape.append({Role.BATCH: BATCH, Role.TOKEN: TOKENS}.get(role, size))
             slots.append((slot_name(site.layer, part), value.dtype, tuple(shape)))
     return Layout(
         arguments=arguments,
@@ -120,5 +121,17 @@ def _layout(gm: GraphModule, axes: AxisMap, plan: Plan, arguments: tuple[int, ..
         last_dim_inputs=frozenset(past),
         ids=plan.ids,
         slots=tuple(slots),
-        token_dims=tuple(tuple(w.token_dim for w in site.writes) for site in plan.sites),
+        token_dims=tuple(
+            (k.token_dim, v.token_dim) for k, v in (site.writes for site in plan.sites)
+        ),
+        past=_past_keys(plan, nodes),
     )
+
+
+def _past_keys(plan: Plan, nodes: Mapping[str, Node]) -> str | None:
+    """The input that holds the last layer's past keys; None without a cache."""
+    write = plan.sites[-1].writes[0]
+    if write.cat is None:
+        return None
+    past = cat_parts(nodes[write.cat])[0]
+    return past.name if past.op == "placeholder" else None

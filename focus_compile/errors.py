@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-__all__ = ["Unsupported", "module_path"]
+__all__ = ["EvictedTokenDecoded", "UncommittedHistory", "Unsupported", "module_path"]
 
 
 def module_path(node: Node) -> str:
@@ -32,3 +32,25 @@ class Unsupported(Exception):
         where = f" [op {self.op}" if self.op else ""
         where += f" in module {self.module}]" if self.module else "]" if where else ""
         super().__init__(reason + where)
+
+
+class UncommittedHistory(RuntimeError):
+    """The history grew by K/V of a masked call, whose later layers have holes."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(
+            f"the history grew from {before} to {after} tokens without a mask-free call: commit a "
+            "block with one forward of its decoded tokens before the next block starts, and crop "
+            "the cache after every masked call"
+        )
+
+
+class EvictedTokenDecoded(RuntimeError):
+    """A position was decoded that the last call had evicted: its logits were zeros."""
+
+    def __init__(self, row: int, position: int) -> None:
+        self.row, self.position = row, position
+        super().__init__(
+            f"row {row} decoded position {position} of the block, which the last call evicted: "
+            "choose among the positions of session.retain_mask"
+        )

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from focus_compile.block import BlockState, History
 from focus_compile.config import FocusConfig
 from focus_compile.cut import Halves
-from focus_compile.feed import feed
+from focus_compile.feed import Feed, feed
 from focus_compile.programs import Inner, Program
-from focus_compile.session import Session, current_session
+from focus_compile.session import Session, Signal, Step, current_session
 
 __all__ = ["Executable", "Layout"]
 
 log = logging.getLogger(__name__)
+
+BATCH, TOKENS = -1, -2
 
 NO_MASKS = (
     "backend 'focus' runs the dense program: it does not know which tokens are masked. Give the id "
@@ -36,8 +39,9 @@ class Layout:
         dense_inputs: inputs that the programs expect contiguous.
         last_dim_inputs: inputs that they expect contiguous in the last dim: past keys and values.
         ids: name of the token ids.
-        slots: name, dtype and shape of each slot; -1 stands for the batch, -2 for the tokens.
+        slots: name, dtype and shape of each slot, with BATCH and TOKENS for their sizes.
         token_dims: for each layer, the token dim of its keys and of its values.
+        past: name of the last layer's past keys, whose dim before the last is the history.
     """
 
     arguments: tuple[int, ...]
@@ -46,6 +50,7 @@ class Layout:
     ids: str
     slots: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
     token_dims: tuple[tuple[int, int], ...]
+    past: str | None
 
 
 class Executable:
@@ -77,9 +82,17 @@ class Executable:
         ids = args[self.layout.arguments[int(self.layout.ids.removeprefix("input"))]]
         masked = self._masked(ids, session)
         if masked is None or ids.shape[-1] == 1 or not bool(masked.any()):
-            self.dense_calls += 1
-            return self.dense(*args)
-        return self._focus(args, masked, session)
+            return self._dense(args, session)
+        return self._focus(args, ids.view(masked.shape), masked, session)
+
+    def _dense(self, args: Sequence[Any], session: Session | None) -> Any:
+        self.dense_calls += 1
+        if session is not None:
+            session.stats.dense_calls += 1
+            state = session.state(self._key(args))
+            if state is not None:
+                state.committed = True
+        return self.dense(*args)
 
     def _masked(self, ids: Tensor, session: Session | None) -> Tensor | None:
         """bool ``[B, T]``, by precedence: given masks, the session's mask token, the option's."""
@@ -94,38 +107,103 @@ class Executable:
             return None
         return (ids == token).view(-1, ids.shape[-1])
 
-    def _focus(self, args: Sequence[Any], masked: Tensor, session: Session | None) -> Any:
-        device = masked.device
-        batch, tokens = masked.shape
+    def _focus(
+        self, args: Sequence[Any], ids: Tensor, masked: Tensor, session: Session | None
+    ) -> Any:
         values = self._arguments(args)
-        tables = feed(torch.ones_like(masked))
-        none = torch.zeros_like(masked)
-        values |= {
-            "masked": masked,
-            "fed": tables.fed,
-            "fed_tokens": tables.tokens,
-            "fed_inverse": tables.inverse,
-            "fed_rows": tables.rows,
-            "progress": torch.full((batch,), -1, device=device),
-            "average": torch.ones(batch, device=device),
-            "alpha": torch.tensor(self.config.alpha, dtype=torch.float32, device=device),
-            "signal_weights": torch.tensor([-1.0, 1.0], device=device),
-            "signal_bias": torch.zeros(batch, tokens, device=device),
-            "written01": none,
-            "written": none,
-            "prefix_visibility": torch.tensor(self.config.visibility == "prefix", device=device),
-        }
-        for name, dtype, shape in self.layout.slots:
-            size = [{-1: batch, -2: tokens}.get(extent, extent) for extent in shape]
-            values[name] = torch.zeros(size[-1:], dtype=dtype, device=device).expand(size)
+        state = self._state(args, values, ids, masked, session)
+        delayed = self.config.delayed_cache
+        skip = session is not None and session.commits_exactly
+        tables = feed(state.fed(delayed, skip))
+        values |= self._controls(state, tables, session)
         values |= self.prefix(values)
         count, most = values["sizes"].tolist()
         values["tokens"] = values["order"][:count]
         values["rows"] = values["places"][:, :most].contiguous()
         values |= self.suffix(values)
         if session is not None:
-            session.retain_mask = values["retain_mask"]
+            retained = values["retain_mask"]
+            state.advance(tables.fed, retained, self._slots(values, masked.shape[1]), delayed)
+            session.keep(self._key(args), state)
+            session.retain_mask = retained
+            session.stats.record(masked.numel(), tables.tokens.numel(), count)
         return tuple(None if name is None else values[name] for name in self.halves.own)
+
+    def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """What tells one model from another: its parameters."""
+        return tuple(id(arg) for arg in args if isinstance(arg, torch.nn.Parameter))
+
+    def _state(
+        self,
+        args: Sequence[Any],
+        values: Mapping[str, Tensor],
+        ids: Tensor,
+        masked: Tensor,
+        session: Session | None,
+    ) -> BlockState:
+        """The state of this call's blocks: the session's, brought up to date, or a fresh one."""
+        if session is None:
+            return BlockState(ids, masked, History(0, None))
+        history = History(0, None)
+        if self.layout.past is not None:
+            past = values[self.layout.past]
+            length = past.shape[-2]
+            history = History(length, past[..., -1, :].clone() if length else None)
+        state = session.state(self._key(args))
+        if state is None or not state.fits(ids):
+            return BlockState(ids, masked, history)
+        state.observe(ids, masked, history)
+        return state
+
+    def _controls(
+        self, state: BlockState, tables: Feed, session: Session | None
+    ) -> dict[str, Tensor]:
+        """The inputs that are neither the caller's nor made by the prefix."""
+        device = state.masked.device
+        batch, tokens = state.masked.shape
+        alpha, visibility, signal = self.config.alpha, self.config.visibility, Signal()
+        if session is not None:
+            alpha = alpha if session.alpha is None else session.alpha
+            visibility = session.visibility or visibility
+            step = Step(session.stats.steps, state.ids, state.masked, tables.fed)
+            signal = session.signal_of(step)
+        bias = torch.zeros(batch, tokens, device=device) if signal.bias is None else signal.bias
+        slots = state.slots
+        if not slots:
+            slots = {
+                name: self._empty(dtype, shape, state) for name, dtype, shape in self.layout.slots
+            }
+        return slots | {
+            "masked": state.masked,
+            "fed": tables.fed,
+            "fed_tokens": tables.tokens,
+            "fed_inverse": tables.inverse,
+            "fed_rows": tables.rows,
+            "progress": state.progress,
+            "average": state.average,
+            "alpha": torch.tensor(alpha, dtype=torch.float32, device=device),
+            "signal_weights": torch.tensor(signal.weights, device=device),
+            "signal_bias": bias,
+            "written01": state.written01,
+            "written": state.written,
+            "prefix_visibility": torch.tensor(visibility == "prefix", device=device),
+        }
+
+    def _empty(self, dtype: torch.dtype, shape: Sequence[int], state: BlockState) -> Tensor:
+        """Slots that nobody has written: no memory, and no layer reads them."""
+        batch, tokens = state.masked.shape
+        size = [{BATCH: batch, TOKENS: tokens}.get(extent, extent) for extent in shape]
+        return torch.zeros(size[-1:], dtype=dtype, device=state.masked.device).expand(size)
+
+    def _slots(self, values: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """The block's part of every layer's keys and values, as views."""
+        slots: dict[str, Tensor] = {}
+        dims = [dim for pair in self.layout.token_dims for dim in pair]
+        names = [name for pair in self.halves.kv for name in pair]
+        for (slot, _, _), name, dim in zip(self.layout.slots, names, dims, strict=True):
+            value = values[name]
+            slots[slot] = value.narrow(dim, value.shape[dim] - tokens, tokens)
+        return slots
 
     def _arguments(self, args: Sequence[Any]) -> dict[str, Tensor]:
         """The canonical graph's inputs, in the layout that the programs were compiled for."""

@@ -1,30 +1,185 @@
-"""Sessions: the scope of one generation."""
+"""Sessions: the scope of one generation, in which calls of a compiled model share block state."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-__all__ = ["Session", "current_session"]
+from focus_compile.block import BlockState
+
+__all__ = ["Session", "SessionStats", "Signal", "Step", "current_session", "session"]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The ranking signal of one step: ``weights[0] * importance0 + weights[1] * importance1 + bias``.
+
+    The default is FOCUS's: importance at layer 1 minus importance at layer 0. ``bias`` is fp32
+    ``[B, T]`` or None.
+    """
+
+    weights: tuple[float, float] = (-1.0, 1.0)
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a signal hook may look at: ``ids`` ``[B, T]``, ``masked`` and ``fed`` bool ``[B, T]``."""
+
+    index: int
+    ids: Tensor
+    masked: Tensor
+    fed: Tensor
+
+
+@dataclass
+class SessionStats:
+    """Counts over the masked calls of a session.
+
+    Attributes:
+        steps: masked calls; dense_calls: mask-free ones.
+        canvas: tokens of the blocks as the caller sees them, summed over steps; fed: tokens that
+            layers 0 and 1 computed; retained: tokens that later layers computed.
+        fed_per_step, retained_per_step: the same, one entry per step.
+    """
+
+    steps: int = 0
+    dense_calls: int = 0
+    canvas: int = 0
+    fed_per_step: list[int] = field(default_factory=list)
+    retained_per_step: list[int] = field(default_factory=list)
+
+    @property
+    def fed(self) -> int:
+        return sum(self.fed_per_step)
+
+    @property
+    def retained(self) -> int:
+        return sum(self.retained_per_step)
+
+    @property
+    def fed_fraction(self) -> float:
+        """Fed tokens over canvas tokens; 0 before the first step."""
+        return self.fed / self.canvas if self.canvas else 0.0
+
+    @property
+    def retained_fraction(self) -> float:
+        """Retained tokens over canvas tokens; 0 before the first step."""
+        return self.retained / self.canvas if self.canvas else 0.0
+
+    def record(self, canvas: int, fed: int, retained: int) -> None:
+        self.steps += 1
+        self.canvas += canvas
+        self.fed_per_step.append(fed)
+        self.retained_per_step.append(retained)
 
 
 class Session:
-    """stub"""
+    """Block state of the compiled models called inside; made by :func:`session`.
 
-    def __init__(self, mask_token_id: int | None = None) -> None:
+    Attributes:
+        mask_token_id, alpha, visibility: override the model's options where not None.
+        signal: replaces the ranking signal: a :class:`Signal`, or a function of the
+            :class:`Step` that returns one. For ablations and benchmarks.
+        stats: counts so far.
+        retain_mask: bool ``[B, T]``, what the last masked call retained; None before it.
+        commits_exactly: the caller commits every block with a mask-free call, so that a row whose
+            last mask has gone need not be fed again before.
+    """
+
+    def __init__(
+        self,
+        mask_token_id: int | None = None,
+        alpha: float | None = None,
+        visibility: str | None = None,
+        signal: Signal | Callable[[Step], Signal] | None = None,
+    ) -> None:
+        if alpha is not None and not alpha >= 1:
+            raise ValueError(f"alpha={alpha!r}: expected a number >= 1")
+        if visibility not in (None, "written", "prefix"):
+            raise ValueError(f"visibility={visibility!r}: expected 'written' or 'prefix'")
         self.mask_token_id = mask_token_id
-        self.masked: Tensor | None = None
+        self.alpha = alpha
+        self.visibility = visibility
+        self.signal = signal
+        self.stats = SessionStats()
         self.retain_mask: Tensor | None = None
+        self.commits_exactly = False
+        self._masked: Tensor | None = None
+        self._states: dict[tuple[int, ...], BlockState] = {}
+
+    @property
+    def masked(self) -> Tensor | None:
+        """Which tokens of the next call are masked, bool ``[B, T]``; taken by that call."""
+        return self._masked
+
+    @masked.setter
+    def masked(self, value: Tensor | None) -> None:
+        if value is not None and value.dtype != torch.bool:
+            raise ValueError(f"session.masked has dtype {value.dtype}: expected torch.bool")
+        self._masked = value
+
+    def reset(self) -> None:
+        """Forget every block: the next call of each model starts anew."""
+        self._states.clear()
+        self._masked = None
+        self.retain_mask = None
 
     def take_masked(self, ids: Tensor) -> Tensor | None:
-        masked, self.masked = self.masked, None
-        return masked
+        """The masks given for this call, if any."""
+        masked, self._masked = self._masked, None
+        if masked is None:
+            return None
+        expected = (ids.numel() // ids.shape[-1], ids.shape[-1])
+        if masked.shape != expected:
+            shape = tuple(masked.shape)
+            raise ValueError(f"session.masked has shape {shape}: the token ids have {expected}")
+        return masked.to(ids.device)
+
+    def state(self, key: tuple[int, ...]) -> BlockState | None:
+        return self._states.get(key)
+
+    def keep(self, key: tuple[int, ...], state: BlockState) -> None:
+        self._states[key] = state
+
+    def signal_of(self, step: Step) -> Signal:
+        if self.signal is None or isinstance(self.signal, Signal):
+            return self.signal or Signal()
+        return self.signal(step)
 
 
-_CURRENT: ContextVar[Session | None] = ContextVar("focus_session", default=None)
+_CURRENT: ContextVar[Session | None] = ContextVar("focus_compile_session", default=None)
 
 
 def current_session() -> Session | None:
     """The innermost session of this thread or task."""
     return _CURRENT.get()
+
+
+@contextmanager
+def session(
+    mask_token_id: int | None = None,
+    alpha: float | None = None,
+    visibility: str | None = None,
+    signal: Signal | Callable[[Step], Signal] | None = None,
+) -> Iterator[Session]:
+    """Scope of one generation: K/V slots, averages and progress live until it ends.
+
+    Args:
+        mask_token_id, alpha, visibility, signal: see :class:`Session`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    opened = Session(mask_token_id, alpha, visibility, signal)
+    token = _CURRENT.set(opened)
+    try:
+        yield opened
+    finally:
+        _CURRENT.reset(token)
+        opened.reset()

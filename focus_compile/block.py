@@ -1,0 +1,133 @@
+"""State of the current block of every row: docs/algorithm.md sections 0 and 6.
+
+A call without a session uses a fresh state and drops it; a session keeps one per model. Everything
+is per row, so that rows may start, finish and be replaced independently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from focus_compile.errors import EvictedTokenDecoded, UncommittedHistory
+from focus_compile.selection import last_position
+
+__all__ = ["BlockState", "History"]
+
+
+@dataclass(frozen=True)
+class History:
+    """What tells one history from another.
+
+    ``length``: keys before the block. ``mark``: the last key of the last layer, ``[B, ...]``, or
+    None without a cache or with an empty one.
+    """
+
+    length: int
+    mark: Tensor | None
+
+    def same_rows(self, other: History) -> Tensor | bool:
+        """bool ``[B]``, or False: which rows have the same history."""
+        if self.length != other.length:
+            return False
+        if self.mark is None or other.mark is None:
+            return self.mark is other.mark
+        if self.mark.shape != other.mark.shape or self.mark.dtype != other.mark.dtype:
+            return False
+        return (self.mark == other.mark).flatten(1).all(1)
+
+
+class BlockState:
+    """Masks, averages and slots of one block per row; shapes ``[B, T]`` unless noted.
+
+    Attributes:
+        ids, masked: as fed to the last call.
+        retained: bool, what the last call retained.
+        final: bool, tokens that are no longer fed.
+        written01, written: bool, slots that hold K/V in layers 0 and 1, and in later layers.
+        progress: int64 ``[B]``; decoded_sum, decode_steps: int64 ``[B]``.
+        settled: bool ``[B]``, rows without masks that were fed whole once.
+        slots: K/V of the block by input name, views of the last call's outputs.
+        committed: whether a dense call ran since the last masked one.
+    """
+
+    def __init__(self, ids: Tensor, masked: Tensor, history: History) -> None:
+        batch = masked.shape[0]
+        none = torch.zeros_like(masked)
+        count = torch.zeros(batch, dtype=torch.int64, device=masked.device)
+        self.ids, self.masked, self.history = ids.clone(), masked.clone(), history
+        self.retained, self.final, self.written01, self.written = none, none, none, none
+        self.warm = none[:, 0]
+        self.settled = none[:, 0]
+        self.progress, self.decoded_sum, self.decode_steps = count - 1, count, count
+        self.slots: dict[str, Tensor] = {}
+        self.committed = False
+
+    def fits(self, ids: Tensor) -> bool:
+        """Whether a call has the shape, dtype and device of this state."""
+        return (ids.shape, ids.dtype, ids.device) == (
+            self.ids.shape,
+            self.ids.dtype,
+            self.ids.device,
+        )
+
+    def observe(self, ids: Tensor, masked: Tensor, history: History) -> None:
+        """Take in the next masked call: new blocks, and what was decoded since the last one.
+
+        Raises:
+            UncommittedHistory: the history grew, but no dense call stored exact K/V for it.
+            EvictedTokenDecoded: a position was decoded that the last call had evicted.
+        """
+        if history.length > self.history.length and not self.committed:
+            raise UncommittedHistory(self.history.length, history.length)
+        decoded = self.masked & ~masked
+        changed = (~self.masked & (masked | (ids != self.ids))).any(1)
+        fresh = changed | ~torch.as_tensor(history.same_rows(self.history), device=ids.device)
+        wrong = decoded & ~self.retained & ~fresh.unsqueeze(1)
+        if bool(wrong.any()):
+            row, position = wrong.nonzero()[0].tolist()
+            raise EvictedTokenDecoded(row, position)
+        count = decoded.sum(1)
+        line = ~fresh.unsqueeze(1)
+        self.decoded_sum = torch.where(fresh, 0, self.decoded_sum + count)
+        self.decode_steps = torch.where(fresh, 0, self.decode_steps + (count > 0))
+        self.progress = torch.where(fresh, -1, self.progress)
+        self.final, self.retained = self.final & line, self.retained & line
+        self.written01, self.written = self.written01 & line, self.written & line
+        self.warm, self.settled = self.warm & ~fresh, self.settled & ~fresh
+        self.ids, self.masked, self.history = ids.clone(), masked.clone(), history
+        self.committed = False
+
+    def fed(self, delayed_cache: bool, skip_decoded_rows: bool = False) -> Tensor:
+        """The processing list of this call, bool ``[B, T]`` (section 6).
+
+        Rows with masks: all positions at first, then those that are not final. Rows without: all
+        of them once, then none; none at all with ``skip_decoded_rows``.
+        """
+        some = self.masked.any(1, keepdim=True)
+        if not delayed_cache:
+            return (some | (not skip_decoded_rows)).expand_as(self.masked)
+        listed = torch.where(self.warm.unsqueeze(1), ~self.final, True)
+        settled = self.settled.unsqueeze(1) | skip_decoded_rows
+        return torch.where(some, listed, ~settled)
+
+    @property
+    def average(self) -> Tensor:
+        """Tokens decoded per decoding step of this block, fp32 ``[B]``; 1 before the first."""
+        return torch.where(self.decode_steps > 0, self.decoded_sum / self.decode_steps, 1.0)
+
+    def advance(
+        self, fed: Tensor, retained: Tensor, slots: dict[str, Tensor], delayed_cache: bool
+    ) -> None:
+        """Record what a call fed, retained and stored."""
+        decoded = ~self.masked & (fed | self.final)
+        right = torch.cat([decoded[:, 1:], torch.ones_like(decoded[:, :1])], dim=1)
+        if delayed_cache:
+            self.final = self.final | (fed & ~self.masked & right)
+        self.settled = self.settled | ~self.masked.any(1)
+        self.warm = torch.ones_like(self.warm)
+        self.written01, self.written = self.written01 | fed, self.written | retained
+        self.progress = torch.maximum(self.progress, last_position(retained))
+        self.retained, self.slots = retained, slots
