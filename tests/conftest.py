@@ -1,0 +1,28 @@
+"""One thread, one Dynamo cache per module, warnings forgotten between tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def dynamo() -> Iterator[None]:
+    """A fresh Dynamo for each module, whose tests may share compiled models.
+
+    The recompile limit is far away, and reaching it is an error instead of eager execution.
+    """
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings() -> None:
+    """Warnings that are given once are given once per test."""
+    torch._logging.warning_once.cache_clear()

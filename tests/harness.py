@@ -1,0 +1,225 @@
+"""Small Qwen3 models, calls of a diffusion LLM, and compiled models whose programs are counted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+from focus_compile import focus_backend
+from focus_compile.runtime import Executable
+
+VOCAB, MASK = 61, 60
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model; pairwise distinct unless a test wants them equal."""
+
+    layers: int = 4
+    heads: int = 6
+    groups: int = 2
+    head_dim: int = 16
+    hidden: int = 40
+    intermediate: int = 72
+
+
+def build_model(
+    sizes: Sizes = Sizes(),
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Qwen3ForCausalLM:
+    """Random weights, large enough that attention is peaked; bidirectional when given no mask."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.groups,
+        head_dim=sizes.head_dim,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+    )
+    config._attn_implementation = attention
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    return model.to(dtype)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call.
+
+    Attributes:
+        ids: ``[B, T]``; masked: bool ``[B, T]``; positions: ``[B, T]``.
+        visible: ``[B or 1, T, S + T]``, bool or additive, or None.
+        past: per layer keys and values ``[B, G, S, D]``, or None for a call without a cache.
+    """
+
+    ids: Tensor
+    masked: Tensor
+    positions: Tensor
+    visible: Tensor | None
+    past: Sequence[tuple[Tensor, Tensor]] | None
+
+    def kwargs(self, model: Qwen3ForCausalLM) -> dict[str, Any]:
+        """Keyword arguments of the model, with a cache of their own."""
+        mask = None if self.visible is None else self.visible[:, None]
+        out: dict[str, Any] = {
+            "input_ids": self.ids,
+            "attention_mask": {"full_attention": None} if mask is None else mask,
+            "position_ids": self.positions,
+            "use_cache": self.past is not None,
+        }
+        if self.past is not None:
+            cache = DynamicCache(config=model.config)
+            for layer, (key, value) in enumerate(self.past):
+                if key.shape[2]:
+                    cache.update(key.clone(), value.clone(), layer)
+            out["past_key_values"] = cache
+        return out
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same call in another precision."""
+        past = self.past and [(key.to(dtype), value.to(dtype)) for key, value in self.past]
+        visible = self.visible
+        if visible is not None and visible.dtype != torch.bool:
+            hidden = visible == torch.finfo(visible.dtype).min
+            visible = visible.to(dtype).masked_fill(hidden, torch.finfo(dtype).min)
+        return dataclasses.replace(self, past=past, visible=visible)
+
+
+def random_visible(generator: torch.Generator, shape: tuple[int, int, int], kind: str) -> Tensor:
+    """``[B or 1, T, S + T]``: a tenth of the keys hidden, every query sees itself."""
+    batch, tokens, keys = shape
+    batch = 1 if kind.endswith("shared") else batch
+    visible = torch.rand(batch, tokens, keys, generator=generator) < 0.9
+    visible |= torch.eye(tokens, keys, dtype=torch.bool).roll(keys - tokens, 1)
+    if kind.startswith("bool"):
+        return visible
+    bias = torch.randn(visible.shape, generator=generator)
+    return bias.masked_fill(~visible, torch.finfo(torch.float32).min)
+
+
+def random_masked(generator: torch.Generator, batch: int, tokens: int) -> Tensor:
+    """bool ``[B, T]``: another share of masked tokens in each row, at least three in the first."""
+    share = torch.rand(batch, 1, generator=generator) * 0.8 + 0.2
+    masked = torch.rand(batch, tokens, generator=generator) < share
+    masked[0, torch.randperm(tokens, generator=generator)[:3]] = True
+    return masked
+
+
+def random_call(
+    seed: int,
+    model: Qwen3ForCausalLM,
+    batch: int,
+    tokens: int,
+    history: int | None,
+    mask: str | None = "bool",
+    masked: Tensor | None = None,
+) -> Call:
+    """A call with ``history`` cached tokens; None: without a cache.
+
+    mask: ``bool``, ``float``, ``bool shared``, ``float shared`` (one for all rows) or None.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if masked is None:
+        masked = random_masked(generator, batch, tokens)
+    ids = torch.randint(0, MASK, (batch, tokens), generator=generator).masked_fill(masked, MASK)
+    length = history or 0
+    past = None
+    if history is not None:
+        config = model.config
+        shape = (batch, config.num_key_value_heads, history, config.head_dim)
+        past = [
+            (torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+            for _ in range(config.num_hidden_layers)
+        ]
+    visible = None
+    if mask is not None:
+        visible = random_visible(generator, (batch, tokens, length + tokens), mask)
+    positions = (length + torch.arange(tokens)).expand(batch, tokens)
+    return Call(ids, masked, positions, visible, past)
+
+
+def eager_inner(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """An inner compiler that compiles nothing."""
+    return graph
+
+
+@dataclass
+class Run:
+    """A model compiled with FOCUS, and what became of each graph that Dynamo captured.
+
+    ``inner`` compiles the programs, Inductor if None. Graphs are refused with an error.
+    """
+
+    model: Qwen3ForCausalLM
+    options: dict[str, Any] = field(default_factory=dict)
+    inner: Callable[..., Any] | None = eager_inner
+    dynamic: bool | None = None
+    executables: list[Executable] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        chosen = {} if self.inner is None else {"inner": self.inner}
+        options = {"mask_token_id": MASK, "strict": True, **self.options}
+
+        def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            program = focus_backend(gm, inputs, options=options, **chosen)
+            self.executables.append(program)
+            return program
+
+        self.compiled = torch.compile(self.model, backend=backend, dynamic=self.dynamic)
+
+    def counts(self) -> tuple[int, int, int]:
+        """How often the dense program, the prefix and the suffix ran."""
+        return (
+            sum(program.dense_calls for program in self.executables),
+            sum(program.prefix.calls for program in self.executables),
+            sum(program.suffix.calls for program in self.executables),
+        )
+
+    @torch.no_grad()
+    def logits(self, call: Call) -> Tensor:
+        """Logits of a call that must run prefix and suffix once each, and nothing dense."""
+        assert call.masked.any()
+        dense, prefix, suffix = self.counts()
+        logits = self.compiled(**call.kwargs(self.model)).logits
+        assert self.counts() == (dense, prefix + 1, suffix + 1)
+        return logits
+
+    def configure(self, **changes: Any) -> None:
+        """Change options that are inputs of the programs, such as alpha, without recompiling."""
+        self.options.update(changes)
+        for program in self.executables:
+            program.config = dataclasses.replace(program.config, **changes)
+
+
+@torch.no_grad()
+def eager_logits(model: Qwen3ForCausalLM, call: Call) -> Tensor:
+    """Logits of the plain model."""
+    return model(**call.kwargs(model)).logits
+
+
+def retained(logits: Tensor) -> Tensor:
+    """bool ``[B, T]``: an evicted token has logits of exactly zero."""
+    return (logits != 0).any(-1)
+
+
+def bound(logits: Tensor, tolerance: float = 1e-5) -> float:
+    """Allowed absolute error: relative to the largest logit, or to 1."""
+    return tolerance * max(1.0, logits.abs().max().item())
