@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 from torch._inductor.compile_fx import compile_fx
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from focus_compile.axes import AxisMap, Role, graph_inputs, tensor_of
-from focus_compile.capture import analyzed, capture
+from focus_compile.canonical import Canonical, canonicalize
+from focus_compile.capture import capture
 from focus_compile.config import FocusConfig
 from focus_compile.cut import Halves, cut
 from focus_compile.errors import Unsupported
-from focus_compile.passes.narrow import slot_name
-from focus_compile.plan import Plan, make_plan
-from focus_compile.programs import Inner
+from focus_compile.inputs import Input
+from focus_compile.plan import Plan, make_plan, slot_name
+from focus_compile.programs import Inner, make_programs
 from focus_compile.rewrite import rewrite
 from focus_compile.rules import cat_parts
-from focus_compile.runtime import BATCH, TOKENS, Executable, Layout
+from focus_compile.runtime import Executable, Layout
 
 __all__ = ["Analysis", "analyze", "focus_backend"]
 
@@ -33,12 +33,16 @@ class Analysis:
     """All that is known of one captured graph: its stages from capture to the cut."""
 
     captured: GraphModule
-    canonical: GraphModule
-    axes: AxisMap
+    canonical: Canonical
     plan: Plan
     stages: tuple[tuple[str, GraphModule], ...]
     halves: Halves
     layout: Layout
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Every input that the programs may have, live values at the cut excepted."""
+        return (*self.canonical.inputs, *self.plan.inputs.values())
 
 
 def focus_backend(
@@ -81,7 +85,8 @@ def focus_backend(
         )
         return compile_inner(gm, example_inputs)
     dense = compile_inner(gm, example_inputs)
-    return Executable(dense, analysis.halves, analysis.layout, config, compile_inner)
+    programs = make_programs(analysis.halves, analysis.inputs, compile_inner)
+    return Executable(dense, analysis.halves, analysis.layout, config, programs)
 
 
 def analyze(gm: GraphModule) -> Analysis:
@@ -91,47 +96,29 @@ def analyze(gm: GraphModule) -> Analysis:
         Unsupported: FOCUS cannot be applied soundly.
     """
     captured = capture(gm)
-    canonical, axes, arguments = analyzed(captured)
-    plan = make_plan(canonical, axes)
-    stages = rewrite(canonical, plan)
-    layout = _layout(canonical, axes, plan, arguments)
-    return Analysis(captured, canonical, axes, plan, tuple(stages), cut(stages[-1][1]), layout)
+    canonical = canonicalize(captured)
+    plan = make_plan(canonical)
+    stages = tuple(rewrite(canonical.gm, plan))
+    layout = _layout(canonical, plan)
+    return Analysis(captured, canonical, plan, stages, cut(stages[-1][1]), layout)
 
 
-def _layout(gm: GraphModule, axes: AxisMap, plan: Plan, arguments: tuple[int, ...]) -> Layout:
-    nodes = {node.name: node for node in gm.graph.nodes}
-    dense, past = set(), set()
-    for node in graph_inputs(gm):
-        value = tensor_of(node)
-        symbolic = any(isinstance(size, torch.SymInt) for size in value.shape)
-        if symbolic:
-            (dense if value.is_contiguous() else past).add(node.name)
-    slots = []
-    for site in plan.sites:
-        for part, write in enumerate(site.writes):
-            value = tensor_of(nodes[write.new])
-            shape = []
-            for dim, size in zip(axes.of(nodes[write.new]), value.shape, strict=True):
-                role = dim[0].role if len(dim) == 1 else None
-                shape.append({Role.BATCH: BATCH, Role.TOKEN: TOKENS}.get(role, size))
-            slots.append((slot_name(site.layer, part), value.dtype, tuple(shape)))
+def _layout(canonical: Canonical, plan: Plan) -> Layout:
+    names = [slot_name(site.layer, part) for site in plan.sites for part in (0, 1)]
     return Layout(
-        arguments=arguments,
-        dense_inputs=frozenset(dense),
-        last_dim_inputs=frozenset(past),
+        inputs=canonical.inputs,
+        arguments=canonical.arguments,
         ids=plan.ids,
-        slots=tuple(slots),
-        token_dims=tuple(
-            (k.token_dim, v.token_dim) for k, v in (site.writes for site in plan.sites)
-        ),
-        past=_past_keys(plan, nodes),
+        slots=tuple(plan.inputs[name] for name in names),
+        token_dims=tuple(write.token_dim for site in plan.sites for write in site.writes),
+        past=_past_keys(canonical.gm, plan),
     )
 
 
-def _past_keys(plan: Plan, nodes: Mapping[str, Node]) -> str | None:
+def _past_keys(gm: GraphModule, plan: Plan) -> str | None:
     """The input that holds the last layer's past keys; None without a cache."""
     write = plan.sites[-1].writes[0]
     if write.cat is None:
         return None
-    past = cat_parts(nodes[write.cat])[0]
+    past = cat_parts(next(node for node in gm.graph.nodes if node.name == write.cat))[0]
     return past.name if past.op == "placeholder" else None

@@ -39,7 +39,9 @@ def propose(
         sample: draw from the processed distribution; else take its largest, ties to the lowest id.
     """
     rows = where.nonzero()[:, 0]
-    scores = processors(context[rows], logits[where].float()) if processors else logits[where].float()
+    scores = (
+        processors(context[rows], logits[where].float()) if processors else logits[where].float()
+    )
     probabilities = torch.softmax(scores, dim=-1)
     if sample:
         picked = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
@@ -48,7 +50,9 @@ def propose(
     confidence = probabilities.gather(1, picked.unsqueeze(1)).squeeze(1)
     tokens = torch.zeros(where.shape, dtype=torch.int64, device=where.device)
     values = torch.full(where.shape, -1.0, device=where.device)
-    return Candidates(tokens.masked_scatter(where, picked), values.masked_scatter(where, confidence))
+    return Candidates(
+        tokens.masked_scatter(where, picked), values.masked_scatter(where, confidence)
+    )
 
 
 def choose(

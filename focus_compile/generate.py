@@ -167,9 +167,7 @@ def generate(
                 candidates = propose(
                     logits, where, rows.sequences, processors, temperature > 0, generator
                 )
-                chosen = choose(
-                    candidates, where, remasking_strategy, confidence_threshold, count
-                )
+                chosen = choose(candidates, where, remasking_strategy, confidence_threshold, count)
                 block = torch.where(chosen, candidates.tokens, block)
                 masked = masked & ~chosen
                 result.forwards += 1
@@ -207,7 +205,9 @@ def _tokens_per_step(block: int, steps: int | None, count: int | None) -> int:
 
 def _check(ids: Tensor, new: int, block: int, strategy: str, threshold: float) -> None:
     if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
-        raise ValueError(f"input_ids has shape {tuple(ids.shape)}: expected [batch, prompt], not empty")
+        raise ValueError(
+            f"input_ids has shape {tuple(ids.shape)}: expected [batch, prompt], not empty"
+        )
     if new < 1 or block < 1:
         raise ValueError(f"max_new_tokens={new}, block_length={block}: expected at least 1")
     if strategy not in STRATEGIES:

@@ -9,7 +9,7 @@ token-wise operators and attention sites. K/V writes return to the canvas. The c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -19,12 +19,14 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from focus_compile.axes import AxisMap, Dims, Role
+from focus_compile.axes import AxisMap, Dims, Role, tensor_of
+from focus_compile.canonical import Canonical
 from focus_compile.errors import Unsupported
+from focus_compile.inputs import Input, runtime_inputs
 from focus_compile.rules import operands, token_ids
 from focus_compile.sites import Site, data_flow, find_sites
 
-__all__ = ["Domain", "Place", "Plan", "make_plan"]
+__all__ = ["Domain", "Place", "Plan", "make_plan", "slot_name"]
 
 _MIN_LAYERS = 2
 
@@ -54,14 +56,14 @@ class Plan:
         embedding: the node that embeds them: packed tokens enter here.
         sites: attention sites in layer order, at least two.
         packed: packed values by name. Everything else is on the canvas.
-        cut: values of the prefix that the suffix needs, packed or canvas, by name.
+        inputs: what the passes add to the graph's inputs, by name.
     """
 
     ids: str
     embedding: str
     sites: tuple[Site, ...]
     packed: Mapping[str, Place]
-    cut: tuple[str, ...]
+    inputs: Mapping[str, Input]
 
     def __post_init__(self) -> None:
         if len(self.sites) < _MIN_LAYERS:
@@ -76,12 +78,18 @@ class Plan:
             raise ValueError("the cut lies after the queries of layer 1")
 
 
-def make_plan(gm: GraphModule, axes: AxisMap) -> Plan:
+def slot_name(layer: int, part: int) -> str:
+    """Input that holds the stale keys (part 0) or values (part 1) of a layer."""
+    return f"slots{layer}_{'kv'[part]}"
+
+
+def make_plan(canonical: Canonical) -> Plan:
     """Decide what to restrict in a canonical graph.
 
     Raises:
         Unsupported: with the reason and the operator at fault.
     """
+    gm, axes = canonical.gm, canonical.axes
     _refuse_mutation(gm)
     entry = token_ids(gm)
     if entry is None:
@@ -95,15 +103,23 @@ def make_plan(gm: GraphModule, axes: AxisMap) -> Plan:
     nodes = {node.name: node for node in gm.graph.nodes}
     prefix = _ancestors(gm, sites[:2], nodes)
     packed = _packed(gm, axes, embedding, sites, prefix)
-    cut = tuple(
-        node.name
-        for node in gm.graph.nodes
-        if node in prefix
-        and isinstance(node.meta["val"], torch.Tensor)
-        and node.op == "call_function"
-        and any(user not in prefix for user in node.users)
-    )
-    return Plan(ids.name, embedding.name, sites, MappingProxyType(packed), cut)
+    shape = {given.name: given.shape for given in canonical.inputs}[ids.name]
+    added = runtime_inputs(tensor_of(ids).device, shape[0] if len(shape) == 2 else 1)
+    inputs = {given.name: given for given in (*added, *_slots(axes, sites, nodes))}
+    return Plan(ids.name, embedding.name, sites, MappingProxyType(packed), MappingProxyType(inputs))
+
+
+def _slots(axes: AxisMap, sites: tuple[Site, ...], nodes: Mapping[str, Node]) -> Iterator[Input]:
+    """Inputs for the stale keys and values of every layer, shaped like the new ones."""
+    for site in sites:
+        for part, write in enumerate(site.writes):
+            value = tensor_of(nodes[write.new])
+            shape: list[int | str] = [int(size) for size in value.shape]
+            shape[write.token_dim] = "token"
+            if write.batch_dim is not None:
+                shape[write.batch_dim] = "batch"
+            name = slot_name(site.layer, part)
+            yield Input(name, tuple(shape), value.dtype, value.device, strided=True)
 
 
 def _refuse_mutation(gm: GraphModule) -> None:

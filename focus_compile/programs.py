@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter
 
-from focus_compile.axes import graph_inputs
-from focus_compile.cut import Half
-from focus_compile.replay import fake_mode_of
+from focus_compile.cut import Half, Halves
+from focus_compile.inputs import Input, Symbols
 
-__all__ = ["Inner", "Program", "SpecializedSize"]
+__all__ = ["Inner", "Program", "SpecializedSize", "make_programs"]
 
+Examples = Callable[[], tuple[Symbols, dict[str, Tensor]]]
 Inner = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 """The inner compiler: ``(graph, example inputs) -> callable``; Inductor's ``compile_fx`` or eager."""
 
@@ -25,19 +25,21 @@ class SpecializedSize(AssertionError):
     """A compiler turned a symbolic size into a constant: the program would serve one size only."""
 
 
-@dataclass
 class Program:
     """Prefix or suffix: called by name, compiled on the first call.
 
     Attributes:
+        half: its graph, with the names of its inputs and outputs.
         calls: how often it ran.
         compiled: the callable, or None before the first call.
     """
 
-    half: Half
-    inner: Inner
-    calls: int = 0
-    compiled: Callable[..., Any] | None = field(default=None, repr=False)
+    def __init__(self, half: Half, inner: Inner, examples: Examples) -> None:
+        self.half = half
+        self.inner = inner
+        self.examples = examples
+        self.calls = 0
+        self.compiled: Callable[..., Any] | None = None
 
     def __call__(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on inputs by name; outputs by name."""
@@ -48,13 +50,28 @@ class Program:
         return dict(zip(self.half.outputs, outputs, strict=True))
 
     def _compile(self) -> Callable[..., Any]:
-        gm = self.half.gm
-        mode = fake_mode_of(gm)
-        examples = [node.meta["val"] for node in graph_inputs(gm)]
-        copy = GraphModule(gm, gm.graph)
-        with tracing(TracingContext(mode)), torch.no_grad():
-            compiled = self.inner(copy, examples)
-        assert mode.shape_env is not None
-        if mode.shape_env.replacements:
-            raise SpecializedSize(f"sizes became constants: {mode.shape_env.replacements}")
+        symbols, values = self.examples()
+        examples = [values[name] for name in self.half.inputs]
+        graph = GraphModule(self.half.gm, copy.deepcopy(self.half.gm.graph))
+        with tracing(TracingContext(symbols.mode)), torch.no_grad():
+            compiled = self.inner(graph, examples)
+        if symbols.shape_env.replacements:
+            raise SpecializedSize(f"sizes became constants: {symbols.shape_env.replacements}")
         return compiled
+
+
+def make_programs(halves: Halves, inputs: Sequence[Input], inner: Inner) -> tuple[Program, Program]:
+    """Prefix and suffix, not yet compiled, over symbolic inputs."""
+
+    def outside() -> tuple[Symbols, dict[str, Tensor]]:
+        symbols = Symbols()
+        return symbols, symbols.tensors(inputs)
+
+    def inside() -> tuple[Symbols, dict[str, Tensor]]:
+        symbols, values = outside()
+        given = [values[name] for name in halves.prefix.inputs]
+        with symbols.mode, torch.no_grad():
+            made = Interpreter(halves.prefix.gm).run(*given)
+        return symbols, values | dict(zip(halves.prefix.outputs, made, strict=True))
+
+    return Program(halves.prefix, inner, outside), Program(halves.suffix, inner, inside)

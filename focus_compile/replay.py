@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument, map_arg
 
+from focus_compile.inputs import Input, static_tensor
+
 __all__ = ["Replay", "fake_mode_of"]
 
 PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "tensor_dict", "_dynamo_source")
@@ -70,6 +72,10 @@ class Replay:
             node = self.graph.create_node("placeholder", name, name=name)
         return self._finish(node, value, like)
 
+    def given(self, given: Input) -> Node:
+        """Add an input that the model's own graph does not have."""
+        return self.placeholder(given.name, static_tensor(self.fake_mode, given))
+
     def attribute(self, like: Node) -> Node:
         """Carry a constant over."""
         name = str(like.target)
@@ -95,11 +101,8 @@ class Replay:
         node = self.graph.create_node("call_function", target, args, kwargs, name=wanted)
         return self._finish(node, value, like)
 
-    def size(self, node: Node, dim: int) -> Node | int:
-        """Size of a value along a dim: an int where it is static, else a node."""
-        value = node.meta["val"].shape[dim]
-        if isinstance(value, int):
-            return value
+    def size(self, node: Node, dim: int) -> Node:
+        """Size of a value along a dim, as a node."""
         if (node, dim) not in self._sizes:
             self._sizes[node, dim] = self.call(torch.ops.aten.sym_size.int, (node, dim))
         return self._sizes[node, dim]

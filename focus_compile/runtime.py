@@ -14,14 +14,13 @@ from focus_compile.block import BlockState, History
 from focus_compile.config import FocusConfig
 from focus_compile.cut import Halves
 from focus_compile.feed import Feed, feed
-from focus_compile.programs import Inner, Program
+from focus_compile.inputs import Input, length
+from focus_compile.programs import Program
 from focus_compile.session import Session, Signal, Step, current_session
 
 __all__ = ["Executable", "Layout"]
 
 log = logging.getLogger(__name__)
-
-BATCH, TOKENS = -1, -2
 
 NO_MASKS = (
     "backend 'focus' runs the dense program: it does not know which tokens are masked. Give the id "
@@ -35,21 +34,18 @@ class Layout:
     """How the canonical graph's inputs relate to the arguments of Dynamo's graph.
 
     Attributes:
-        arguments: for each input ``input{i}``, the index of the argument.
-        dense_inputs: inputs that the programs expect contiguous.
-        last_dim_inputs: inputs that they expect contiguous in the last dim: past keys and values.
+        inputs: the canonical graph's own inputs; arguments: the argument that each comes from.
         ids: name of the token ids.
-        slots: name, dtype and shape of each slot, with BATCH and TOKENS for their sizes.
-        token_dims: for each layer, the token dim of its keys and of its values.
+        slots: inputs for stale keys and values, layer by layer.
+        token_dims: the token dim of each of them.
         past: name of the last layer's past keys, whose dim before the last is the history.
     """
 
+    inputs: tuple[Input, ...]
     arguments: tuple[int, ...]
-    dense_inputs: frozenset[str]
-    last_dim_inputs: frozenset[str]
     ids: str
-    slots: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
-    token_dims: tuple[tuple[int, int], ...]
+    slots: tuple[Input, ...]
+    token_dims: tuple[int, ...]
     past: str | None
 
 
@@ -67,14 +63,13 @@ class Executable:
         halves: Halves,
         layout: Layout,
         config: FocusConfig,
-        inner: Inner,
+        programs: tuple[Program, Program],
     ) -> None:
         self.dense = dense
         self.halves = halves
         self.layout = layout
         self.config = config
-        self.prefix = Program(halves.prefix, inner)
-        self.suffix = Program(halves.suffix, inner)
+        self.prefix, self.suffix = programs
         self.dense_calls = 0
 
     def __call__(self, *args: Any) -> Any:
@@ -170,9 +165,7 @@ class Executable:
         bias = torch.zeros(batch, tokens, device=device) if signal.bias is None else signal.bias
         slots = state.slots
         if not slots:
-            slots = {
-                name: self._empty(dtype, shape, state) for name, dtype, shape in self.layout.slots
-            }
+            slots = {slot.name: _empty(slot, state) for slot in self.layout.slots}
         return slots | {
             "masked": state.masked,
             "fed": tables.fed,
@@ -189,28 +182,30 @@ class Executable:
             "prefix_visibility": torch.tensor(visibility == "prefix", device=device),
         }
 
-    def _empty(self, dtype: torch.dtype, shape: Sequence[int], state: BlockState) -> Tensor:
-        """Slots that nobody has written: no memory, and no layer reads them."""
-        batch, tokens = state.masked.shape
-        size = [{BATCH: batch, TOKENS: tokens}.get(extent, extent) for extent in shape]
-        return torch.zeros(size[-1:], dtype=dtype, device=state.masked.device).expand(size)
-
     def _slots(self, values: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
         """The block's part of every layer's keys and values, as views."""
         slots: dict[str, Tensor] = {}
-        dims = [dim for pair in self.layout.token_dims for dim in pair]
         names = [name for pair in self.halves.kv for name in pair]
-        for (slot, _, _), name, dim in zip(self.layout.slots, names, dims, strict=True):
+        for slot, name, dim in zip(self.layout.slots, names, self.layout.token_dims, strict=True):
             value = values[name]
-            slots[slot] = value.narrow(dim, value.shape[dim] - tokens, tokens)
+            slots[slot.name] = value.narrow(dim, value.shape[dim] - tokens, tokens)
         return slots
 
     def _arguments(self, args: Sequence[Any]) -> dict[str, Tensor]:
         """The canonical graph's inputs, in the layout that the programs were compiled for."""
         values: dict[str, Tensor] = {}
-        for position, argument in enumerate(self.layout.arguments):
-            name, value = f"input{position}", args[argument]
-            bad = name in self.layout.dense_inputs and not value.is_contiguous()
-            bad |= name in self.layout.last_dim_inputs and value.stride(-1) != 1
-            values[name] = value.contiguous() if bad else value
+        for given, argument in zip(self.layout.inputs, self.layout.arguments, strict=True):
+            value = args[argument]
+            if given.strided:
+                fits = value.stride(-1) == 1
+            else:
+                fits = not given.symbolic or value.is_contiguous()
+            values[given.name] = value if fits else value.contiguous()
         return values
+
+
+def _empty(slot: Input, state: BlockState) -> Tensor:
+    """Slots that nobody has written: no memory, and no layer reads them."""
+    batch, tokens = state.masked.shape
+    shape = [length(extent, {"batch": batch, "token": tokens}) for extent in slot.shape]
+    return torch.zeros(shape[-1:], dtype=slot.dtype, device=slot.device).expand(shape)

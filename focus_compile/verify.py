@@ -1,6 +1,7 @@
 """Recompute every value of a graph under its fake mode and compare with what the nodes claim.
 
-``graph.lint()`` accepts a stale shape; this does not.
+``graph.lint()`` accepts a stale shape; this does not. Nor does it accept a size that became a
+literal: the numbers that stand for sizes are unmistakable (:mod:`focus_compile.inputs`).
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
-from focus_compile.axes import expr_of, graph_inputs
+from focus_compile.axes import graph_inputs
+from focus_compile.inputs import is_generic
 from focus_compile.replay import fake_mode_of
 
 __all__ = ["InvalidGraph", "verify"]
@@ -37,12 +40,19 @@ class _Recompute(Interpreter):
 
 
 def _facts(value: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(expr_of(size) for size in value.shape), value.dtype, value.device
+    return tuple(value.shape), value.dtype, value.device
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def verify(gm: GraphModule) -> None:
     """Raise :class:`InvalidGraph` if a recorded shape, dtype or device is not true."""
     gm.graph.lint()
+    for node in gm.graph.nodes:
+        if any(is_generic(leaf) for leaf in tree_leaves((node.args, node.kwargs)) if _is_int(leaf)):
+            raise InvalidGraph(f"a size became a constant: {node.format_node()}")
     values = [node.meta["val"] for node in graph_inputs(gm)]
     with fake_mode_of(gm), torch.no_grad():
         _Recompute(gm).run(*values)

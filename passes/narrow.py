@@ -16,19 +16,14 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Dim, Role, tensor_of
 from focus_compile.errors import Unsupported
+from focus_compile.inputs import is_generic
 from focus_compile.ops import focus
-from focus_compile.plan import Domain, Place, Plan
+from focus_compile.plan import Domain, Place, Plan, slot_name
 from focus_compile.replay import Replay, fake_mode_of
 from focus_compile.rules import POINTWISE, RESHAPES, aten, propagate
 from focus_compile.sites import Site, Write
-from focus_compile.symbols import HINTS, Symbols
 
-__all__ = ["merged_name", "narrow", "slot_name"]
-
-
-def slot_name(layer: int, part: int) -> str:
-    """Input that holds the stale keys (part 0) or values (part 1) of a layer."""
-    return f"slots{layer}_{'kv'[part]}"
+__all__ = ["merged_name", "narrow"]
 
 
 def merged_name(layer: int, part: int) -> str:
@@ -59,7 +54,6 @@ class _Narrow:
         self.plan = plan
         self.axes: AxisMap = propagate(gm)
         self.replay = Replay(gm, fake_mode_of(gm))
-        self.symbols = Symbols.of(gm)
         self.env: dict[Node, Node] = {}
         self.converted: dict[tuple[Node, Domain | None, int | None], Node] = {}
         self.nodes = {node.name: node for node in gm.graph.nodes}
@@ -91,37 +85,21 @@ class _Narrow:
     # -- inputs ----------------------------------------------------------------------------------
 
     def _inputs(self) -> None:
-        value = tensor_of(self.nodes["masked"])
-        batch, tokens = value.shape
-        sizes = {
-            name: self.symbols.make(name, HINTS[name])
-            for name in ("fed", "fed_row", "retained", "retained_row")
+        given = {
+            name: self.replay.given(self.plan.inputs[name])
+            for name in self.plan.inputs
+            if name not in self.nodes
         }
-
-        def given(name: str, *shape: Any, dtype: torch.dtype = torch.int64) -> Node:
-            fake = self.symbols.tensor(shape, dtype, value.device)
-            return self.replay.placeholder(name, fake)
-
-        self.tokens = {
-            Domain.FED: given("fed_tokens", sizes["fed"]),
-            Domain.RETAINED: given("tokens", sizes["retained"]),
+        self.tokens = {Domain.FED: given["fed_tokens"], Domain.RETAINED: given["tokens"]}
+        self.rows = {Domain.FED: given["fed_rows"], Domain.RETAINED: given["rows"]}
+        self.inverse = {Domain.FED: given["fed_inverse"]}
+        self.written = (given["written01"], given["written"])
+        self.prefix = given["prefix_visibility"]
+        self.slots = {
+            (site.layer, part): given[slot_name(site.layer, part)]
+            for site in self.plan.sites
+            for part in (0, 1)
         }
-        self.rows = {
-            Domain.FED: given("fed_rows", batch, sizes["fed_row"]),
-            Domain.RETAINED: given("rows", batch, sizes["retained_row"]),
-        }
-        self.inverse = {Domain.FED: given("fed_inverse", batch, tokens)}
-        self.written = (
-            given("written01", batch, tokens, dtype=torch.bool),
-            given("written", batch, tokens, dtype=torch.bool),
-        )
-        self.prefix = given("prefix_visibility", dtype=torch.bool)
-        self.slots: dict[tuple[int, int], Node] = {}
-        for site in self.plan.sites:
-            for part, write in enumerate(site.writes):
-                name = slot_name(site.layer, part)
-                fake = self.symbols.strided(tensor_of(self.nodes[write.new]), name)
-                self.slots[site.layer, part] = self.replay.placeholder(name, fake)
         self.keep = {Domain.FED: self.env[self.nodes["fed"]]}
         self.visible: dict[int, Node] = {}
 
@@ -175,13 +153,16 @@ class _Narrow:
         sizes: list[Node | int] = []
         for axis in self.axes.resolve(dim):
             if axis.role is Role.TOKEN:
-                sizes.append(self.replay.size(self.tokens[domain], 0))
+                sizes.append(self._count(domain))
             elif axis.role is None:
-                size = self.axes.expr(axis.size)
-                if not size.is_Integer:
+                size = int(self.axes.expr(axis.size))
+                if is_generic(size):
                     raise Unsupported("a packed value has an axis of unknown size", node)
-                sizes.append(int(size))
+                sizes.append(size)
         return self.replay.product(*sizes)
+
+    def _count(self, domain: Domain) -> Node:
+        return self.replay.size(self.tokens[domain], 0)
 
     def _attend(self, node: Node, site: Site) -> None:
         """Unpack the retained queries to rows, attend to history and visible slots, pack again."""

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch.fx import GraphModule
 
-from focus_compile.axes import tensor_of
 from focus_compile.ops import focus
 from focus_compile.plan import Plan
 from focus_compile.replay import Replay
-from focus_compile.symbols import Symbols
 
 __all__ = ["CONTROL", "retain"]
 
@@ -30,22 +27,11 @@ def retain(gm: GraphModule, plan: Plan) -> GraphModule:
     ``alpha`` fp32 ``[]``, ``signal_weights`` fp32 ``[2]`` and ``signal_bias`` fp32 ``[B, T]``.
     """
     replay, nodes, outputs = Replay.copy(gm)
-    symbols = Symbols.of(gm)
     masked = nodes["masked"]
-    value = tensor_of(masked)
-    batch, device = value.shape[0], value.device
-
-    def given(
-        name: str, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype
-    ) -> torch.fx.Node:
-        return replay.placeholder(name, symbols.tensor(shape, dtype, device))
-
-    fed = given("fed", tuple(value.shape), torch.bool)
-    progress = given("progress", (batch,), torch.int64)
-    average = given("average", (batch,), torch.float32)
-    alpha = given("alpha", (), torch.float32)
-    weights = given("signal_weights", (2,), torch.float32)
-    bias = given("signal_bias", tuple(value.shape), torch.float32)
+    fed, progress, average, alpha, weights, bias = (
+        replay.given(plan.inputs[name])
+        for name in ("fed", "progress", "average", "alpha", "signal_weights", "signal_bias")
+    )
     with replay.before(nodes[plan.sites[1].region[0]]):
         delta = replay.call(
             focus.signal.default,

@@ -5,14 +5,11 @@ q0, k0  ->  importance0 = focus.importance(q0, k0, masked, scale)      likewise 
 
 from __future__ import annotations
 
-import torch
 from torch.fx import GraphModule
 
-from focus_compile.axes import tensor_of
 from focus_compile.ops import focus
 from focus_compile.plan import Plan
 from focus_compile.replay import Replay
-from focus_compile.symbols import Symbols
 
 __all__ = ["score"]
 
@@ -20,10 +17,7 @@ __all__ = ["score"]
 def score(gm: GraphModule, plan: Plan) -> GraphModule:
     """Insert ``focus.importance`` at layers 0 and 1; adds the input ``masked`` bool ``[B, T]``."""
     replay, nodes, outputs = Replay.copy(gm)
-    ids = tensor_of(nodes[plan.ids])
-    shape = ids.shape if ids.dim() == 2 else (1, *ids.shape)
-    fake = Symbols.of(gm).tensor(shape, torch.bool, ids.device)
-    masked = replay.placeholder("masked", fake)
+    masked = replay.given(plan.inputs["masked"])
     for site in plan.sites[:2]:
         query, key = nodes[site.query], nodes[site.writes[0].new]
         with replay.before(nodes[site.region[0]]):
