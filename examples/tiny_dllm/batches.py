@@ -1,4 +1,4 @@
-"""Training batches of both stages, each a pure function of (seed, step).
+"""Training batches of the three stages, each a pure function of (seed, step).
 
 A batch holds examples of all tasks and of one rough size, so that little of it is padding.
 Everything is padded on the left; position ids count real tokens from 0.
@@ -32,11 +32,18 @@ class Batch:
     task: Tensor  # [B] index into TASKS
 
 
-def draw(seed: int, stage: str, step: int, count: int, longest: float) -> list[Example]:
-    """`count` examples of similar length; up to `longest` (0..1), all lengths equally frequent."""
-    rng = random.Random(f"{stage}/{seed}/{step}")
-    centre = rng.uniform(-0.05, longest + 0.05)
-    return [rng.choice(TASKS).example(rng, centre + rng.uniform(-0.1, 0.1)) for _ in range(count)]
+def draw(name: str, count: int, sizes: tuple[float, float], mix: Sequence[float]) -> list[Example]:
+    """`count` examples of similar length, all lengths within `sizes` (0..1) equally frequent.
+
+    `name` seeds the draw; `mix` weighs the tasks in the order of TASKS.
+    """
+    rng = random.Random(name)
+    centre = rng.uniform(sizes[0] - 0.05, sizes[1] + 0.05)
+    drawn = []
+    for _ in range(count):
+        (task,) = rng.choices(TASKS, mix) if len(set(mix)) > 1 else (rng.choice(TASKS),)
+        drawn.append(task.example(rng, centre + rng.uniform(-0.1, 0.1)))
+    return drawn
 
 
 def _tasks(examples: Sequence[Example]) -> Tensor:
@@ -73,6 +80,40 @@ def autoregressive(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFa
 
 def _positions(real: Tensor) -> Tensor:
     return (real.cumsum(1) - 1).clamp(min=0)
+
+
+def pointwise(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> Batch:
+    """[prompt | clean answer | one mask per answer token]: block diffusion with blocks of one.
+
+    The prompt sees the whole prompt, the clean answer is causal, each mask sees the clean tokens
+    before its position and itself. Every target is determined, and is read where its mask stands.
+    """
+    prompts = [tokenizer.encode(example.prompt) for example in examples]
+    answers = [[*tokenizer.encode(e.answer), tokenizer.eos_token_id] for e in examples]
+    pad = tokenizer.pad_token_id
+    ids, real = _left_pad([p + a for p, a in zip(prompts, answers, strict=True)], pad)
+    kinds = [
+        [0] * len(p) + list(range(1, len(a) + 1)) for p, a in zip(prompts, answers, strict=True)
+    ]
+    order, _ = _left_pad(kinds, 0)
+    rows, clean = ids.shape
+    tail = max(map(len, answers))
+    own_order, target, masked = order[:, -tail:], ids[:, -tail:], order[:, -tail:] > 0
+    length = clean + tail
+    visible = torch.zeros(rows, length, length, dtype=torch.bool)
+    visible[:, :clean, :clean] = order[:, :, None] >= order[:, None, :]
+    visible[:, clean:, :clean] = own_order[:, :, None] > order[:, None, :]
+    visible[:, :, :clean] &= real[:, None, :]
+    visible |= torch.eye(length, dtype=torch.bool)
+    positions = _positions(real)
+    return Batch(
+        torch.cat([ids, torch.full_like(target, tokenizer.mask_token_id)], 1),
+        torch.cat([positions, positions[:, -tail:]], 1),
+        visible[:, None],
+        torch.cat([ids, target], 1),
+        torch.cat([torch.zeros(rows, clean), masked.float()], 1),
+        _tasks(examples),
+    )
 
 
 def noise(shape: tuple[int, int], generator: torch.Generator) -> Tensor:

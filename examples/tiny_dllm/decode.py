@@ -64,7 +64,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> tuple[
         unknown = [
             prompt[start:end]
             for token, (start, end) in zip(row, encoded["offset_mapping"], strict=True)
-            if token == tokenizer.unk_token_id
+            if token in tokenizer.all_special_ids
         ]
         if unknown:
             words = ", ".join(map(repr, unknown))
@@ -84,9 +84,7 @@ def first_max(values: Tensor) -> Tensor:
     return (values == values.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)
 
 
-def choose(
-    logits: Tensor, masked: Tensor, threshold: float, mask_id: int
-) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, masked: Tensor, threshold: float, mask_id: int) -> tuple[Tensor, Tensor]:
     """The tokens [B, T], and which positions are decoded: the sure ones, or the surest one."""
     never = torch.arange(logits.shape[-1]) == mask_id  # a mask decoded as a mask would not end
     logits = logits.float().masked_fill(never, float("-inf"))

@@ -133,6 +133,7 @@ def plot(report: dict[str, dict], path: Path) -> None:
 
 
 def main(
+    *,
     steps: Annotated[int, typer.Option(min=1, help="fewest steps per task")] = 2000,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     seed: int = 2,

@@ -46,6 +46,7 @@ def score(drawn: list[Example], decoded: list[Decoded]) -> dict[str, object]:
 
 
 def main(
+    *,
     n: Annotated[int, typer.Option(min=1, help="prompts per task")] = 1000,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     seed: int = 1,

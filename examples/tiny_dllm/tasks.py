@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from string import ascii_lowercase
 
 MAX_PROMPT = 66  # tokens of the longest prompt that the generators make
@@ -68,7 +69,7 @@ def _draw_chain(rng: random.Random, size: float) -> str:
     hops = _between(2, CHAIN_HOPS[count], size)
     nodes = rng.sample(ascii_lowercase, count * (hops + 1))
     paths = [nodes[c * (hops + 1) : (c + 1) * (hops + 1)] for c in range(count)]
-    pairs = [f"{a}{b};" for path in paths for a, b in zip(path, path[1:], strict=False)]
+    pairs = [f"{a}{b};" for path in paths for a, b in pairwise(path)]
     rng.shuffle(pairs)
     return "chain:" + ";".join(path[0] for path in paths) + "|" + "".join(pairs) + "="
 

@@ -1,4 +1,4 @@
-"""Train the model from scratch: autoregressive first, then adapted to block diffusion.
+"""Train the model from scratch: autoregressive, then block diffusion with blocks of 1, then 32.
 
     python train.py --work WORK_FOLDER --out checkpoint
 
@@ -44,9 +44,11 @@ class Stage:
     warmup: int = 50
     decay: float = 0.3  # the last part of the stage, over which the rate falls to 5 %
     grow: tuple[int, int] = (0, 0)  # only short examples before, all lengths after these steps
+    shortest: float = 0.0
+    mix: tuple[float, ...] = (1.0,) * len(TASKS)
 
     def rate_at(self, step: int) -> float:
-        left = (self.steps - step) / (self.decay * self.steps)
+        left = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
         return self.rate * min((step + 1) / self.warmup, 1.0, 0.05 + 0.95 * left)
 
     def longest_at(self, step: int) -> float:
@@ -55,12 +57,22 @@ class Stage:
 
 
 def make_batch(
-    stage: Stage, seed: int, step: int, size: int, copies: int, tokenizer: PreTrainedTokenizerFast
+    stage: Stage,
+    step: int,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    size: int,
+    copies: int,
 ) -> batches.Batch:
     """The batch of a step, the same whether training was interrupted or not."""
-    drawn = batches.draw(seed, stage.name, step, size, stage.longest_at(step))
+    drawn = batches.draw(
+        f"{stage.name}/{seed}/{step}", size, (stage.shortest, stage.longest_at(step)), stage.mix
+    )
     if stage.name == "autoregressive":
         return batches.autoregressive(drawn, tokenizer)
+    if stage.name == "pointwise":
+        return batches.pointwise(drawn, tokenizer)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return batches.diffusion(drawn, tokenizer, generator, copies)
 
@@ -133,7 +145,7 @@ def run_stage(
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = stage.rate_at(step)
-            batch = make_batch(stage, seed, step, size, copies, tokenizer)
+            batch = make_batch(stage, step, tokenizer, seed=seed, size=size, copies=copies)
             record = train_step(model, optimizer, batch, bf16)
             seconds += time.perf_counter() - start
             log.write(
@@ -153,6 +165,7 @@ def run_stage(
 
 
 def main(
+    *,
     work: Annotated[Path, typer.Option(help="folder of states and of the loss log")],
     out: Annotated[Path, typer.Option(help="folder of the finished checkpoint")],
     seed: int = 0,
@@ -162,11 +175,13 @@ def main(
     batch: int = 64,
     copies: Annotated[int, typer.Option(help="noised versions of each sampled block")] = 2,
     autoregressive_steps: int = 600,
-    diffusion_steps: int = 1600,
+    pointwise_steps: int = 120,
+    diffusion_steps: int = 500,
+    polish_steps: int = 500,
     save_every: int = 50,
     bf16: Annotated[bool, typer.Option(help="autocast matrix products to bfloat16")] = True,
 ) -> None:
-    """Train both stages and write the checkpoint in Hugging Face format."""
+    """Train the three stages and write the checkpoint in Hugging Face format."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
@@ -175,7 +190,9 @@ def main(
     model.train()
     for stage in (
         Stage("autoregressive", autoregressive_steps, rate=2e-3, grow=(200, 400)),
-        Stage("diffusion", diffusion_steps, rate=1.5e-3),
+        Stage("pointwise", pointwise_steps, rate=1.5e-3, decay=0.1),
+        Stage("diffusion", diffusion_steps, rate=1.5e-3, decay=0.0),
+        Stage("polish", polish_steps, rate=1.5e-3, decay=1.0, shortest=0.2, mix=(0.5, 0.35, 0.15)),
     ):
         run_stage(
             model,
