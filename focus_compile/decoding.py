@@ -6,12 +6,18 @@ docs/algorithm.md section 7. Plain tensors in, plain tensors out; no model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-__all__ = ["STRATEGIES", "Candidates", "choose", "propose"]
+__all__ = ["STRATEGIES", "Candidates", "Decoder", "choose", "count_per_step", "propose", "warpers"]
 
 STRATEGIES = ("threshold", "fixed", "sequential")
 
@@ -29,8 +35,9 @@ def propose(
     where: Tensor,
     context: Tensor,
     processors: LogitsProcessorList,
-    sample: bool,
-    generator: torch.Generator | None,
+    *,
+    sample: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Candidates:
     """Sampled (or greedy) token and its probability at the positions of ``where``.
 
@@ -39,9 +46,10 @@ def propose(
         sample: draw from the processed distribution; else take its largest, ties to the lowest id.
     """
     rows = where.nonzero()[:, 0]
-    scores = (
-        processors(context[rows], logits[where].float()) if processors else logits[where].float()
-    )
+    scores = logits[where].float()
+    if processors:
+        before: Any = context[rows]
+        scores = processors(before, scores)
     probabilities = torch.softmax(scores, dim=-1)
     if sample:
         picked = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
@@ -56,12 +64,18 @@ def propose(
 
 
 def choose(
-    candidates: Candidates, where: Tensor, strategy: str, threshold: float, count: int
+    candidates: Candidates,
+    where: Tensor,
+    strategy: str,
+    *,
+    threshold: float,
+    count: int,
+    strict: bool = False,
 ) -> Tensor:
     """Positions to decode, bool ``[B, T]``, at least one in each row that has a candidate.
 
-    ``threshold``: every confidence >= ``threshold``, or else the most confident; ``fixed``: the
-    ``count`` most confident; ``sequential``: the ``count`` leftmost. Ties go to the left.
+    ``threshold``: every confidence >= ``threshold`` (``strict``: > it), or else the most confident;
+    ``fixed``: the ``count`` most confident; ``sequential``: the ``count`` leftmost. Ties go left.
     """
     if strategy == "sequential":
         return where & (where.cumsum(1) <= count)
@@ -69,4 +83,70 @@ def choose(
     rank = order.argsort(1)
     if strategy == "fixed":
         return where & (rank < count)
-    return where & ((candidates.confidence >= threshold) | (rank == 0))
+    confidence = candidates.confidence
+    passing = confidence > threshold if strict else confidence >= threshold
+    return where & (passing | (rank == 0))
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How a generation turns logits into tokens; checks itself.
+
+    Attributes:
+        strategy: one of ``STRATEGIES``; threshold: of confidence; count: tokens per step.
+        processors: what logits go through; sample: whether tokens are drawn, with ``generator``.
+    """
+
+    strategy: str
+    threshold: float
+    count: int
+    processors: LogitsProcessorList
+    sample: bool
+    generator: torch.Generator | None
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"remasking_strategy={self.strategy!r}: expected one of {STRATEGIES}")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(
+                f"confidence_threshold={self.threshold}: expected a number from 0 to 1"
+            )
+        if self.count < 1:
+            raise ValueError(f"tokens_per_step={self.count}: expected at least 1")
+
+    def step(self, logits: Tensor, where: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions to decode bool ``[B, T]``, and tokens int64 ``[B, T]`` for them."""
+        candidates = propose(
+            logits, where, context, self.processors, sample=self.sample, generator=self.generator
+        )
+        chosen = choose(
+            candidates, where, self.strategy, threshold=self.threshold, count=self.count
+        )
+        return chosen, candidates.tokens
+
+
+def warpers(
+    given: LogitsProcessorList | None, temperature: float, top_k: int | None, top_p: float | None
+) -> LogitsProcessorList:
+    """The caller's processors, then those that sampling needs; none of these at temperature 0."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature}: expected a number >= 0")
+    processors = LogitsProcessorList(given or [])
+    if temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k is not None:
+            processors.append(TopKLogitsWarper(top_k))
+        if top_p is not None:
+            processors.append(TopPLogitsWarper(top_p))
+    return processors
+
+
+def count_per_step(block: int, steps: int | None, count: int | None) -> int:
+    """From ``denoising_steps`` or ``tokens_per_step``, whichever is given; else 1."""
+    if steps is not None and count is not None:
+        raise ValueError("give denoising_steps or tokens_per_step, not both")
+    if steps is None:
+        return 1 if count is None else count
+    if steps < 1:
+        raise ValueError(f"denoising_steps={steps}: expected at least 1")
+    return -(-block // steps)

@@ -8,17 +8,10 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from focus_compile.decoding import STRATEGIES, choose, propose
+from focus_compile.decoding import Decoder, count_per_step, warpers
 from focus_compile.session import Session, current_session, session
 
 __all__ = ["Generated", "generate"]
@@ -35,7 +28,7 @@ class Generated:
         decoded: tokens decoded by these.
         fed_fraction, retained_fraction: of the block's tokens, over all denoising forwards; 1 for
             a model that computes every token.
-        focus_steps: denoising forwards that ran FOCUS's prefix and suffix.
+        retain_masks: bool ``[B, T]`` of each denoising forward that ran FOCUS's prefix and suffix.
     """
 
     sequences: Tensor
@@ -44,7 +37,12 @@ class Generated:
     decoded: int = 0
     fed_fraction: float = 1.0
     retained_fraction: float = 1.0
-    focus_steps: int = 0
+    retain_masks: list[Tensor] = field(default_factory=list)
+
+    @property
+    def focus_steps(self) -> int:
+        """Denoising forwards that ran FOCUS's prefix and suffix."""
+        return len(self.retain_masks)
 
     @property
     def tokens_per_forward(self) -> float:
@@ -52,13 +50,40 @@ class Generated:
         return self.decoded / self.forwards if self.forwards else 0.0
 
 
-@dataclass
 class _Rows:
     """The growing batch: sequences ``[B, L]``, validity of their tokens, rows that go on."""
 
-    sequences: Tensor
-    valid: Tensor
-    active: Tensor
+    def __init__(self, model: nn.Module, ids: Tensor, valid: Tensor) -> None:
+        self.model = model
+        self.sequences, self.valid = ids, valid
+        self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        config: Any = model.config
+        self.cache = DynamicCache(config=config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of the last ``T`` tokens of the rows; the cache must hold those before."""
+        length = ids.shape[1]
+        places = self.valid.long().cumsum(1) - 1
+        out = self.model(
+            input_ids=ids,
+            attention_mask=self.valid[:, None, None, :].expand(-1, 1, length, -1),
+            position_ids=places.clamp_min(0)[:, -length:],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        logits: Tensor = out.logits
+        return logits
+
+    def open_block(self, length: int, token: int, fill: int) -> tuple[Tensor, Tensor]:
+        """Ids and masks of a new block: masks in active rows, ``fill`` in idle ones."""
+        masked = self.active.unsqueeze(1).expand(-1, length)
+        self.valid = torch.cat([self.valid, torch.ones_like(masked)], 1)
+        return torch.where(masked, token, fill), masked
+
+    def commit(self, block: Tensor) -> None:
+        """Store the exact keys and values of a decoded block."""
+        self.forward(block)
+        self.sequences = torch.cat([self.sequences, block], 1)
 
 
 @torch.no_grad()
@@ -105,7 +130,8 @@ def generate(
         denoising_steps: sets ``tokens_per_step`` to ``ceil(block_length / denoising_steps)``.
         temperature: 0 decodes greedily; else tokens are sampled, after ``top_k`` and ``top_p``.
         eos_token_id: ends a row; ``eos_early_stop=False`` goes on to the end of the last block.
-        streamer: gets each committed block (batch size 1). progress: show a bar.
+        streamer: gets the prompt, then each committed block, as from transformers (whose own
+            streamers take one row). progress: show a bar.
 
     Returns:
         sequences int64 ``[B, P + new]``, or :class:`Generated`.
@@ -113,72 +139,41 @@ def generate(
     Raises:
         ValueError: an argument is out of range.
     """
-    count = _tokens_per_step(block_length, denoising_steps, tokens_per_step)
-    _check(input_ids, max_new_tokens, block_length, remasking_strategy, confidence_threshold)
-    processors = _processors(logits_processor, temperature, top_k, top_p)
-    pad = pad_token_id if pad_token_id is not None else eos_token_id
+    _check(input_ids, attention_mask, max_new_tokens, block_length)
+    decoder = Decoder(
+        remasking_strategy,
+        confidence_threshold,
+        count_per_step(block_length, denoising_steps, tokens_per_step),
+        warpers(logits_processor, temperature, top_k, top_p),
+        temperature > 0,
+        generator,
+    )
+    pad = eos_token_id if pad_token_id is None else pad_token_id
     fill = mask_token_id if pad is None else pad
     valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    batch = input_ids.shape[0]
-    active = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    rows = _Rows(input_ids, valid.bool(), active)
+    rows = _Rows(model, input_ids, valid.bool())
     result = Generated(input_ids)
-    cache = DynamicCache(config=model.config)
-    blocks = -(-max_new_tokens // block_length)
-
-    def forward(ids: Tensor) -> Tensor:
-        """Feed the last ``T`` tokens of the rows; the cache must hold the others."""
-        length = ids.shape[1]
-        places = rows.valid.long().cumsum(1) - 1
-        mask = rows.valid[:, None, None, :].expand(-1, 1, length, -1)
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=places.clamp_min(0)[:, -length:],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.logits
-
+    if streamer is not None:
+        streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
     outer = current_session() or Session()
     with (
         session(mask_token_id, outer.alpha, outer.visibility, outer.signal) as focus,
         Progress(disable=not progress, transient=True) as bar,
     ):
         focus.commits_exactly = True
-        task = bar.add_task("blocks", total=blocks)
         focus.masked = torch.zeros_like(input_ids, dtype=torch.bool)
-        forward(input_ids)
+        rows.forward(input_ids)
+        blocks = -(-max_new_tokens // block_length)
+        task = bar.add_task("blocks", total=blocks)
         for _ in range(blocks):
-            block = torch.full((batch, block_length), mask_token_id, device=input_ids.device)
-            block = torch.where(rows.active.unsqueeze(1), block, fill)
-            masked = rows.active.unsqueeze(1).expand(batch, block_length)
-            rows.valid = torch.cat([rows.valid, torch.ones_like(block, dtype=torch.bool)], 1)
-            steps = torch.zeros(batch, dtype=torch.int64, device=input_ids.device)
-            while bool(masked.any()):
-                steps += masked.any(1)
-                focus.masked, focus.retain_mask = masked, None
-                logits = forward(block)
-                cache.crop(-block_length)
-                where = masked
-                if focus.retain_mask is not None:
-                    where = masked & focus.retain_mask
-                    result.focus_steps += 1
-                candidates = propose(
-                    logits, where, rows.sequences, processors, temperature > 0, generator
-                )
-                chosen = choose(candidates, where, remasking_strategy, confidence_threshold, count)
-                block = torch.where(chosen, candidates.tokens, block)
-                masked = masked & ~chosen
-                result.forwards += 1
-                result.decoded += int(chosen.sum())
+            block, masked = rows.open_block(block_length, mask_token_id, fill)
+            block = _denoise(rows, decoder, focus, result, block=block, masked=masked)
             focus.masked = torch.zeros_like(masked)
-            forward(block)
-            rows.sequences = torch.cat([rows.sequences, block], 1)
-            result.steps_per_block.append(steps)
+            rows.commit(block)
+            done = _after_end(rows.sequences, input_ids.shape[1], eos_token_id, fill)
             if streamer is not None:
-                streamer.put(block.cpu())
-            _stop(rows, block, eos_token_id, eos_early_stop, stopping_criteria)
+                streamer.put(done[:, -block_length:].cpu())  # type: ignore[no-untyped-call]
+            _stop(rows, block, eos_token_id if eos_early_stop else None, stopping_criteria)
             bar.advance(task)
             if not bool(rows.active.any()):
                 break
@@ -186,54 +181,60 @@ def generate(
             result.fed_fraction = focus.stats.fed_fraction
             result.retained_fraction = focus.stats.retained_fraction
     if streamer is not None:
-        streamer.end()
-    result.sequences = _after_end(rows.sequences, input_ids.shape[1], eos_token_id, fill)
+        streamer.end()  # type: ignore[no-untyped-call]
+    result.sequences = done
     return result if return_dict else result.sequences
 
 
-def _tokens_per_step(block: int, steps: int | None, count: int | None) -> int:
-    if steps is not None and count is not None:
-        raise ValueError("give denoising_steps or tokens_per_step, not both")
-    if steps is not None:
-        if steps < 1:
-            raise ValueError(f"denoising_steps={steps}: expected at least 1")
-        return -(-block // steps)
-    if count is not None and count < 1:
-        raise ValueError(f"tokens_per_step={count}: expected at least 1")
-    return count or 1
+def _denoise(
+    rows: _Rows,
+    decoder: Decoder,
+    focus: Session,
+    result: Generated,
+    *,
+    block: Tensor,
+    masked: Tensor,
+) -> Tensor:
+    """Decode every mask of a block; the cache is as it was."""
+    steps = torch.zeros_like(rows.active, dtype=torch.int64)
+    while bool(masked.any()):
+        steps += masked.any(1)
+        focus.masked, focus.retain_mask = masked, None
+        logits = rows.forward(block)
+        rows.cache.crop(-block.shape[1])
+        where = masked
+        if focus.retain_mask is not None:
+            where = masked & focus.retain_mask
+            result.retain_masks.append(focus.retain_mask)
+        chosen, tokens = decoder.step(logits, where, rows.sequences)
+        block = torch.where(chosen, tokens, block)
+        masked = masked & ~chosen
+        result.forwards += 1
+        result.decoded += int(chosen.sum())
+    result.steps_per_block.append(steps)
+    return block
 
 
-def _check(ids: Tensor, new: int, block: int, strategy: str, threshold: float) -> None:
+def _check(ids: Tensor, valid: Tensor | None, new: int, block: int) -> None:
     if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
         raise ValueError(
             f"input_ids has shape {tuple(ids.shape)}: expected [batch, prompt], not empty"
         )
+    if valid is not None and valid.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(valid.shape)}: input_ids has {tuple(ids.shape)}"
+        )
+    if valid is not None and not bool(valid[:, -1].all()):
+        raise ValueError("attention_mask ends with 0: expected prompts padded on the left")
     if new < 1 or block < 1:
         raise ValueError(f"max_new_tokens={new}, block_length={block}: expected at least 1")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"remasking_strategy={strategy!r}: expected one of {STRATEGIES}")
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"confidence_threshold={threshold}: expected a number from 0 to 1")
-
-
-def _processors(
-    given: LogitsProcessorList | None, temperature: float, top_k: int | None, top_p: float | None
-) -> LogitsProcessorList:
-    processors = LogitsProcessorList(given or [])
-    if temperature > 0:
-        processors.append(TemperatureLogitsWarper(temperature))
-        if top_k is not None:
-            processors.append(TopKLogitsWarper(top_k))
-        if top_p is not None:
-            processors.append(TopPLogitsWarper(top_p))
-    return processors
 
 
 def _stop(
-    rows: _Rows, block: Tensor, eos: int | None, early: bool, criteria: StoppingCriteriaList | None
+    rows: _Rows, block: Tensor, eos: int | None, criteria: StoppingCriteriaList | None
 ) -> None:
     """Mark rows that have ended."""
-    if eos is not None and early:
+    if eos is not None:
         rows.active = rows.active & ~(block == eos).any(1)
     if criteria:
         none: Any = None
