@@ -3,11 +3,13 @@
 from focus_compile.backend import focus_backend
 from focus_compile.config import FocusConfig
 from focus_compile.errors import EvictedTokenDecoded, UncommittedHistory, Unsupported
+from focus_compile.explain import Explanation, explain
 from focus_compile.generate import Generated, generate
 from focus_compile.session import Session, SessionStats, Signal, Step, session
 
 __all__ = [
     "EvictedTokenDecoded",
+    "Explanation",
     "FocusConfig",
     "Generated",
     "Session",
@@ -16,6 +18,7 @@ __all__ = [
     "Step",
     "UncommittedHistory",
     "Unsupported",
+    "explain",
     "focus_backend",
     "generate",
     "session",

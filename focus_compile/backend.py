@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
@@ -23,7 +24,7 @@ from focus_compile.rewrite import rewrite
 from focus_compile.rules import cat_parts
 from focus_compile.runtime import Executable, Layout
 
-__all__ = ["Analysis", "analyze", "focus_backend"]
+__all__ = ["Analysis", "analyze", "focus_backend", "has_attention"]
 
 log = logging.getLogger(__name__)
 
@@ -69,24 +70,56 @@ def focus_backend(
     patches = config.patches()
 
     def compile_inner(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return (
-            inner(graph, inputs, config_patches=patches)
-            if inner is compile_fx
-            else inner(graph, inputs)
-        )
+        if inner is compile_fx:
+            return compile_fx(graph, inputs, config_patches=patches)
+        return inner(graph, inputs)
 
+    _report_recompile_limit()
     try:
+        if not has_attention(gm):
+            log.debug("no attention in this graph of %d nodes: unchanged", len(gm.graph.nodes))
+            return compile_inner(gm, example_inputs)
+        _refuse_autograd(example_inputs)
         analysis = analyze(gm)
     except Unsupported as refusal:
         if config.strict:
             raise
-        torch._logging.warning_once(
-            log, "backend 'focus' compiles this graph unchanged: %s", refusal
-        )
+        torch._logging.warning_once(log, "backend 'focus' leaves this graph as it is: %s", refusal)
         return compile_inner(gm, example_inputs)
     dense = compile_inner(gm, example_inputs)
     programs = make_programs(analysis.halves, analysis.inputs, compile_inner)
     return Executable(dense, analysis.halves, analysis.layout, config, programs)
+
+
+def has_attention(gm: GraphModule) -> bool:
+    """Whether Dynamo's graph calls attention or a softmax: samplers and mask builders do not."""
+    names = ("scaled_dot_product_attention", "softmax", "flex_attention", "_softmax")
+    return any(
+        node.op in ("call_function", "call_method")
+        and (node.target if isinstance(node.target, str) else node.target.__name__) in names
+        for node in gm.graph.nodes
+    )
+
+
+def _refuse_autograd(example_inputs: Sequence[Any]) -> None:
+    if torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
+    ):
+        raise Unsupported("gradients are enabled: call the model under torch.no_grad()")
+
+
+def _report_recompile_limit() -> None:
+    """Say so when this is the last graph that Dynamo compiles of a function."""
+    compile_id = CompileContext.current_compile_id()
+    limit = torch._dynamo.config.recompile_limit
+    if compile_id is not None and compile_id.frame_compile_id == limit - 1:
+        torch._logging.warning_once(
+            log,
+            "this is the last of %d graphs that Dynamo compiles of this function; later calls that "
+            "match none of them run eagerly. Pass the same kinds of arguments in every call, or "
+            "raise torch._dynamo.config.recompile_limit",
+            limit,
+        )
 
 
 def analyze(gm: GraphModule) -> Analysis:

@@ -76,6 +76,8 @@ class BlockState:
     def observe(self, ids: Tensor, masked: Tensor, history: History) -> None:
         """Take in the next masked call: new blocks, and what was decoded since the last one.
 
+        A mask-free call in between (a commit, or another request's prefill) ended every block.
+
         Raises:
             UncommittedHistory: the history grew, but no dense call stored exact K/V for it.
             EvictedTokenDecoded: a position was decoded that the last call had evicted.
@@ -84,7 +86,8 @@ class BlockState:
             raise UncommittedHistory(self.history.length, history.length)
         decoded = self.masked & ~masked
         changed = (~self.masked & (masked | (ids != self.ids))).any(1)
-        fresh = changed | ~torch.as_tensor(history.same_rows(self.history), device=ids.device)
+        same = torch.as_tensor(history.same_rows(self.history), device=ids.device)
+        fresh = changed | ~same | self.committed
         wrong = decoded & ~self.retained & ~fresh.unsqueeze(1)
         if bool(wrong.any()):
             row, position = wrong.nonzero()[0].tolist()

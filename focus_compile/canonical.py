@@ -228,6 +228,8 @@ def _emit(node: Node, env: dict[Node, Any], canon: _Canon) -> None:
             if arg in env:
                 return env[arg]
             size = arg.meta["val"]
+            if isinstance(size, torch.SymFloat):
+                return float(size)  # a constant of the module: Dynamo guards that it stays so
             return canon.expression(expr_of(size), node) if isinstance(size, torch.SymInt) else size
 
         args, kwargs = fx.map_arg((args, kwargs), argument)

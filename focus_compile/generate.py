@@ -66,12 +66,24 @@ class _Rows:
         places = self.valid.long().cumsum(1) - 1
         out = self.model(
             input_ids=ids,
-            attention_mask=self.valid[:, None, None, :].expand(-1, 1, length, -1),
-            position_ids=places.clamp_min(0)[:, -length:],
+            attention_mask=self.valid[:, None, None, :].expand(-1, 1, length, -1).contiguous(),
+            position_ids=places.clamp_min(0)[:, -length:].contiguous(),
             past_key_values=self.cache,
             use_cache=True,
         )
         logits: Tensor = out.logits
+        return logits
+
+    def peek(self, ids: Tensor) -> Tensor:
+        """Logits of a block whose keys and values are not kept.
+
+        The cache gets its own tensors back instead of a cropped view of longer ones: Dynamo sees
+        one layout, and compiles one graph.
+        """
+        before = [(layer, layer.keys, layer.values) for layer in self.cache.layers]
+        logits = self.forward(ids)
+        for layer, keys, values in before:
+            layer.keys, layer.values = keys, values
         return logits
 
     def open_block(self, length: int, token: int, fill: int) -> tuple[Tensor, Tensor]:
@@ -200,8 +212,7 @@ def _denoise(
     while bool(masked.any()):
         steps += masked.any(1)
         focus.masked, focus.retain_mask = masked, None
-        logits = rows.forward(block)
-        rows.cache.crop(-block.shape[1])
+        logits = rows.peek(block)
         where = masked
         if focus.retain_mask is not None:
             where = masked & focus.retain_mask
