@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+logging.getLogger("torch.__trace").propagate = False  # else pytest formats every trace record
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -176,9 +176,9 @@ class Run:
 
     def __post_init__(self) -> None:
         chosen = {} if self.inner is None else {"inner": self.inner}
-        options = {"mask_token_id": MASK, "strict": True, **self.options}
 
         def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            options = {"mask_token_id": MASK, "strict": True, **self.options}
             program = focus_backend(gm, inputs, options=options, **chosen)
             self.executables.append(program)
             return program
