@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import sympy
 import torch
@@ -18,7 +19,18 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.errors import Unsupported
 
-__all__ = ["Axis", "AxisMap", "Dim", "Dims", "Role", "Transfer", "expr_of", "tensor_of"]
+__all__ = [
+    "Axis",
+    "AxisMap",
+    "Dim",
+    "Dims",
+    "Role",
+    "Transfer",
+    "expr_of",
+    "graph_inputs",
+    "graph_outputs",
+    "tensor_of",
+]
 
 Size = int | torch.SymInt
 
@@ -149,8 +161,8 @@ class AxisMap:
             self._merge(left[0], right[0])
         else:
             parts = self.regroup(left, [self.expr(axis.size) for axis in right])
-            for part, axis in zip(parts, right, strict=True):
-                part = self.resolve(part)
+            for factors, axis in zip(parts, right, strict=True):
+                part = self.resolve(factors)
                 if len(part) == 1:
                     self._merge(part[0], axis)
                 else:
@@ -244,6 +256,11 @@ class AxisMap:
 def _is_count(value: sympy.Expr) -> bool:
     """Whether an expression is a whole number for all values of its symbols."""
     return bool(sympy.denom(sympy.together(value)) == 1)
+
+
+def graph_outputs(gm: GraphModule) -> Any:
+    """What a graph returns: nodes, nested in tuples."""
+    return gm.graph.output_node().args[0]
 
 
 def graph_inputs(gm: GraphModule) -> list[Node]:

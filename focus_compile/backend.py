@@ -20,6 +20,7 @@ from focus_compile.errors import Unsupported
 from focus_compile.inputs import Input
 from focus_compile.plan import Plan, make_plan, slot_name
 from focus_compile.programs import Inner, make_programs
+from focus_compile.report import warning_once
 from focus_compile.rewrite import rewrite
 from focus_compile.rules import cat_parts
 from focus_compile.runtime import Executable, Layout
@@ -52,7 +53,7 @@ def focus_backend(
     *,
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
-    inner: Inner = compile_fx,
+    inner: Inner | None = None,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph: dense, and, where FOCUS applies, prefix and suffix.
 
@@ -60,7 +61,7 @@ def focus_backend(
         gm: Dynamo's graph; example_inputs: its inputs.
         options: see :class:`~focus_compile.config.FocusConfig`.
         mode: as in ``torch.compile``; the same as ``options={"mode": mode}``.
-        inner: compiles each program; Inductor by default.
+        inner: compiles each program; None is Inductor.
 
     Raises:
         ValueError: an option is unknown or out of range.
@@ -70,9 +71,10 @@ def focus_backend(
     patches = config.patches()
 
     def compile_inner(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        if inner is compile_fx:
-            return compile_fx(graph, inputs, config_patches=patches)
-        return inner(graph, inputs)
+        if inner is not None:
+            return inner(graph, inputs)
+        compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+        return compiled  # type: ignore[no-any-return]
 
     _report_recompile_limit()
     try:
@@ -84,7 +86,7 @@ def focus_backend(
     except Unsupported as refusal:
         if config.strict:
             raise
-        torch._logging.warning_once(log, "backend 'focus' leaves this graph as it is: %s", refusal)
+        warning_once(log, "backend 'focus' leaves this graph as it is: %s", refusal)
         return compile_inner(gm, example_inputs)
     dense = compile_inner(gm, example_inputs)
     programs = make_programs(analysis.halves, analysis.inputs, compile_inner)
@@ -113,7 +115,7 @@ def _report_recompile_limit() -> None:
     compile_id = CompileContext.current_compile_id()
     limit = torch._dynamo.config.recompile_limit
     if compile_id is not None and compile_id.frame_compile_id == limit - 1:
-        torch._logging.warning_once(
+        warning_once(
             log,
             "this is the last of %d graphs that Dynamo compiles of this function; later calls that "
             "match none of them run eagerly. Pass the same kinds of arguments in every call, or "

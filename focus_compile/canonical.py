@@ -18,7 +18,16 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from focus_compile.axes import Axis, AxisMap, Dim, Role, expr_of, graph_inputs, tensor_of
+from focus_compile.axes import (
+    Axis,
+    AxisMap,
+    Dim,
+    Role,
+    expr_of,
+    graph_inputs,
+    graph_outputs,
+    tensor_of,
+)
 from focus_compile.errors import Unsupported
 from focus_compile.inputs import Extent, Input, static_tensor
 from focus_compile.replay import Replay
@@ -155,7 +164,7 @@ def canonicalize(gm: GraphModule) -> Canonical:
             env[node] = canon.replay.attribute(node)
         elif node.op == "call_function":
             _emit(node, env, canon)
-    outputs = fx.map_arg(gm.graph.output_node().args[0], lambda node: _returned(node, env))
+    outputs = fx.map_arg(graph_outputs(gm), lambda node: _returned(node, env))
     canonical = canon.replay.finish(outputs)
     return Canonical(canonical, propagate(canonical), tuple(inputs), tuple(arguments))
 
@@ -215,13 +224,14 @@ def _emit(node: Node, env: dict[Node, Any], canon: _Canon) -> None:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor | list | tuple):
         return  # a size computation: rebuilt where it is used
+    args: Any = node.args
+    kwargs: Any = node.kwargs
     if _is_copy(node):
-        env[node] = env[node.args[0]]
+        env[node] = env[args[0]]
         return
-    args, kwargs = node.args, node.kwargs
     if node.target in RESHAPES or node.target is aten.expand.default:
         sizes = [canon.size(dim) for dim in canon.axes.of(node)]
-        args = (env[node.args[0]], sizes)
+        args = (env[args[0]], sizes)
     else:
 
         def argument(arg: Node) -> Any:

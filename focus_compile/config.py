@@ -83,7 +83,8 @@ class FocusConfig:
         unknown = [name for name in options if name not in names]
         if unknown:
             raise ValueError(
-                f"unknown option {unknown[0]!r}: the options of backend 'focus' are {', '.join(names)}"
+                f"unknown option {unknown[0]!r}: the options of backend 'focus' are "
+                f"{', '.join(names)}"
             )
         return cls(**options)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import networkx as nx
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
+from focus_compile.axes import graph_outputs
 from focus_compile.passes.narrow import merged_name
 from focus_compile.passes.retain import CONTROL
 from focus_compile.sites import data_flow
@@ -46,7 +46,7 @@ class Halves:
 
 def cut(gm: GraphModule) -> Halves:
     """FOCUS graph -> prefix and suffix."""
-    own, control, kv = gm.graph.output_node().args[0]  # type: ignore[misc]
+    own, control, kv = graph_outputs(gm)
     flow = data_flow(gm)
     nodes = {node.name: node for node in gm.graph.nodes}
     ends: list[Node] = [*control, *kv[0]]

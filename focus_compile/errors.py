@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from torch.fx import Node
 
 __all__ = ["EvictedTokenDecoded", "UncommittedHistory", "Unsupported", "module_path"]
+
+
+_LOCAL = re.compile(r"^L\['\w+'\]\.?")  # how Dynamo writes the variable that holds the model
 
 
 def module_path(node: Node) -> str:
@@ -13,7 +18,7 @@ def module_path(node: Node) -> str:
     if not stack:
         return ""
     path, _ = list(stack.values())[-1]
-    return str(path).replace("L['self'].", "").replace("L['self']", "")
+    return _LOCAL.sub("", str(path))
 
 
 class Unsupported(Exception):

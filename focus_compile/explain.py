@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch.fx import GraphModule, Node
 
-from focus_compile.axes import AxisMap, Dim, graph_inputs
+from focus_compile.axes import AxisMap, Dim, graph_inputs, graph_outputs
 from focus_compile.backend import Analysis, analyze, has_attention
 from focus_compile.cost import Cost, cost_of
 from focus_compile.errors import Unsupported
@@ -56,9 +58,9 @@ class Explanation:
         return [graph.refusal for graph in self.graphs if graph.refusal is not None]
 
     def __str__(self) -> str:
-        console = Console(width=100, record=True, file=_Nowhere(), color_system=None)
-        self._render(console)
-        return console.export_text()
+        text = io.StringIO()
+        self._render(Console(width=100, file=text, color_system=None))
+        return text.getvalue()
 
     def print(self) -> None:
         """Print to the terminal."""
@@ -77,14 +79,6 @@ class Explanation:
                 _render_graph(console, graph.analysis, graph.cost)
 
 
-class _Nowhere:
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Capture a call of ``model`` as the backend would, and tell what FOCUS does with it.
 
@@ -99,7 +93,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
 
     def record(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         story.graphs.append(_report(gm))
-        outputs = [_empty(node) for node in gm.graph.output_node().args[0]]  # type: ignore
+        outputs = [_empty(node) for node in graph_outputs(gm)]
         return lambda *_: [make() for make in outputs]
 
     # a new function each time: Dynamo must not find an earlier capture of the same code
@@ -146,13 +140,14 @@ def _render_graph(console: Console, analysis: Analysis, cost: Cost) -> None:
     for site in plan.sites:
         query = labels(canonical.axes, nodes[site.query])
         write = "cat with the history" if site.writes[0].cat else "none: keys are the block's own"
-        sites.add_row(str(site.layer), site.module, query, "yes" if site.mask else "none", write)
+        mask = "yes" if site.mask else "none"
+        sites.add_row(str(site.layer), site.module, escape(query), mask, write)
     console.print(sites)
     inputs = Table("input", "labels", title="labelled inputs")
     for node in graph_inputs(canonical.gm):
         text = labels(canonical.axes, node)
         if any(name in text for name in ("batch", "token")):
-            inputs.add_row(node.name, text)
+            inputs.add_row(node.name, escape(text))
     console.print(inputs)
     console.print(_cut_line(analysis), markup=False)
     passes = Table("pass", "nodes", "focus operators", title="passes")

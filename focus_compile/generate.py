@@ -80,7 +80,8 @@ class _Rows:
         The cache gets its own tensors back instead of a cropped view of longer ones: Dynamo sees
         one layout, and compiles one graph.
         """
-        before = [(layer, layer.keys, layer.values) for layer in self.cache.layers]
+        layers: list[Any] = self.cache.layers
+        before = [(layer, layer.keys, layer.values) for layer in layers]
         logits = self.forward(ids)
         for layer, keys, values in before:
             layer.keys, layer.values = keys, values

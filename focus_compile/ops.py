@@ -86,13 +86,13 @@ def signal(importance0: Tensor, importance1: Tensor, weights: Tensor, bias: Tens
     """The ranking signal: ``weights[0] * importance0 + weights[1] * importance1 + bias``.
 
     FOCUS ranks by ``importance1 - importance0`` (weights -1 and 1, bias 0); other values serve
-    ablations and the replay of recorded traces. All fp32: ``[B, T]``, ``[B, T]``, ``[2]``, ``[B, T]``.
+    ablations and the replay of recorded traces. fp32 ``[B, T]``, weights ``[2]``.
     """
     return weights[0] * importance0 + weights[1] * importance1 + bias
 
 
 def hide(scores: Tensor, visible: Tensor, history: int) -> Tensor:
-    """Attention scores ``[B, H, R, S + T]`` of a site without a mask, hidden slots at the minimum."""
+    """Scores ``[B, H, R, S + T]`` of a site without a mask, hidden slots at the minimum."""
     slots = _keys(visible, history)
     return scores.masked_fill(~slots, torch.finfo(scores.dtype).min)
 
@@ -122,7 +122,7 @@ _DEFINITIONS: dict[str, Callable[..., Any]] = {
     "hide(Tensor scores, Tensor visible, SymInt history) -> Tensor": hide,
 }
 
-_LIBRARY = torch.library.Library("focus", "DEF")
+_LIBRARY: Any = torch.library.Library("focus", "DEF")  # type: ignore[no-untyped-call]
 for _schema, _function in _DEFINITIONS.items():
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_schema.split("(")[0], _function, "CompositeImplicitAutograd")

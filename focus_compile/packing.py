@@ -13,7 +13,7 @@ from torch import Tensor
 
 from focus_compile.importance import compact, rank_of
 
-__all__ = ["merge", "pack", "pack_rows", "pack_attention", "repack", "restore", "tables", "unpack"]
+__all__ = ["merge", "pack", "pack_attention", "pack_rows", "repack", "restore", "tables", "unpack"]
 
 
 def tables(keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

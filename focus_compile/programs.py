@@ -18,7 +18,7 @@ __all__ = ["Inner", "Program", "SpecializedSize", "make_programs"]
 
 Examples = Callable[[], tuple[Symbols, dict[str, Tensor]]]
 Inner = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
-"""The inner compiler: ``(graph, example inputs) -> callable``; Inductor's ``compile_fx`` or eager."""
+"""The inner compiler, ``(graph, example inputs) -> callable``: Inductor's or eager."""
 
 
 class SpecializedSize(AssertionError):

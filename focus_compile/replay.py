@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument, map_arg
 
+from focus_compile.axes import graph_outputs
 from focus_compile.inputs import Input, static_tensor
 
 __all__ = ["Replay", "fake_mode_of"]
@@ -50,7 +51,7 @@ class Replay:
         self._folds: dict[tuple[Any, ...], Node] = {}
 
     @classmethod
-    def copy(cls, gm: GraphModule) -> tuple[Replay, dict[str, Node], Argument]:
+    def copy(cls, gm: GraphModule) -> tuple[Replay, dict[str, Node], Any]:
         """A graph to append to: its copy, its nodes by name, and its outputs."""
         replay = cls(gm, fake_mode_of(gm))
         env: dict[Node, Node] = {}
@@ -59,7 +60,7 @@ class Replay:
                 replay.attributes[node.target] = operator.attrgetter(node.target)(gm)
             if node.op != "output":
                 env[node] = replay.graph.node_copy(node, lambda arg: env[arg])
-        outputs = map_arg(gm.graph.output_node().args[0], lambda arg: env[arg])
+        outputs = map_arg(graph_outputs(gm), lambda arg: env[arg])
         return replay, {node.name: node for node in env.values()}, outputs
 
     def before(self, node: Node) -> AbstractContextManager[None]:
@@ -85,7 +86,7 @@ class Replay:
 
     def call(
         self,
-        target: Callable[..., Any],
+        target: Any,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any] | None = None,
         *,
@@ -96,7 +97,7 @@ class Replay:
         kwargs = dict(kwargs or {})
         values = map_arg((args, kwargs), lambda node: node.meta["val"])
         with self.fake_mode, torch.no_grad():
-            value = target(*values[0], **values[1])  # type: ignore[index]
+            value = target(*values[0], **values[1])
         wanted = name or (like.name if like is not None and self.keep_names else None)
         node = self.graph.create_node("call_function", target, args, kwargs, name=wanted)
         return self._finish(node, value, like)

@@ -16,7 +16,6 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Dim, Dims, Role, Transfer, expr_of, tensor_of
-from focus_compile.errors import Unsupported
 
 __all__ = ["RULES", "operands", "propagate", "token_ids"]
 

@@ -16,6 +16,7 @@ from focus_compile.cut import Halves
 from focus_compile.feed import Feed, feed
 from focus_compile.inputs import Input, length
 from focus_compile.programs import Program
+from focus_compile.report import warning_once
 from focus_compile.session import Session, Signal, Step, current_session
 
 __all__ = ["Executable", "Layout"]
@@ -98,7 +99,7 @@ class Executable:
                 return given
             token = token if session.mask_token_id is None else session.mask_token_id
         if token is None:
-            torch._logging.warning_once(log, NO_MASKS)
+            warning_once(log, NO_MASKS)
             return None
         return (ids == token).view(-1, ids.shape[-1])
 

@@ -89,7 +89,7 @@ def retain(
 
     Args:
         delta: fp32 ``[B, T]``, the ranking signal: importance at layer 1 minus that at layer 0.
-        masked: bool ``[B, T]``; fed: bool ``[B, T]``, the processing list, a superset of ``masked``.
+        masked, fed: bool ``[B, T]``; fed is the processing list, a superset of masked.
         progress: int64 ``[B]``; average: fp32 ``[B]``; alpha: fp32 scalar.
 
     Returns:

@@ -17,7 +17,7 @@ __all__ = ["Session", "SessionStats", "Signal", "Step", "current_session", "sess
 
 @dataclass(frozen=True)
 class Signal:
-    """The ranking signal of one step: ``weights[0] * importance0 + weights[1] * importance1 + bias``.
+    """The ranking signal, ``weights[0] * importance0 + weights[1] * importance1 + bias``.
 
     The default is FOCUS's: importance at layer 1 minus importance at layer 0. ``bias`` is fp32
     ``[B, T]`` or None.
@@ -29,7 +29,7 @@ class Signal:
 
 @dataclass(frozen=True)
 class Step:
-    """What a signal hook may look at: ``ids`` ``[B, T]``, ``masked`` and ``fed`` bool ``[B, T]``."""
+    """What a signal hook may look at; ``ids``, ``masked`` and ``fed`` are ``[B, T]``."""
 
     index: int
     ids: Tensor

@@ -1,13 +1,15 @@
 """Attention sites and K/V writes of a canonical graph, in layer order.
 
 A *site* is where tokens mix: ``scaled_dot_product_attention``, or matmul - scale - (+ mask) -
-softmax - matmul. A *K/V write* is where a block's new keys or values join the history: ``cat`` along
-the token axis, or, without a cache, the site's own operand before grouped heads are expanded.
+softmax - matmul. A *K/V write* is where a block's new keys or values join the history: ``cat``
+along the token axis, or, without a cache, the site's own operand before grouped heads are expanded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import networkx as nx
 from torch.fx import GraphModule, Node
@@ -91,7 +93,7 @@ def find_sites(gm: GraphModule, axes: AxisMap) -> tuple[Site, ...]:
         if match is None or not any(axes.holds(d, Role.TOKEN) for d in axes.of(match.query)):
             continue
         sites.append(_site(len(sites), match, axes))
-    for site, after in zip(sites, sites[1:], strict=False):
+    for site, after in pairwise(sites):
         nodes = {node.name: node for node in gm.graph.nodes}
         if not nx.has_path(data_flow(gm), nodes[site.out], nodes[after.query]):
             raise Unsupported("two attention sites run side by side", nodes[after.out])
@@ -164,7 +166,7 @@ def _match_softmax(node: Node) -> _Match | None:
             return None
         before.insert(0, scores)
         scores = first
-    transposed = scores.args[1]
+    transposed: Any = scores.args[1]
     out, after = node, list[Node]()
     while out.target is not aten.matmul.default:
         if len(out.users) != 1 or (out is not node and out.target not in _CASTS):
@@ -174,10 +176,7 @@ def _match_softmax(node: Node) -> _Match | None:
     query, value = scores.args[0], out.args[1]
     if not (isinstance(transposed, Node) and isinstance(query, Node) and isinstance(value, Node)):
         return None
-    if transposed.target is not aten.transpose.int or {d % 4 for d in transposed.args[1:]} != {
-        2,
-        3,
-    }:  # type: ignore
+    if transposed.target is not aten.transpose.int or _swapped(transposed) != {2, 3}:
         return None
     if any(len(part.users) != 1 for part in (scores, *before)):
         raise Unsupported("attention scores are used outside their attention site", node)
@@ -185,6 +184,12 @@ def _match_softmax(node: Node) -> _Match | None:
     assert isinstance(key, Node)
     region = (transposed, scores, *before, *after, out)
     return _Match(region, query, key, value, mask, scale)
+
+
+def _swapped(transpose: Node) -> set[int]:
+    first: Any = transpose.args[1]
+    second: Any = transpose.args[2]
+    return {first % 4, second % 4}
 
 
 def _write(operand: Node, axes: AxisMap, site: Node) -> Write:

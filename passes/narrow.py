@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.fx import GraphModule, Node
 
-from focus_compile.axes import AxisMap, Dim, Role, tensor_of
+from focus_compile.axes import AxisMap, Dim, Role, graph_outputs, tensor_of
 from focus_compile.errors import Unsupported
 from focus_compile.inputs import is_generic
 from focus_compile.ops import focus
@@ -78,7 +78,7 @@ class _Narrow:
                 self.env[node] = self.replay.attribute(node)
             elif node.op == "call_function":
                 self._emit(node)
-        own, control = fx.map_arg(self.gm.graph.output_node().args[0], self._output)
+        own, control = fx.map_arg(graph_outputs(self.gm), self._output)
         kv = tuple((self.kv[site.layer, 0], self.kv[site.layer, 1]) for site in self.plan.sites)
         return self.replay.finish((own, control, kv))
 
@@ -140,7 +140,7 @@ class _Narrow:
 
         if node is self.nodes[self.plan.embedding]:
             weight, ids, *rest = node.args
-            args = (self.env[weight], self._in_domain(ids, place, node), *rest)  # type: ignore
+            args = (self.env[weight], self._in_domain(ids, place, node), *rest)
         else:
             args = fx.map_arg(node.args, operand)
         if node.target in RESHAPES or node.target is aten.expand.default:

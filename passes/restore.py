@@ -18,7 +18,7 @@ __all__ = ["restore"]
 def restore(gm: GraphModule, plan: Plan) -> GraphModule:
     """Scatter every packed output of the model back to ``[B, T, ...]``."""
     replay, nodes, outputs = Replay.copy(gm)
-    own, control, kv = outputs  # type: ignore[misc]
+    own, control, kv = outputs
     tables = {
         Domain.FED: (nodes["fed_inverse"], nodes["fed"]),
         Domain.RETAINED: (nodes["inverse"], nodes["retain_mask"]),
