@@ -111,7 +111,7 @@ class BlockState:
         """
         some = self.masked.any(1, keepdim=True)
         if not delayed_cache:
-            return (some | (not skip_decoded_rows)).expand_as(self.masked)
+            return (some | (not skip_decoded_rows)).expand_as(self.masked).contiguous()
         listed = torch.where(self.warm.unsqueeze(1), ~self.final, True)
         settled = self.settled.unsqueeze(1) | skip_decoded_rows
         return torch.where(some, listed, ~settled)
