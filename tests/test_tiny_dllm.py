@@ -83,7 +83,8 @@ def test_a_row_does_not_depend_on_the_batch(loaded, example):
         ("  ", "the prompt is empty"),
         ("total:a1B2=", "unknown words in the prompt 'total:a1B2=': 'B'"),
         ("sum:a1=", "unknown words in the prompt 'sum:a1=': ':'"),
-        ("order:" + "a11" * 40 + "=", "the prompt has 122 tokens, the most is 80"),
+        ("total:a1<mask>=", "unknown words in the prompt 'total:a1<mask>=': '<mask>'"),
+        ("order:" + "a11" * 40 + "=", "the prompt has 122 tokens, the most is 66"),
     ],
 )
 def test_refuses_a_bad_prompt(prompt, message, loaded, example):
@@ -93,21 +94,21 @@ def test_refuses_a_bad_prompt(prompt, message, loaded, example):
 
 
 def test_refuses_a_missing_checkpoint(tmp_path, example):
-    with pytest.raises(FileNotFoundError, match="no checkpoint in .*train.py --out"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*train\.py --out"):
         example["decode"].load(tmp_path)
 
 
 def test_refuses_no_prompts(loaded, example):
     model, tokenizer = loaded
-    with pytest.raises(example["decode"].PromptError, match="^there are no prompts$"):
+    with pytest.raises(example["decode"].PromptError, match=r"^there are no prompts$"):
         example["decode"].decode(model, tokenizer, [])
 
 
 @pytest.mark.parametrize(
     ("task", "prompt", "answer"),
     [
-        ("total", "total:a9b4c5d8=", "a9b3c8d6"),
-        ("chain", "chain:jn|f>ea>lj>an>f=", "j>a>l|n>f>e"),
+        ("total", "total:a9b4c5d8=", "a99b43c58d86"),
+        ("chain", "chain:j;n|fe;al;ja;nf;=", "jal;nfe;"),
         ("order", "order:b32c15a63=", "a63b32c15"),
     ],
 )
@@ -116,9 +117,9 @@ def test_judges_know_the_answer(task, prompt, answer, example):
 
 
 def test_equal_logits_and_confidences_go_to_the_first(example):
-    logits = torch.zeros(1, 5, 7)
-    tokens, decoded = example["decode"].choose(logits, torch.tensor([[False] + [True] * 4]), 0.9)
-    assert tokens.tolist() == [[0] * 5]
+    logits, masked = torch.zeros(1, 5, 7), torch.tensor([[False] + [True] * 4])
+    tokens, decoded = example["decode"].choose(logits, masked, 0.9, mask_id=0)
+    assert tokens.tolist() == [[1] * 5]  # the mask itself is never an answer
     assert decoded.tolist() == [[False, True, False, False, False]]
 
 
