@@ -16,7 +16,7 @@ from focus_compile.canonical import Canonical, canonicalize
 from focus_compile.capture import capture
 from focus_compile.config import FocusConfig
 from focus_compile.cut import Halves, cut
-from focus_compile.errors import Unsupported
+from focus_compile.errors import NothingToEvict, Unsupported
 from focus_compile.inputs import Input
 from focus_compile.plan import Plan, make_plan, slot_name
 from focus_compile.programs import Inner, make_programs
@@ -83,6 +83,8 @@ def focus_backend(
             return compile_inner(gm, example_inputs)
         _refuse_autograd(example_inputs)
         analysis = analyze(gm)
+    except NothingToEvict:
+        return compile_inner(gm, example_inputs)
     except Unsupported as refusal:
         if config.strict:
             raise

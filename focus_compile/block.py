@@ -57,7 +57,7 @@ class BlockState:
         batch = masked.shape[0]
         none = torch.zeros_like(masked)
         count = torch.zeros(batch, dtype=torch.int64, device=masked.device)
-        self.ids, self.masked, self.history = ids.clone(), masked.clone(), history
+        self.ids, self.masked, self.history = _copy(ids), _copy(masked), history
         self.retained, self.final, self.written01, self.written = none, none, none, none
         self.warm = none[:, 0]
         self.settled = none[:, 0]
@@ -100,7 +100,7 @@ class BlockState:
         self.final, self.retained = self.final & line, self.retained & line
         self.written01, self.written = self.written01 & line, self.written & line
         self.warm, self.settled = self.warm & ~fresh, self.settled & ~fresh
-        self.ids, self.masked, self.history = ids.clone(), masked.clone(), history
+        self.ids, self.masked, self.history = _copy(ids), _copy(masked), history
         self.committed = False
 
     def fed(self, delayed_cache: bool, skip_decoded_rows: bool = False) -> Tensor:
@@ -134,3 +134,8 @@ class BlockState:
         self.written01, self.written = self.written01 | fed, self.written | retained
         self.progress = torch.maximum(self.progress, last_position(retained))
         self.retained, self.slots = retained, slots
+
+
+def _copy(value: Tensor) -> Tensor:
+    """A contiguous copy: callers may write into what they passed."""
+    return value.clone(memory_format=torch.contiguous_format)

@@ -6,7 +6,13 @@ import re
 
 from torch.fx import Node
 
-__all__ = ["EvictedTokenDecoded", "UncommittedHistory", "Unsupported", "module_path"]
+__all__ = [
+    "EvictedTokenDecoded",
+    "NothingToEvict",
+    "UncommittedHistory",
+    "Unsupported",
+    "module_path",
+]
 
 
 _LOCAL = re.compile(r"^L\['\w+'\]\.?")  # how Dynamo writes the variable that holds the model
@@ -37,6 +43,10 @@ class Unsupported(Exception):
         where = f" [op {self.op}" if self.op else ""
         where += f" in module {self.module}]" if self.module else "]" if where else ""
         super().__init__(reason + where)
+
+
+class NothingToEvict(Unsupported):
+    """The block is a single token: the dense program is all there is to run."""
 
 
 class UncommittedHistory(RuntimeError):

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Dims, Role, tensor_of
 from focus_compile.canonical import Canonical
-from focus_compile.errors import Unsupported
+from focus_compile.errors import NothingToEvict, Unsupported
 from focus_compile.inputs import Input, runtime_inputs
 from focus_compile.rules import operands, token_ids
 from focus_compile.sites import Site, data_flow, find_sites
@@ -95,6 +95,8 @@ def make_plan(canonical: Canonical) -> Plan:
     if entry is None:
         raise Unsupported("no embedding of token ids: compile the whole model, not single layers")
     embedding, ids = entry
+    if not axes.of(ids)[-1]:
+        raise NothingToEvict("the block has one token", embedding)
     sites = find_sites(gm, axes)
     if not sites:
         raise Unsupported("no attention site over the tokens: compile the whole model")

@@ -226,6 +226,9 @@ def _linear(node: Node, axes: AxisMap) -> Transfer:
     *rows, features = axes.dims[x][0]
     out, inner = axes.dims[weight][0]
     axes.unify(features, inner)
+    bias = argument(node, 2, "bias")
+    if isinstance(bias, Node):
+        axes.unify(out, axes.dims[bias][0][0])
     return _one(*rows, out, mixed=[features, inner])
 
 
@@ -289,7 +292,8 @@ def _attention(node: Node, axes: AxisMap) -> Transfer:
         axes.unify(dims[-2], query[-2])
         for index in range(3, len(dims) + 1):
             axes.unify(dims[-index], query[-index])
-    return _one(*query[:-1], value[-1], mixed=[key[-2], query[-1], key[-1]])
+    heads = [query[-3], key[-3]] if grouped else []  # neighbouring query heads share a key head
+    return _one(*query[:-1], value[-1], mixed=[key[-2], query[-1], key[-1], *heads])
 
 
 def _producers(node: Node) -> Node:

@@ -76,6 +76,10 @@ class Executable:
     def __call__(self, *args: Any) -> Any:
         session = current_session()
         ids = args[self.layout.arguments[int(self.layout.ids.removeprefix("input"))]]
+        if not ids.numel():
+            raise ValueError(
+                f"the token ids have shape {tuple(ids.shape)}: batch or block is empty"
+            )
         masked = self._masked(ids, session)
         if masked is None or ids.shape[-1] == 1 or not bool(masked.any()):
             return self._dense(args, session)
@@ -163,7 +167,10 @@ class Executable:
             visibility = session.visibility or visibility
             step = Step(session.stats.steps, state.ids, state.masked, tables.fed)
             signal = session.signal_of(step)
-        bias = torch.zeros(batch, tokens, device=device) if signal.bias is None else signal.bias
+        bias = torch.zeros(batch, tokens) if signal.bias is None else signal.bias
+        if bias.shape != state.masked.shape:
+            shape = tuple(bias.shape)
+            raise ValueError(f"the signal's bias has shape {shape}: expected {(batch, tokens)}")
         slots = state.slots
         if not slots:
             slots = {slot.name: _empty(slot, state) for slot in self.layout.slots}
@@ -176,8 +183,8 @@ class Executable:
             "progress": state.progress,
             "average": state.average,
             "alpha": torch.tensor(alpha, dtype=torch.float32, device=device),
-            "signal_weights": torch.tensor(signal.weights, device=device),
-            "signal_bias": bias,
+            "signal_weights": torch.tensor(signal.weights, dtype=torch.float32, device=device),
+            "signal_bias": bias.to(device, torch.float32).contiguous(),
             "written01": state.written01,
             "written": state.written,
             "prefix_visibility": torch.tensor(visibility == "prefix", device=device),

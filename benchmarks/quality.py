@@ -1,0 +1,128 @@
+"""Exact match of the tiny model, dense and with FOCUS, at equal thresholds.
+
+    python benchmarks/quality.py --n 1000 --out docs/quality.json
+
+Writes JSON; ``docs/quality.md`` is made from it by ``benchmarks/quality_page.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import typer
+from rich.progress import Progress
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+import focus_compile
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "tiny_dllm"))
+from tasks import TASK_BY_NAME, Example, examples  # noqa: E402
+
+
+def main(
+    n: int = 1000,
+    batch: int = 125,
+    seed: int = 1,
+    threads: int = 2,
+    threshold: float = 0.9,
+    out: Path = ROOT / "docs" / "quality.json",
+) -> None:
+    """Decode ``n`` prompts per task with every contestant."""
+    torch.set_num_threads(threads)
+    checkpoint = ROOT / "examples" / "tiny_dllm" / "checkpoint"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = Qwen3ForCausalLM.from_pretrained(checkpoint).eval()
+    options = {"mask_token_id": tokenizer.mask_token_id, "strict": True}
+    focus = torch.compile(model, backend="focus", dynamic=True, options=options)
+    contestants: dict[str, tuple[Any, dict[str, Any]]] = {
+        "dense": (model, {}),
+        "focus": (focus, {}),
+        "focus, visibility prefix": (focus, {"visibility": "prefix"}),
+        "focus, alpha 2.5": (focus, {"alpha": 2.5}),
+        "focus, random signal": (focus, {"signal": _random_signal}),
+    }
+    rows = []
+    with Progress() as bar:
+        job = bar.add_task("decoding", total=len(contestants) * len(TASK_BY_NAME) * n)
+        for name, (contestant, settings) in contestants.items():
+            for task in TASK_BY_NAME:
+                torch.manual_seed(0)
+                drawn = examples(task, n, seed)
+                row = _row(contestant, tokenizer, drawn, settings, batch, threshold, bar, job)
+                rows.append({"contestant": name, "task": task, **row})
+                bar.console.print(rows[-1])
+    report = {
+        "n": n,
+        "batch": batch,
+        "threshold": threshold,
+        "threads": threads,
+        "dtype": str(model.dtype),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rows": rows,
+    }
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _random_signal(step: focus_compile.Step) -> focus_compile.Signal:
+    return focus_compile.Signal((0.0, 0.0), torch.rand(step.masked.shape))
+
+
+def _row(
+    model: Any,
+    tokenizer: Any,
+    drawn: list[Example],
+    settings: dict[str, Any],
+    batch: int,
+    threshold: float,
+    bar: Progress,
+    job: Any,
+) -> dict[str, Any]:
+    right = steps = blocks = decoded = focus_steps = forwards = 0
+    fed: list[float] = []
+    retained: list[float] = []
+    for start in range(0, len(drawn), batch):
+        part = drawn[start : start + batch]
+        texts = [example.prompt for example in part]
+        inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        with focus_compile.session(**settings):
+            result = focus_compile.generate(
+                model,
+                inputs["input_ids"],
+                inputs["attention_mask"],
+                max_new_tokens=96,
+                confidence_threshold=threshold,
+                mask_token_id=tokenizer.mask_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                return_dict=True,
+            )
+        answers = result.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        right += sum(a == example.answer for a, example in zip(texts, part, strict=True))
+        steps += sum(int(count.sum()) for count in result.steps_per_block)
+        blocks += sum(int((count > 0).sum()) for count in result.steps_per_block)
+        decoded += result.decoded
+        forwards += result.forwards
+        focus_steps += result.focus_steps
+        fed.append(result.fed_fraction * result.forwards)
+        retained.append(result.retained_fraction * result.forwards)
+        bar.advance(job, len(part))
+    return {
+        "exact_match": right / len(drawn),
+        "steps_per_block": steps / blocks,
+        "decoded_per_step": decoded / steps,
+        "fed_fraction": sum(fed) / forwards,
+        "retained_fraction": sum(retained) / forwards,
+        "focus_steps": focus_steps,
+        "forwards": forwards,
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
