@@ -107,6 +107,16 @@ def train_step(
     return record
 
 
+def forget(log: Path, stage: str, done: int) -> None:
+    """Drop the log lines of steps that will be run again."""
+    if not log.exists():
+        return
+    lines = log.read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines]
+    kept = [r["stage"] != stage or r["step"] < done for r in records]
+    log.write_text("".join(line for line, keep in zip(lines, kept, strict=True) if keep))
+
+
 def run_stage(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -131,6 +141,7 @@ def run_stage(
         optimizer.load_state_dict(state["optimizer"])
         done, seconds = state["step"], state["seconds"]
         console.log(f"{stage.name}: going on from step {done}")
+    forget(work / "log.jsonl", stage.name, done)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
