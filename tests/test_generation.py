@@ -16,9 +16,11 @@ from tests.harness import MASK, Run, build_model
 from tests.reference import generation
 from tests.reference.generation import Decoding, Strategy, generate_row
 from tests.reference.state import Config, Visibility
+from tests.reference.system import Signal as ReferenceSignal
 
 NEAR_TIE = 1e-5
 BLOCKS = 2
+FOCUS = Signal()
 STRATEGIES: tuple[Strategy, ...] = ("fixed", "sequential", "threshold")
 VISIBILITIES: tuple[Visibility, ...] = ("written", "prefix")
 
@@ -84,19 +86,21 @@ def pad_left(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def compiled_generation(run: Run, setting: Setting) -> tuple[Generated, list[Step]]:
+def compiled_generation(
+    run: Run, setting: Setting, prompts: list[Tensor], signal: Signal = FOCUS
+) -> tuple[Generated, list[Step]]:
     """What ``generate`` returns, and what each step was fed."""
     config, decoding = setting.config, setting.decoding
     steps: list[Step] = []
 
     def watch(step: Step) -> Signal:
         steps.append(step)
-        return Signal()
+        return signal
 
     run.configure(
         alpha=config.alpha, visibility=config.visibility, delayed_cache=config.delayed_cache
     )
-    ids, mask = pad_left(setting.prompts())
+    ids, mask = pad_left(prompts)
     with focus_compile.session(signal=watch):
         out = focus_compile.generate(
             run.compiled,
@@ -115,7 +119,9 @@ def compiled_generation(run: Run, setting: Setting) -> tuple[Generated, list[Ste
     return out, steps
 
 
-def reference_row(run: Run, setting: Setting, prompt: Tensor) -> generation.Generated:
+def reference_row(
+    run: Run, setting: Setting, prompt: Tensor, signal: ReferenceSignal | None = None
+) -> generation.Generated:
     return generate_row(
         run.model,
         prompt,
@@ -124,6 +130,7 @@ def reference_row(run: Run, setting: Setting, prompt: Tensor) -> generation.Gene
         mask_id=MASK,
         config=setting.config,
         decoding=setting.decoding,
+        signal=signal,
     )
 
 
@@ -159,8 +166,8 @@ def margin_before(expected: generation.Generated, difference: int) -> float:
 @pytest.mark.parametrize("setting", settings(), ids=lambda s: f"{s.seed}-{s.decoding.strategy}")
 def test_equals_the_reference(run: Run, setting: Setting, tally: Tally) -> None:
     """Same tokens, same fed and retained tokens at every step, same numbers of steps."""
-    out, steps = compiled_generation(run, setting)
     prompts = setting.prompts()
+    out, steps = compiled_generation(run, setting, prompts)
     answers = out.sequences[:, -BLOCKS * setting.tokens :]
     for row, prompt in enumerate(prompts):
         tally.rows += 1
@@ -179,6 +186,46 @@ def test_equals_the_reference(run: Run, setting: Setting, tally: Tally) -> None:
     if setting.config.delayed_cache:
         assert out.retained_fraction < out.fed_fraction < 1
         assert torch.stack([step.fed for step in steps]).sum() < setting.tokens * rows.sum()
+
+
+def test_rows_are_independent(run: Run, tally: Tally) -> None:
+    """Tokens and steps of a row alone are those of the row in a batch of eight."""
+    setting = settings()[1]
+    prompts = [prompt.repeat(2) for prompt in setting.prompts()]
+    assert len(prompts) == 8
+    assert len({len(prompt) for prompt in prompts}) > 3
+    out, steps = compiled_generation(run, setting, prompts)
+    answers = out.sequences[:, -BLOCKS * setting.tokens :]
+    for row, prompt in enumerate(prompts):
+        tally.rows += 1
+        single, single_steps = compiled_generation(run, setting, [prompt])
+        together, alone = row_trace(out, steps, row), row_trace(single, single_steps, 0)
+        if together == alone and torch.equal(answers[row], single.sequences[0, len(prompt) :]):
+            continue
+        pairs = enumerate(zip(together, alone, strict=False))
+        difference = next((i for i, (a, b) in pairs if a != b), len(alone))
+        assert margin_before(reference_row(run, setting, prompt), difference) < NEAR_TIE
+        tally.near_ties += 1
+
+
+@pytest.mark.parametrize("name", ["layer 0", "random"])
+def test_another_signal_ranks(run: Run, name: str) -> None:
+    """Ablations: importance at layer 0 alone, and numbers that have nothing to do with it."""
+    setting = settings()[2]
+    prompts = setting.prompts()
+    noise = torch.rand(setting.tokens, generator=torch.Generator().manual_seed(0))
+    signal, expected = {
+        "layer 0": (Signal((1.0, 0.0)), lambda first, second, masked: first),
+        "random": (
+            Signal((0.0, 0.0), noise.expand(len(prompts), -1)),
+            lambda first, second, masked: noise[masked],
+        ),
+    }[name]
+    out, steps = compiled_generation(run, setting, prompts, signal)
+    for row, prompt in enumerate(prompts):
+        trace = reference_trace(reference_row(run, setting, prompt, expected))
+        assert row_trace(out, steps, row) == trace
+        assert trace != reference_trace(reference_row(run, setting, prompt))
 
 
 def test_settings_differ() -> None:

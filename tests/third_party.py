@@ -41,9 +41,10 @@ class Denoiser:
     def logits(self, ids: Tensor, store_kv: bool) -> Tensor:
         batch, length = ids.shape
         past = self.cache.get_seq_length()
+        visible = torch.ones(batch, 1, 1, past + length, dtype=torch.bool)
         out = self.model(
             input_ids=ids,
-            attention_mask=torch.ones(batch, 1, length, past + length, dtype=torch.bool),
+            attention_mask=visible.expand(-1, -1, length, -1),
             position_ids=torch.arange(past, past + length).expand(batch, -1),
             past_key_values=self.cache,
             use_cache=True,
@@ -54,12 +55,12 @@ class Denoiser:
         return logits
 
 
-def pick(logits: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+def pick(logits: Tensor, masked: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Tokens, and which to take: all that are likely enough, at least one in a row with masks."""
     confidence, tokens = torch.softmax(logits, -1).max(-1)
     confidence = confidence.masked_fill(~masked, -1)
     best = torch.zeros_like(masked).scatter(1, confidence.argmax(1, keepdim=True), True)
-    return tokens, masked & (best | (confidence >= THRESHOLD))
+    return tokens, masked & (best | (confidence >= threshold))
 
 
 @torch.no_grad()
@@ -69,6 +70,7 @@ def generate(
     prompt: Tensor,
     blocks: int,
     watch: Callable[[], None] = lambda: None,
+    threshold: float = THRESHOLD,
 ) -> Tensor:
     """Prompt and answer, int64 ``[B, L]``; ``watch`` is called after every denoising forward."""
     denoiser = Denoiser(model, config)
@@ -80,7 +82,8 @@ def generate(
     for start in range(whole, x.shape[1], BLOCK):
         block = x[:, start : start + BLOCK]
         while (masked := block == MASK).any():
-            tokens, chosen = pick(denoiser.logits(block, store_kv=False), masked)
+            logits = denoiser.logits(block, store_kv=False)
+            tokens, chosen = pick(logits, masked, threshold)
             watch()
             block[chosen] = tokens[chosen]
         denoiser.logits(block, store_kv=True)
@@ -123,7 +126,7 @@ class Reference:
             if masked.any():
                 logits = torch.zeros(1, BLOCK, result.logits.shape[1])
                 logits[0, result.retained] = result.logits
-                tokens, chosen = pick(logits, masked[None])
+                tokens, chosen = pick(logits, masked[None], THRESHOLD)
                 ids[chosen[0]] = tokens[chosen]
                 state.record(int(chosen.sum()))
             yield result
