@@ -29,7 +29,7 @@ from focus_compile.axes import (
     tensor_of,
 )
 from focus_compile.errors import Unsupported
-from focus_compile.inputs import Extent, Input, static_tensor
+from focus_compile.inputs import Extent, Input, generic, static_tensor
 from focus_compile.replay import Replay
 from focus_compile.rules import RESHAPES, propagate
 
@@ -114,6 +114,18 @@ class _Canon:
                 for axis in self.axes.resolve(dim)
             )
         )
+
+    def number(self, dim: Dim) -> int:
+        """The generic number for the size of a dim."""
+        out = 1
+        for axis in self.axes.resolve(dim):
+            parts = axis.sum
+            out *= (
+                generic(self.name(axis))
+                if parts is None
+                else sum(self.number(part) for part in parts)
+            )
+        return out
 
     def expression(self, expr: sympy.Expr, node: Node) -> Node | int:
         """A size computed by the captured graph, as a graph argument."""
@@ -244,6 +256,17 @@ def _emit(node: Node, env: dict[Node, Any], canon: _Canon) -> None:
 
         args, kwargs = fx.map_arg((args, kwargs), argument)
     env[node] = canon.replay.call(node.target, args, kwargs, like=node)
+    _check_sizes(node, env[node].meta["val"], canon)
+
+
+def _check_sizes(node: Node, made: Any, canon: _Canon) -> None:
+    """Refuse an operator whose result is not as long as its labels say."""
+    results = [made] if isinstance(made, torch.Tensor) else made
+    for dims, result in zip(canon.axes.dims[node], results, strict=True):
+        if [canon.number(dim) for dim in dims] != list(result.shape):
+            if node in canon.axes.unruled:
+                raise Unsupported("no rule says how this operator treats the token axis", node)
+            raise Unsupported("this operator changes the length of the token axis", node)
 
 
 def _is_copy(node: Node) -> bool:

@@ -21,6 +21,7 @@ __all__ = [
     "Extent",
     "Input",
     "Symbols",
+    "generic",
     "is_generic",
     "length",
     "runtime_inputs",
@@ -115,9 +116,8 @@ def runtime_inputs(device: torch.device, batch: Extent) -> tuple[Input, ...]:
 
 def static_tensor(mode: FakeTensorMode, given: Input) -> torch.Tensor:
     """The fake tensor that the passes see: every name at its generic number."""
-    sizes = _Numbers(GENERIC)
     with mode:
-        shape = [length(extent, sizes) for extent in given.shape]
+        shape = [generic(extent) for extent in given.shape]
         if given.stride is not None:
             return torch.empty_strided(shape, given.stride, dtype=given.dtype, device=given.device)
         return torch.empty(shape, dtype=given.dtype, device=given.device)
@@ -129,6 +129,11 @@ class _Numbers(dict[str, int]):
     def __missing__(self, name: str) -> int:
         stem = name.rstrip("0123456789")
         return self[stem] + 18 * int(name[len(stem) :])
+
+
+def generic(extent: Extent) -> int:
+    """The number that stands for an extent."""
+    return int(length(extent, _Numbers(GENERIC)))
 
 
 def is_generic(number: int) -> bool:

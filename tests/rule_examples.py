@@ -1,0 +1,151 @@
+"""One call, or several, of every operator that has a transfer rule; sizes pairwise distinct."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from focus_compile.rules import POINTWISE
+
+aten = torch.ops.aten
+BATCH, TOKENS, SIZE = 3, 5, 7
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call, and the least number of axes that its rule must keep."""
+
+    op: OpOverload
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kept: int = 1
+
+    @property
+    def name(self) -> str:
+        shapes = [list(arg.shape) for arg in self.args if isinstance(arg, Tensor)]
+        return f"{self.op}-{shapes}".replace(" ", "")
+
+
+def _x(*shape: int) -> Tensor:
+    """Positive, so that roots and logarithms are numbers."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+
+
+def _flags(*shape: int) -> Tensor:
+    return _x(*shape) < 1.0
+
+
+X, Y = _x(BATCH, TOKENS, SIZE), _x(TOKENS, 1)
+ON, ROW = _flags(BATCH, TOKENS, SIZE), _flags(TOKENS, 1)
+SPECIAL: dict[OpOverload, tuple[Any, ...]] = {
+    aten.where.self: (ROW, X, _x(BATCH, 1, SIZE)),
+    aten.where.ScalarOther: (ON, Y, 0.0),
+    aten.where.ScalarSelf: (ON, 0.0, Y),
+    aten.where.Scalar: (ON, 1.0, 0.0),
+    aten.masked_fill.Scalar: (X, ROW, 0.5),
+    aten.masked_fill.Tensor: (X, ROW, torch.tensor(0.5, dtype=torch.float64)),
+    aten.to.dtype: (X, torch.float32),
+    aten.to.device: (X, torch.device("cpu"), torch.float32),
+    aten.to.other: (X, torch.tensor(0.5)),
+    aten.type_as.default: (X, ON),
+    aten.dropout.default: (X, 0.3, False),
+    aten.full_like.default: (X, 2.0),
+    aten.clamp.default: (X, 0.7, 1.2),
+    aten.clamp_min.default: (X, 0.8),
+    aten.clamp_max.default: (X, 0.8),
+}
+FLAGS = {
+    aten.logical_and.default, aten.logical_or.default, aten.logical_not.default,
+    aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_not.default,
+    aten.__and__.Tensor, aten.__or__.Tensor,
+}  # fmt: skip
+"""Operators on flags."""
+
+
+def _pointwise(op: OpOverload) -> Example:
+    """A full operand first, one that broadcasts along batch and features second."""
+    if op in SPECIAL:
+        return Example(op, SPECIAL[op], kept=3)
+    tensors, numbers = 0, list[float]()
+    for argument in op._schema.arguments:
+        if argument.has_default_value() or argument.kwarg_only:
+            continue
+        if str(argument.type) == "Tensor":
+            tensors += 1
+        else:
+            numbers.append(2)
+    first, second = (ON, ROW) if op in FLAGS else (X, Y)
+    return Example(op, ((first, second)[:tensors] + tuple(numbers)), kept=3)
+
+
+POINTWISE_EXAMPLES = [_pointwise(op) for op in POINTWISE]
+
+SHAPES = [
+    Example(aten.view.default, (_x(3, 5, 14), [3, 5, 2, 7]), kept=4),
+    Example(aten.view.default, (_x(3, 5, 2, 7), [15, 14]), kept=4),
+    Example(aten.view.default, (_x(15, 14), [3, 5, 14]), kept=3),
+    Example(aten.reshape.default, (_x(3, 5, 14), [15, 2, 7]), kept=4),
+    Example(aten._unsafe_view.default, (_x(3, 5, 14), [3, 5, 7, 2]), kept=4),
+    Example(aten.flatten.using_ints, (_x(3, 5, 7), 0, 1), kept=3),
+    Example(aten.unflatten.int, (_x(3, 5, 14), 2, [2, 7]), kept=2),
+    Example(aten.squeeze.dim, (_x(3, 1, 5), 1), kept=2),
+    Example(aten.squeeze.default, (_x(3, 1, 5),), kept=2),
+    Example(aten.unsqueeze.default, (_x(3, 5), 1), kept=2),
+    Example(aten.expand.default, (_x(3, 1, 7), [3, 5, 7]), kept=2),
+    Example(aten.expand.default, (_x(5, 7), [3, -1, 7]), kept=2),
+    Example(aten.transpose.int, (X, 1, -1), kept=3),
+    Example(aten.t.default, (_x(5, 7),), kept=2),
+    Example(aten.permute.default, (X, [2, 0, -2]), kept=3),
+    Example(aten.slice.Tensor, (X, 2, 1, 4), kept=2),
+    Example(aten.slice.Tensor, (X, 1), kept=3),
+    Example(aten.select.int, (X, 1, 2), kept=2),
+    Example(aten.unbind.int, (X, -1), kept=2),
+    Example(aten.split.Tensor, (X, 3, 2), kept=2),
+    Example(aten.split_with_sizes.default, (X, [3, 4], 2), kept=2),
+    Example(aten.split.sizes, (X, [3, 4], 2), kept=2),
+    Example(aten.chunk.default, (X, 2, -1), kept=2),
+    Example(aten.cat.default, ([_x(3, 2, 4, 7), _x(3, 2, 5, 7)], 2), kept=3),
+    Example(aten.cat.default, ([_x(3, 5, 7)], 1), kept=3),
+    Example(aten.cat.default, ([torch.empty(0, dtype=torch.float64), X], -2), kept=3),
+]
+QKV = (_x(3, 4, 5, 8), _x(3, 4, 7, 8), _x(3, 4, 7, 11))
+GROUPED = (_x(3, 6, 5, 8), _x(3, 2, 7, 8), _x(3, 2, 7, 11))
+MIXERS = [
+    Example(aten.embedding.default, (_x(61, 13), torch.tensor([[4, 0, 9, 60, 2]] * 3)), kept=3),
+    Example(aten.linear.default, (X, _x(11, 7), _x(11)), kept=3),
+    Example(aten.linear.default, (X, _x(11, 7)), kept=3),
+    Example(aten.matmul.default, (_x(3, 2, 5, 7), _x(3, 2, 7, 11)), kept=4),
+    Example(aten.matmul.default, (_x(3, 2, 5, 7), _x(7, 11)), kept=4),
+    Example(aten.bmm.default, (_x(3, 5, 7), _x(3, 7, 11)), kept=3),
+    Example(aten.mm.default, (_x(5, 7), _x(7, 11)), kept=2),
+    Example(aten.mean.dim, (X, [-1], True), kept=2),
+    Example(aten.sum.dim_IntList, (X, [1, 2]), kept=1),
+    Example(aten.amax.default, (X, [1]), kept=2),
+    Example(aten.amin.default, (X, [-1], True), kept=2),
+    Example(aten.any.dim, (ON, -1), kept=2),
+    Example(aten.all.dim, (ON, 1, True), kept=2),
+    Example(aten.argmax.default, (X, -1), kept=2),
+    Example(aten.var.correction, (X, [-1]), kept=2),
+    Example(aten.softmax.int, (X, -1), kept=2),
+    Example(aten._softmax.default, (X, 1, False), kept=2),
+    Example(aten.log_softmax.int, (X, 2), kept=2),
+    Example(aten.cumsum.default, (X, 1), kept=2),
+    Example(aten.rms_norm.default, (X, [7], _x(7)), kept=2),
+    Example(aten.layer_norm.default, (X, [7], _x(7), _x(7)), kept=2),
+    Example(aten.scaled_dot_product_attention.default, QKV, kept=4),
+    Example(aten.scaled_dot_product_attention.default, (*QKV, _x(3, 1, 5, 7)), kept=4),
+    Example(aten.scaled_dot_product_attention.default, (*QKV, _flags(5, 7)), kept=4),
+    Example(
+        aten.scaled_dot_product_attention.default,
+        (*GROUPED, _x(3, 1, 5, 7)),
+        {"scale": 0.3, "enable_gqa": True},
+        kept=3,
+    ),
+]
+EXAMPLES = [*POINTWISE_EXAMPLES, *SHAPES, *MIXERS]
