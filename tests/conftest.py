@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from focus_compile.report import warning_once
+
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = False  # else pytest formats every trace record
 
@@ -27,4 +29,4 @@ def dynamo() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def forget_warnings() -> None:
     """Warnings that are given once are given once per test."""
-    torch._logging.warning_once.cache_clear()
+    warning_once.cache_clear()

@@ -180,7 +180,8 @@ class Run:
         def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             options = {"mask_token_id": MASK, "strict": True, **self.options}
             program = focus_backend(gm, inputs, options=options, **chosen)
-            self.executables.append(program)
+            if isinstance(program, Executable):
+                self.executables.append(program)
             return program
 
         self.compiled = torch.compile(self.model, backend=backend, dynamic=self.dynamic)

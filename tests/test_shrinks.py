@@ -1,0 +1,105 @@
+"""The later layers really compute fewer rows: sizes are read out of the suffix as it runs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from focus_compile.runtime import Executable
+from tests.harness import VOCAB, Call, Run, Sizes, build_model, random_call, retained
+
+aten = torch.ops.aten
+LAYERS, BATCH, TOKENS, HISTORY = 4, 3, 11, 7
+LINEARS_PER_LAYER = 7  # q, k, v, o, gate, up, down
+
+
+class Rows(Interpreter):
+    """Runs a graph and records the shapes of what its operators return."""
+
+    def __init__(self, gm: torch.fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.shapes: dict[Any, list[tuple[int, ...]]] = defaultdict(list)
+        self.largest: dict[str, int] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_function" and isinstance(value, Tensor):
+            self.shapes[n.target].append(tuple(value.shape))
+            if n.target is aten.matmul.default:
+                self.shapes["matmul"].append(tuple(value.shape))
+        return value
+
+
+def recorded(program: Executable, run: Run, call: Call) -> tuple[Tensor, Rows, Rows]:
+    """Logits of a call, and what its prefix and suffix computed."""
+    prefix, suffix = Rows(program.prefix.half.gm), Rows(program.suffix.half.gm)
+    program.prefix.compiled, program.suffix.compiled = prefix.run, suffix.run
+    return run.logits(call), prefix, suffix
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def run(request: pytest.FixtureRequest) -> Run:
+    return Run(build_model(Sizes(layers=LAYERS), request.param))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_of_the_suffix(run: Run, seed: int) -> None:
+    call = random_call(seed, run.model, BATCH, TOKENS, HISTORY, "float")
+    kept = retained(run.logits(call))
+    (program,) = run.executables
+    logits, prefix, suffix = recorded(program, run, call)
+    assert torch.equal(retained(logits), kept)
+    count, most, fed = int(kept.sum()), int(kept.sum(1).max()), BATCH * TOKENS
+    assert 0 < count < fed and BATCH * most > count  # rows differ: padding would show
+
+    # q, k, v of layer 1 are the prefix's; everything after is the suffix's, and the head is too
+    before = LINEARS_PER_LAYER + 3
+    assert [shape[:-1] for shape in prefix.shapes[aten.linear.default]] == [(1, fed)] * before
+    later = suffix.shapes[aten.linear.default]
+    assert len(later) == LAYERS * LINEARS_PER_LAYER + 1 - before
+    assert {shape[:-1] for shape in later} == {(1, count)}
+    assert later[-1] == (1, count, VOCAB)
+    for target in (aten.silu.default, aten.rsqrt.default):  # MLPs and norms
+        assert len(suffix.shapes[target]) >= LAYERS - 1
+        assert all(count in shape and fed not in shape for shape in suffix.shapes[target])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_queries_of_the_suffix(run: Run, seed: int) -> None:
+    """Attention after the cut: as many query rows as the longest row retains, all keys."""
+    call = random_call(seed, run.model, BATCH, TOKENS, HISTORY, "float")
+    kept = retained(run.logits(call))
+    (program,) = run.executables
+    _, prefix, suffix = recorded(program, run, call)
+    most = int(kept.sum(1).max())
+    assert most < TOKENS or seed > 0
+    heads, size = run.model.config.num_attention_heads, run.model.config.head_dim
+    whole = aten.scaled_dot_product_attention.default
+    if run.model.config._attn_implementation == "sdpa":
+        assert prefix.shapes[whole] == [(BATCH, heads, TOKENS, size)]
+        assert suffix.shapes[whole] == [(BATCH, heads, most, size)] * (LAYERS - 1)
+    else:
+        scores = (BATCH, heads, most, HISTORY + TOKENS)
+        assert suffix.shapes["matmul"].count(scores) == LAYERS - 1
+        assert suffix.shapes[aten.softmax.int] == [scores] * (LAYERS - 1)
+
+
+def test_nothing_is_as_large_as_the_canvas_but_the_logits(run: Run) -> None:
+    """The hidden size appears with the retained rows only."""
+    call = random_call(1, run.model, BATCH, TOKENS, HISTORY, "float")
+    kept = retained(run.logits(call))
+    (program,) = run.executables
+    _, _, suffix = recorded(program, run, call)
+    hidden = run.model.config.hidden_size
+    rows = {
+        int(torch.tensor(shape[:-1]).prod())
+        for shapes in suffix.shapes.values()
+        for shape in shapes
+        if shape and shape[-1] == hidden
+    }
+    assert rows == {int(kept.sum())}
