@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,20 +78,23 @@ def focus_backend(
         return compiled  # type: ignore[no-any-return]
 
     _report_recompile_limit()
+    # Inductor takes ownership of the graph, and must see it before the analysis leaves traces in
+    # Dynamo's shape environment: then the dense program has the same cache key as plain Inductor's.
+    copied = GraphModule(gm, copy.deepcopy(gm.graph))
+    dense = compile_inner(gm, example_inputs)
     try:
-        if not has_attention(gm):
-            log.debug("no attention in this graph of %d nodes: unchanged", len(gm.graph.nodes))
-            return compile_inner(gm, example_inputs)
+        if not has_attention(copied):
+            log.debug("no attention in this graph of %d nodes: unchanged", len(copied.graph.nodes))
+            return dense
         _refuse_autograd(example_inputs)
-        analysis = analyze(gm)
+        analysis = analyze(copied)
     except NothingToEvict:
-        return compile_inner(gm, example_inputs)
+        return dense
     except Unsupported as refusal:
         if config.strict:
             raise
         warning_once(log, "backend 'focus' leaves this graph as it is: %s", refusal)
-        return compile_inner(gm, example_inputs)
-    dense = compile_inner(gm, example_inputs)
+        return dense
     programs = make_programs(analysis.halves, analysis.inputs, compile_inner)
     return Executable(dense, analysis.halves, analysis.layout, config, programs)
 
