@@ -45,6 +45,7 @@ def main(
         "focus": (focus, {}),
         "focus, visibility prefix": (focus, {"visibility": "prefix"}),
         "focus, alpha 2.5": (focus, {"alpha": 2.5}),
+        "focus, alpha 4": (focus, {"alpha": 4.0}),
         "focus, random signal": (focus, {"signal": _random_signal}),
     }
     rows = []
