@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Interpreter
 
 from focus_compile.cut import Half, Halves
@@ -40,18 +41,26 @@ class Program:
         self.examples = examples
         self.calls = 0
         self.compiled: Callable[..., Any] | None = None
+        self._dense: tuple[bool, ...] = ()
 
     def __call__(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on inputs by name; outputs by name."""
         if self.compiled is None:
             self.compiled = self._compile()
         self.calls += 1
-        outputs = self.compiled(*[values[name] for name in self.half.inputs])
+        outputs = self.compiled(
+            *[
+                values[name].contiguous() if dense else values[name]
+                for name, dense in zip(self.half.inputs, self._dense, strict=True)
+            ]
+        )
         return dict(zip(self.half.outputs, outputs, strict=True))
 
     def _compile(self) -> Callable[..., Any]:
         symbols, values = self.examples()
         examples = [values[name] for name in self.half.inputs]
+        # Inductor's prefix may return a live value in another layout than its graph says
+        self._dense = tuple(is_contiguous_or_false(value) for value in examples)
         graph = GraphModule(self.half.gm, copy.deepcopy(self.half.gm.graph))
         with tracing(TracingContext(symbols.mode)), torch.no_grad():
             compiled = self.inner(graph, examples)
@@ -72,6 +81,9 @@ def make_programs(halves: Halves, inputs: Sequence[Input], inner: Inner) -> tupl
         given = [values[name] for name in halves.prefix.inputs]
         with symbols.mode, torch.no_grad():
             made = Interpreter(halves.prefix.gm).run(*given)
+            made = [
+                torch.empty(value.shape, dtype=value.dtype, device=value.device) for value in made
+            ]
         return symbols, values | dict(zip(halves.prefix.outputs, made, strict=True))
 
     return Program(halves.prefix, inner, outside), Program(halves.suffix, inner, inside)

@@ -116,7 +116,8 @@ class Executable:
         skip = session is not None and session.commits_exactly
         tables = feed(state.fed(delayed, skip))
         values |= self._controls(state, tables, session)
-        values |= self.prefix(values)
+        # the suffix is compiled for contiguous values at the cut, whatever the prefix prefers
+        values |= {name: value.contiguous() for name, value in self.prefix(values).items()}
         count, most = values["sizes"].tolist()
         values["tokens"] = values["order"][:count]
         values["rows"] = values["places"][:, :most].contiguous()
