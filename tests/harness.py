@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from focus_compile import focus_backend
+from focus_compile.programs import Program
 from focus_compile.runtime import Executable
 
 VOCAB, MASK = 61, 60
@@ -156,6 +157,22 @@ def random_call(
     return Call(ids, masked, positions, visible, past)
 
 
+class Recorded:
+    """A program that keeps what it was called with."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.values: dict[str, Tensor] = {}
+
+    @property
+    def calls(self) -> int:
+        return self.program.calls
+
+    def __call__(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.values = dict(values)
+        return self.program(values)
+
+
 def eager_inner(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """An inner compiler that compiles nothing."""
     return graph
@@ -202,6 +219,18 @@ class Run:
         logits = self.compiled(**call.kwargs(self.model)).logits
         assert self.counts() == (dense, prefix + 1, suffix + 1)
         return logits
+
+    def program_of(self, call: Call) -> Executable:
+        """The compiled graph that serves a call."""
+        before = [program.prefix.calls for program in self.executables]
+        self.logits(call)
+        before += [0] * (len(self.executables) - len(before))
+        (found,) = [
+            program
+            for program, calls in zip(self.executables, before, strict=True)
+            if program.prefix.calls > calls
+        ]
+        return found
 
     def configure(self, **changes: Any) -> None:
         """Change options that are inputs of the programs, such as alpha, without recompiling."""

@@ -15,6 +15,7 @@ from focus_compile.ops import focus
 from focus_compile.programs import Program
 from tests.harness import (
     Call,
+    Recorded,
     Run,
     Sizes,
     build_model,
@@ -149,22 +150,6 @@ def test_equals_the_reference(case: tuple[Setup, Run], draw: int, tally: Tally) 
     dense = eager_logits(run.model, call)
     tally.draws += 1
     tally.moved += bool((logits - dense)[kept].abs().max() > TOLERANCE)
-
-
-class Recorded:
-    """A program that keeps what it was called with."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.values: dict[str, Tensor] = {}
-
-    @property
-    def calls(self) -> int:
-        return self.program.calls
-
-    def __call__(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.values = dict(values)
-        return self.program(values)
 
 
 def fed_inputs(program: Program) -> dict[str, int]:
