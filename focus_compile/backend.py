@@ -13,17 +13,18 @@ from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
+from focus_compile.axes import tensor_of
 from focus_compile.canonical import Canonical, canonicalize
 from focus_compile.capture import capture
 from focus_compile.config import FocusConfig
 from focus_compile.cut import Halves, cut
-from focus_compile.errors import NothingToEvict, Unsupported
+from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
 from focus_compile.inputs import Input
 from focus_compile.plan import Plan, make_plan, slot_name
 from focus_compile.programs import Inner, make_programs
 from focus_compile.report import warning_once
 from focus_compile.rewrite import rewrite
-from focus_compile.rules import cat_parts
+from focus_compile.rules import cat_parts, token_ids
 from focus_compile.runtime import Executable, Layout
 
 __all__ = ["Analysis", "analyze", "focus_backend", "has_attention"]
@@ -135,8 +136,12 @@ def analyze(gm: GraphModule) -> Analysis:
 
     Raises:
         Unsupported: FOCUS cannot be applied soundly.
+        EmptyCall: there are no token ids.
     """
     captured = capture(gm)
+    entry = token_ids(captured)
+    if entry is not None and 0 in (shape := tensor_of(entry[1]).shape):
+        raise EmptyCall(tuple(shape))
     canonical = canonicalize(captured)
     plan = make_plan(canonical)
     stages = tuple(rewrite(canonical.gm, plan))

@@ -7,6 +7,7 @@ import re
 from torch.fx import Node
 
 __all__ = [
+    "EmptyCall",
     "EvictedTokenDecoded",
     "NothingToEvict",
     "UncommittedHistory",
@@ -47,6 +48,13 @@ class Unsupported(Exception):
 
 class NothingToEvict(Unsupported):
     """The block is a single token: the dense program is all there is to run."""
+
+
+class EmptyCall(ValueError):
+    """There is no row, or no token in a row."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(f"the token ids have shape {shape}: batch or block is empty")
 
 
 class UncommittedHistory(RuntimeError):

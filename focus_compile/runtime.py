@@ -13,6 +13,7 @@ from torch import Tensor
 from focus_compile.block import BlockState, History
 from focus_compile.config import FocusConfig
 from focus_compile.cut import Halves
+from focus_compile.errors import EmptyCall
 from focus_compile.feed import Feed, feed
 from focus_compile.inputs import Input, length
 from focus_compile.programs import Program
@@ -77,9 +78,7 @@ class Executable:
         session = current_session()
         ids = args[self.layout.arguments[int(self.layout.ids.removeprefix("input"))]]
         if not ids.numel():
-            raise ValueError(
-                f"the token ids have shape {tuple(ids.shape)}: batch or block is empty"
-            )
+            raise EmptyCall(tuple(ids.shape))
         masked = self._masked(ids, session)
         if masked is None or ids.shape[-1] == 1 or not bool(masked.any()):
             return self._dense(args, session)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +198,36 @@ def test_ids_out_of_range_fail_as_in_eager(run: Run, bad: int) -> None:
         eager_logits(run.model, call)
     with pytest.raises(IndexError, match="index out of range"):
         run.compiled(**call.kwargs(run.model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "tokens"), [(0, TOKENS), (BATCH, 0)])
+def test_an_empty_call_is_one_clear_error(batch: int, tokens: int) -> None:
+    """At first, or after calls that were not: Dynamo captures sizes of 0 apart."""
+    message = re.escape(f"the token ids have shape ({batch}, {tokens}): batch or block is empty")
+    torch._dynamo.reset()
+    compiled = Compiled(Toy().eval())
+    with pytest.raises(BackendCompilerFailed, match=message):
+        compiled.call(torch.zeros(batch, tokens, dtype=torch.int64))
+    compiled = Compiled(Toy().eval())
+    compiled.call(torch.zeros(BATCH, TOKENS, dtype=torch.int64))
+    with pytest.raises(BackendCompilerFailed, match=message):
+        compiled.call(torch.zeros(batch, tokens, dtype=torch.int64))
+
+
+@torch.no_grad()
+def test_the_recompile_limit_is_reported_once(said: Said) -> None:
+    """Dynamo runs what comes after eagerly, and says so in its own log only."""
+    torch._dynamo.reset()
+    limit = torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=False)
+    with limit, torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        compiled = Compiled(Toy().eval())
+        for tokens in (TOKENS, TOKENS + 1, TOKENS + 2, TOKENS + 3):
+            compiled.call(torch.zeros(BATCH, tokens, dtype=torch.int64))
+    assert len(compiled.programs) == 2
+    (warning,) = said()
+    assert warning.startswith("this is the last of 2 graphs that Dynamo compiles")
+    assert "torch._dynamo.config.recompile_limit" in warning
 
 
 @torch.no_grad()
