@@ -29,8 +29,8 @@ What this says:
   same tokens.
 - A larger alpha wins most of it back.
 - A random ranking signal does **not** do worse here than the delta, and retains more. Our guess,
-  not measured: it picks tokens far to the right, so that the rule against holes in the K/V retains most
-  of a block in its first step, and the tokens see more of each other.
+  not measured: it picks tokens far to the right, so that the rule against holes in the K/V retains
+  most of a block in its first step, and the tokens see more of each other.
 - The tasks are toys with one right answer, decoded by a model of 1.6 million parameters. Nothing
   here is a claim about large models.
 """

@@ -87,7 +87,7 @@ def focus_backend(
         if not has_attention(copied):
             log.debug("no attention in this graph of %d nodes: unchanged", len(copied.graph.nodes))
             return dense
-        _refuse_autograd(example_inputs)
+        _refuse_modes(example_inputs)
         analysis = analyze(copied)
     except NothingToEvict:
         return dense
@@ -110,11 +110,14 @@ def has_attention(gm: GraphModule) -> bool:
     )
 
 
-def _refuse_autograd(example_inputs: Sequence[Any]) -> None:
-    if torch.is_grad_enabled() and any(
-        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
-    ):
+def _refuse_modes(example_inputs: Sequence[Any]) -> None:
+    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
         raise Unsupported("gradients are enabled: call the model under torch.no_grad()")
+    if any(torch.is_autocast_enabled(kind) for kind in {value.device.type for value in tensors}):
+        raise Unsupported(
+            "autocast is enabled: give the model its dtype with model.to(...) instead"
+        )
 
 
 def _report_recompile_limit() -> None:
@@ -166,5 +169,10 @@ def _past_keys(gm: GraphModule, plan: Plan) -> str | None:
     write = plan.sites[-1].writes[0]
     if write.cat is None:
         return None
-    past = cat_parts(next(node for node in gm.graph.nodes if node.name == write.cat))[0]
-    return past.name if past.op == "placeholder" else None
+    node = next(node for node in gm.graph.nodes if node.name == write.cat)
+    past = cat_parts(node)[0]
+    if past.op != "placeholder":
+        raise Unsupported(
+            "past keys are changed before they are used: one history could pass for another", node
+        )
+    return past.name

@@ -23,7 +23,7 @@ from focus_compile.axes import AxisMap, Dims, Role, tensor_of
 from focus_compile.canonical import Canonical
 from focus_compile.errors import NothingToEvict, Unsupported
 from focus_compile.inputs import Input, runtime_inputs
-from focus_compile.rules import operands, token_ids
+from focus_compile.rules import embedded_inputs, operands, token_ids
 from focus_compile.sites import Site, data_flow, find_sites
 
 __all__ = ["Domain", "Place", "Plan", "make_plan", "slot_name"]
@@ -95,6 +95,8 @@ def make_plan(canonical: Canonical) -> Plan:
     if entry is None:
         raise Unsupported("no embedding of token ids: compile the whole model, not single layers")
     embedding, ids = entry
+    if len(embedded_inputs(gm)) > 1:
+        raise Unsupported("two inputs are embedded: which one holds the token ids?", embedding)
     if not axes.of(ids)[-1]:
         raise NothingToEvict("the block has one token", embedding)
     sites = find_sites(gm, axes)
@@ -108,7 +110,12 @@ def make_plan(canonical: Canonical) -> Plan:
     shape = {given.name: given.shape for given in canonical.inputs}[ids.name]
     added = runtime_inputs(tensor_of(ids).device, shape[0] if len(shape) == 2 else 1)
     inputs = {given.name: given for given in (*added, *_slots(axes, sites, nodes))}
-    return Plan(ids.name, embedding.name, sites, MappingProxyType(packed), MappingProxyType(inputs))
+    try:
+        return Plan(
+            ids.name, embedding.name, sites, MappingProxyType(packed), MappingProxyType(inputs)
+        )
+    except ValueError as error:
+        raise Unsupported(str(error), nodes[sites[0].out]) from error
 
 
 def _slots(axes: AxisMap, sites: tuple[Site, ...], nodes: Mapping[str, Node]) -> Iterator[Input]:

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Dim, Dims, Role, Transfer, expr_of, tensor_of
 
-__all__ = ["RULES", "operands", "propagate", "token_ids"]
+__all__ = ["RULES", "embedded_inputs", "operands", "propagate", "token_ids"]
 
 aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -307,12 +307,19 @@ def _producers(node: Node) -> Node:
 
 def token_ids(gm: GraphModule) -> tuple[Node, Node] | None:
     """The (embedding node, graph input of token ids) of a graph; None if it embeds no input."""
+    found = embedded_inputs(gm)
+    return next(((node, ids) for ids, node in found.items()), None)
+
+
+def embedded_inputs(gm: GraphModule) -> dict[Node, Node]:
+    """Graph inputs that index an embedding, each with the first embedding that it indexes."""
+    found: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target is aten.embedding.default:
             ids = _producers(operands(node)[1])
             if ids.op == "placeholder" and tensor_of(ids).dim() in (1, 2):
-                return node, ids
-    return None
+                found.setdefault(ids, node)
+    return found
 
 
 def propagate(gm: GraphModule) -> AxisMap:

@@ -149,11 +149,21 @@ class Executable:
             past = values[self.layout.past]
             length = past.shape[-2]
             history = History(length, past[..., -1, :].clone() if length else None)
-        state = session.state(self._key(args))
-        if state is None or not state.fits(ids):
+        key = self._key(args)
+        state = session.state(key) if key else None
+        if state is None or not state.fits(ids) or not self._stores(state):
             return BlockState(ids, masked, history)
         state.observe(ids, masked, history)
         return state
+
+    def _stores(self, state: BlockState) -> bool:
+        """Whether the slots of a state are of this graph's dtype and device."""
+        return all(
+            (slot.dtype, slot.device)
+            == (state.slots[slot.name].dtype, state.slots[slot.name].device)
+            for slot in self.layout.slots
+            if state.slots
+        )
 
     def _controls(
         self, state: BlockState, tables: Feed, session: Session | None
@@ -196,6 +206,7 @@ class Executable:
         names = [name for pair in self.halves.kv for name in pair]
         for slot, name, dim in zip(self.layout.slots, names, self.layout.token_dims, strict=True):
             value = values[name]
+            value = value if value.stride(-1) == 1 else value.contiguous()
             slots[slot.name] = value.narrow(dim, value.shape[dim] - tokens, tokens)
         return slots
 

@@ -22,7 +22,7 @@ __all__ = ["Site", "Write", "data_flow", "find_sites"]
 
 _EXPANSIONS = (
     aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default,
-    aten._unsafe_view.default, aten.clone.default, aten.contiguous.default, aten.slice.Tensor,
+    aten._unsafe_view.default, aten.clone.default, aten.contiguous.default,
 )  # fmt: skip
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.dropout.default, aten.clone.default)
 _SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
@@ -151,6 +151,9 @@ def _match_softmax(node: Node) -> _Match | None:
     """Eager attention around a softmax over keys; None if the softmax is not one of attention."""
     scores = node.args[0]
     assert isinstance(scores, Node)
+    rank = tensor_of(node).dim()
+    if argument(node, 1, "dim") % rank != rank - 1:
+        return None
     before: list[Node] = []
     mask: Node | None = None
     scale = 1.0
@@ -174,6 +177,8 @@ def _match_softmax(node: Node) -> _Match | None:
         after.append(out)
         out = next(iter(out.users))
     query, value = scores.args[0], out.args[1]
+    if out.args[0] is not after[-1]:
+        return None
     if not (isinstance(transposed, Node) and isinstance(query, Node) and isinstance(value, Node)):
         return None
     if transposed.target is not aten.transpose.int or _swapped(transposed) != {2, 3}:
