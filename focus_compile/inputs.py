@@ -52,7 +52,11 @@ HINTS = {
     "retained_row": 11,
     "extra": 101,
 }
-"""Sizes that the compiler may tune for; it must not rely on them."""
+"""Sizes that the compiler tunes for.
+
+Equalities with them are refused after compiling (``programs.SpecializedSize``); inequalities, such
+as a choice of 32-bit indexing on a GPU, are not evaluated.
+"""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class _Narrow:
                 self.env[node] = self.replay.attribute(node)
             elif node.op == "call_function":
                 self._emit(node)
-        own, control = fx.map_arg(graph_outputs(self.gm), self._output)
+        own, control = fx.map_arg(graph_outputs(self.gm), lambda arg: self.env[arg])
         kv = tuple((self.kv[site.layer, 0], self.kv[site.layer, 1]) for site in self.plan.sites)
         return self.replay.finish((own, control, kv))
 
@@ -179,7 +179,7 @@ class _Narrow:
         key = self.env[self.nodes[site.key]]
         history: Node | int = 0
         if site.writes[0].cat is not None:
-            length = self.replay.size(self.nodes_masked(), 1)
+            length = self.replay.size(self._made("masked"), 1)
             history = self.replay.difference(self.replay.size(key, 2), length)
         visible = self._visible(site.layer)
         swap = {query: line}
@@ -199,9 +199,6 @@ class _Narrow:
         self.env[node] = self.replay.call(
             focus.pack_attention.default, (swap[node], tokens, inverse, rows), like=node
         )
-
-    def nodes_masked(self) -> Node:
-        return self.env[self.nodes["masked"]]
 
     def _mask(
         self, site: Site, rows: Node, visible: Node, history: Node | int, swap: dict[Node, Node]
@@ -322,6 +319,3 @@ class _Narrow:
             focus.unpack.default,
             (self.env[arg], inverse, place.batch_dim, place.token_dim),
         )
-
-    def _output(self, arg: Node) -> Node:
-        return self.env[arg]
