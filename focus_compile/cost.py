@@ -68,7 +68,8 @@ def cost_of(canonical: Canonical, plan: Plan) -> Cost:
                 work[1] *= size(dim, place.domain if place else None)
             dense, focus = dense + work[0], focus + work[1]
     for site in plan.sites:
-        query, key, value = (axes.of(nodes[name]) for name in (site.query, site.key, site.value))
+        query = axes.of(nodes[site.query])
+        key, value = (axes.of(nodes[write.keys]) for write in site.writes)
         per_query = 2 * size(query[1]) * size(key[2]) * (size(query[3]) + size(value[3]))
         dense += BATCH * TOKENS * per_query
         focus += _COUNTS[plan.packed[site.out].domain] * per_query

@@ -1,8 +1,8 @@
 """Importance of masked tokens: the attention that masked tokens pay each other in one layer.
 
 FOCUS (arXiv 2601.23278) section 3; docs/algorithm.md section 1. These are ordinary eager functions:
-they are the specification, the tests hold them against loops, and the passes put them into graphs
-through the operators of :mod:`focus_compile.ops`.
+they are the specification, the tests hold them against loops, and they are what runs behind the
+operators of :mod:`focus_compile.ops` that the passes put into graphs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ __all__ = ["compact", "importance", "rank_of"]
 def rank_of(keep: Tensor) -> Tensor:
     """Number of kept positions left of each position of its row.
 
-    keep: bool ``[B, T]`` -> int64 ``[B, T]``. A pairwise count: it fuses, where a scan would not.
+    keep: bool ``[B, T]`` -> int64 ``[B, T]``.
     """
-    tokens = keep.shape[1]
-    index = torch.arange(tokens, device=keep.device)
-    left = index.unsqueeze(0) < index.unsqueeze(1)
-    return (keep.unsqueeze(1) & left.unsqueeze(0)).sum(-1)
+    return keep.cumsum(1) - keep.long()
 
 
 def compact(keep: Tensor) -> Tensor:
@@ -29,11 +26,9 @@ def compact(keep: Tensor) -> Tensor:
 
     keep: bool ``[B, T]`` -> int64 ``[B, T]``.
     """
-    tokens = keep.shape[1]
-    index = torch.arange(tokens, device=keep.device)
-    slot = index.view(1, tokens, 1)
-    hit = keep.unsqueeze(1) & (rank_of(keep).unsqueeze(1) == slot)
-    return (hit * index.view(1, 1, tokens)).sum(-1)
+    order = torch.sort(keep, dim=1, descending=True, stable=True).indices
+    index = torch.arange(keep.shape[1], device=keep.device)
+    return torch.where(index < keep.sum(1, keepdim=True), order, 0)
 
 
 def importance(query_BHTD: Tensor, key_BGTD: Tensor, masked: Tensor, scale: float) -> Tensor:
@@ -58,18 +53,19 @@ def importance(query_BHTD: Tensor, key_BGTD: Tensor, masked: Tensor, scale: floa
     groups = key_BGTD.shape[1]
     order = compact(masked).view(batch, 1, tokens, 1).expand(batch, groups, tokens, size)
     listed_BGTD = key_BGTD.gather(2, order).float()
-    query_BGHTD = query_BHTD.float().view(batch, groups, heads // groups, tokens, size)
-    scores = torch.matmul(query_BGHTD, listed_BGTD.unsqueeze(2).transpose(-1, -2)) * scale
+    query_BGND = query_BHTD.float().reshape(batch, groups, heads // groups * tokens, size)
+    scores = torch.matmul(query_BGND, listed_BGTD.transpose(-1, -2)) * scale
 
-    count = masked.sum(-1)
     index = torch.arange(tokens, device=masked.device)
-    outside = (index.unsqueeze(0) >= count.unsqueeze(1)).view(batch, 1, 1, 1, tokens)
+    outside = (index >= masked.sum(1, keepdim=True)).view(batch, 1, 1, tokens)
     lowest = torch.finfo(torch.float32).min
     scores = scores.masked_fill(outside, lowest)
-    left = scores[..., torch.where(index > 0, index - 1, 0)]
-    right = scores[..., torch.where(index + 1 < tokens, index + 1, index)]
-    pooled = torch.maximum(torch.maximum(left, scores), right).masked_fill(outside, lowest)
-    attention = torch.softmax(pooled, dim=-1)
-    asked = masked.view(batch, 1, 1, tokens, 1)
-    listed = torch.where(asked, attention, 0.0).sum((1, 2, 3))
+    edge = scores.new_full((*scores.shape[:-1], 1), lowest)
+    wide = torch.cat([edge, scores, edge], dim=-1)
+    pooled = torch.maximum(torch.maximum(wide[..., :-2], scores), wide[..., 2:])
+    attention = torch.softmax(pooled.masked_fill(outside, lowest), dim=-1)
+    attention = attention.view(batch, heads, tokens, tokens).masked_fill(
+        ~masked.view(batch, 1, tokens, 1), 0.0
+    )
+    listed = attention.sum((1, 2))
     return torch.where(masked, listed.gather(1, rank_of(masked)), 0.0)

@@ -1,7 +1,9 @@
 """The ``focus::`` operators: what the passes put into graphs.
 
-Each is one eager function, registered as a composite operator: a graph shows it as one readable
-node, and AOTAutograd inlines it, so that Inductor fuses its parts with their neighbours.
+Each is one eager function behind one operator: a graph shows it as a single readable node, and the
+compiler calls it as it is. Nothing of it is inlined: fused into their neighbours, gathers and
+selections made the compiler repeat norms and rotary embeddings for every slot of the canvas, and
+took longer to compile than the model (docs/design.md).
 """
 
 from __future__ import annotations
@@ -12,74 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from focus_compile.attention import attend, site_mask, visible
 from focus_compile.importance import importance
-from focus_compile.packing import (
-    merge,
-    pack,
-    pack_attention,
-    pack_rows,
-    repack,
-    restore,
-    tables,
-    unpack,
-)
-from focus_compile.selection import last_position, retain
+from focus_compile.packing import merge, pack, pack_rows, repack, restore, tables, unpack
+from focus_compile.selection import retain
 
-__all__ = ["focus", "hide", "signal", "site_index", "site_mask", "visible"]
-
-
-def visible(written: Tensor, stored: Tensor, bound: Tensor, prefix: Tensor) -> Tensor:
-    """Block slots that a query may see in one layer (docs/algorithm.md section 5.4).
-
-    Args:
-        written, stored, bound: bool ``[B, T]``: slots filled in earlier steps of this block, slots
-            filled now, tokens whose rightmost one bounds ``visibility="prefix"``.
-        prefix: bool scalar, whether that bound holds.
-
-    Returns:
-        bool ``[B, T]``.
-    """
-    index = torch.arange(written.shape[1], device=written.device)
-    inside = index.unsqueeze(0) <= last_position(bound).unsqueeze(1)
-    return (written | stored) & (inside | ~prefix)
-
-
-def site_index(inverse: Tensor, rows: Tensor) -> Tensor:
-    """Packed row of the r-th kept token of each row: ``[B, T]``, ``[B, R]`` -> ``[B, R]``."""
-    return inverse.gather(1, rows)
-
-
-def _keys(visible: Tensor, history: int) -> Tensor:
-    """bool ``[B, T]`` -> ``[B, 1, 1, S + T]``: the whole history is visible."""
-    past = visible.new_ones((visible.shape[0], history))
-    return torch.cat([past, visible], dim=1)[:, None, None, :]
-
-
-def site_mask(mask: Tensor | None, rows: Tensor, visible: Tensor, history: int) -> Tensor:
-    """The mask of an attention site, restricted to its retained queries and visible slots.
-
-    Args:
-        mask: the model's own ``[B or 1, H or 1, T, S + T]``, bool (True: visible), additive, or
-            None.
-        rows: int64 ``[B, R]``; visible: bool ``[B, T]``; history: S, the keys before the block.
-
-    Returns:
-        ``[B, H or 1, R, S + T]``, of the kind of ``mask``; bool ``[B, 1, 1, S + T]`` without one.
-    """
-    slots = _keys(visible, history)
-    if mask is None:
-        return slots
-    batch = rows.shape[0]
-    if mask.shape[2] == 1:
-        lines = mask
-    elif mask.shape[0] == 1:
-        lines = mask[0].movedim(1, 0)[rows].movedim(2, 1)
-    else:
-        row = torch.arange(batch, device=rows.device).unsqueeze(1)
-        lines = mask.movedim(2, 1)[row, rows].movedim(2, 1)
-    if mask.dtype == torch.bool:
-        return lines & slots
-    return lines.masked_fill(~slots, torch.finfo(mask.dtype).min)
+__all__ = ["focus"]
 
 
 def signal(importance0: Tensor, importance1: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
@@ -91,10 +31,9 @@ def signal(importance0: Tensor, importance1: Tensor, weights: Tensor, bias: Tens
     return weights[0] * importance0 + weights[1] * importance1 + bias
 
 
-def hide(scores: Tensor, visible: Tensor, history: int) -> Tensor:
-    """Scores ``[B, H, R, S + T]`` of a site without a mask, hidden slots at the minimum."""
-    slots = _keys(visible, history)
-    return scores.masked_fill(~slots, torch.finfo(scores.dtype).min)
+def site_index(inverse: Tensor, rows: Tensor) -> Tensor:
+    """Packed row of the r-th kept token of each row: ``[B, T]``, ``[B, R]`` -> ``[B, R]``."""
+    return inverse.gather(1, rows)
 
 
 _DIMS = "int? batch_dim, int token_dim"
@@ -108,9 +47,6 @@ _DEFINITIONS: dict[str, Callable[..., Any]] = {
     "pack_rows(Tensor x, Tensor tokens, Tensor inverse, int batch_dim, int token_dim) -> Tensor": (
         pack_rows
     ),
-    "pack_attention(Tensor x, Tensor tokens, Tensor inverse, Tensor rows) -> Tensor": (
-        pack_attention
-    ),
     "repack(Tensor x, Tensor outer_inverse, Tensor tokens, int token_dim) -> Tensor": repack,
     f"unpack(Tensor x, Tensor index, {_DIMS}) -> Tensor": unpack,
     f"merge(Tensor x, Tensor inverse, Tensor keep, Tensor slots, Tensor written, {_DIMS}) "
@@ -119,12 +55,28 @@ _DEFINITIONS: dict[str, Callable[..., Any]] = {
     "visible(Tensor written, Tensor stored, Tensor bound, Tensor prefix) -> Tensor": visible,
     "site_index(Tensor inverse, Tensor rows) -> Tensor": site_index,
     "site_mask(Tensor? mask, Tensor rows, Tensor visible, SymInt history) -> Tensor": site_mask,
-    "hide(Tensor scores, Tensor visible, SymInt history) -> Tensor": hide,
+    "attend(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor index, Tensor tokens, "
+    "Tensor inverse, Tensor rows, float scale) -> Tensor": attend,
 }
+
+
+def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with contiguous results: their layout never depends on that of its operands."""
+
+    def kernel(*args: Any) -> Any:
+        made = function(*args)
+        if isinstance(made, Tensor):
+            return made.contiguous()
+        return tuple(value.contiguous() for value in made)
+
+    return kernel
+
 
 _LIBRARY: Any = torch.library.Library("focus", "DEF")  # type: ignore[no-untyped-call]
 for _schema, _function in _DEFINITIONS.items():
-    _LIBRARY.define(_schema)
-    _LIBRARY.impl(_schema.split("(")[0], _function, "CompositeImplicitAutograd")
+    _name, _kernel = _schema.split("(")[0], _contiguous(_function)
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"focus::{_name}", _kernel, lib=_LIBRARY)
 
 focus = torch.ops.focus

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from focus_compile.importance import compact, rank_of
+from focus_compile.importance import compact
 
-__all__ = ["merge", "pack", "pack_attention", "pack_rows", "repack", "restore", "tables", "unpack"]
+__all__ = ["merge", "pack", "pack_rows", "repack", "restore", "tables", "unpack"]
 
 
 def tables(keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -28,18 +28,10 @@ def tables(keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ``rows`` int64 ``[B, T]``: position of the r-th kept token of its row, else 0;
         ``sizes`` int64 ``[2]``: N, the kept tokens of the batch, and R, the most of any row.
     """
-    batch, tokens = keep.shape
-    count = keep.sum(-1)
-    index = torch.arange(batch, device=keep.device)
-    before = torch.where(index.unsqueeze(0) < index.unsqueeze(1), count.unsqueeze(0), 0).sum(-1)
-    inverse = torch.where(keep, before.unsqueeze(1) + rank_of(keep), 0)
-    rows = compact(keep)
-    slot = torch.arange(batch * tokens, device=keep.device)
-    valid = slot < count.sum()
-    row = (valid.unsqueeze(1) & (slot.unsqueeze(1) >= (before + count).unsqueeze(0))).sum(-1)
-    rank = torch.where(valid, slot - before[row], 0)
-    flat = row * tokens + rows.view(-1)[row * tokens + rank]
-    return flat, inverse, rows, torch.stack([count.sum(), count.amax()])
+    flat = keep.reshape(-1)
+    order = torch.sort(flat, descending=True, stable=True).indices
+    inverse = torch.where(keep, (flat.cumsum(0) - 1).view(keep.shape), 0)
+    return order, inverse, compact(keep), torch.stack([flat.sum(), keep.sum(1).amax()])
 
 
 def pack(
@@ -75,19 +67,6 @@ def unpack(x: Tensor, index: Tensor, batch_dim: int | None, token_dim: int) -> T
     at = token_dim - (batch_dim < token_dim)
     line = x.select(batch_dim, 0).movedim(at, 0)[index]
     return line.movedim((0, 1), (batch_dim, token_dim))
-
-
-def pack_attention(x: Tensor, tokens: Tensor, inverse: Tensor, rows: Tensor) -> Tensor:
-    """Attention output ``[B, H, R, D]`` -> packed ``[1, H, N, D]``.
-
-    ``rows`` int64 ``[B, R]``: the rank of a token in its row is the number of its row's kept
-    positions left of it, which is its packed row minus that of the row's first token.
-    """
-    length = inverse.shape[1]
-    row = tokens // length
-    flat = inverse.reshape(-1)
-    rank = flat[tokens] - flat[row * length + rows[:, 0][row]]
-    return x.transpose(1, 2)[row, rank].transpose(0, 1).unsqueeze(0)
 
 
 def merge(

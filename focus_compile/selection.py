@@ -1,8 +1,7 @@
 """Which tokens of a block are retained: target, selection and enforcement.
 
 FOCUS (arXiv 2601.23278) section 3; docs/algorithm.md sections 2-4. Eager functions over ``[B, T]``:
-the specification, and what the ``retain`` pass puts into the graph (see :mod:`focus_compile.ops`).
-Selection ranks by pairwise comparison instead of sorting: it fuses, and ties go to the left.
+the specification, and what runs behind the operator that the ``retain`` pass puts into the graph.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def select(delta: Tensor, masked: Tensor, count: Tensor) -> Tensor:
 
     docs/algorithm.md section 3: ``A = {j : delta[j] >= mean + std}`` over the masked tokens
     (population std, fp32); A if it holds ``count`` tokens, else the ``count`` largest deltas, ties
-    to the leftmost.
+    to the leftmost. A delta that is NaN says nothing: its token is kept.
 
     Args:
         delta: fp32 ``[B, T]``; masked: bool ``[B, T]``; count: int64 ``[B]``.
@@ -47,12 +46,11 @@ def select(delta: Tensor, masked: Tensor, count: Tensor) -> Tensor:
     mean = torch.where(masked, delta, 0.0).sum(-1, keepdim=True) / number
     spread = torch.where(masked, delta - mean, 0.0).square().sum(-1, keepdim=True) / number
     above = masked & (delta >= mean + spread.sqrt())
-    index = torch.arange(masked.shape[1], device=masked.device)
-    ahead = (delta.unsqueeze(1) > delta.unsqueeze(2)) | (
-        (delta.unsqueeze(1) == delta.unsqueeze(2)) & (index.unsqueeze(0) < index.unsqueeze(1))
-    )
-    rank = (ahead & masked.unsqueeze(1)).sum(-1)
-    largest = masked & (rank < count.unsqueeze(1))
+    order = torch.sort(delta, dim=1, descending=True, stable=True).indices
+    first = torch.sort(masked.gather(1, order), dim=1, descending=True, stable=True).indices
+    index = torch.arange(masked.shape[1], device=masked.device).expand_as(order)
+    rank = torch.empty_like(order).scatter(1, order.gather(1, first), index)
+    largest = masked & ((rank < count.unsqueeze(1)) | delta.isnan())
     return torch.where(above.sum(-1, keepdim=True) >= count.unsqueeze(1), above, largest)
 
 

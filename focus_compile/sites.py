@@ -2,7 +2,8 @@
 
 A *site* is where tokens mix: ``scaled_dot_product_attention``, or matmul - scale - (+ mask) -
 softmax - matmul. A *K/V write* is where a block's new keys or values join the history: ``cat``
-along the token axis, or, without a cache, the site's own operand before grouped heads are expanded.
+along the token axis, or, without a cache, the site's own operand. Both are taken before grouped
+heads are expanded: importance and attention read each key head once.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class Write:
     batch_dim: int | None
     token_dim: int
 
+    @property
+    def keys(self) -> str:
+        """What the site attends to, ``[batch, kv heads, history + token, size]``."""
+        return self.cat or self.new
+
 
 @dataclass(frozen=True)
 class Site:
@@ -48,8 +54,6 @@ class Site:
 
     layer: int
     query: str
-    key: str
-    value: str
     mask: str | None
     scale: float
     region: tuple[str, ...]
@@ -113,8 +117,6 @@ def _site(layer: int, match: _Match, axes: AxisMap) -> Site:
     return Site(
         layer=layer,
         query=match.query.name,
-        key=match.key.name,
-        value=match.value.name,
         mask=match.mask.name if match.mask is not None else None,
         scale=match.scale,
         region=tuple(part.name for part in match.region),
@@ -198,13 +200,14 @@ def _swapped(transpose: Node) -> set[int]:
 
 
 def _write(operand: Node, axes: AxisMap, site: Node) -> Write:
-    """The K/V write that feeds an operand of a site."""
+    """The K/V write that feeds an operand of a site, grouped heads not yet expanded."""
     node, last = operand, operand
     while True:
         dims = axes.of(node)
         if node.target is aten.cat.default and any(axes.history(dim) for dim in dims):
             new = node.args[0][-1]  # type: ignore[index]
             assert isinstance(new, Node)
+            _check_groups(operand, node, axes, site)
             return _described(new, node.name, axes, site)
         if len(dims) == 4 and axes.position(dims, Role.TOKEN) == 2:
             last = node
@@ -214,7 +217,15 @@ def _write(operand: Node, axes: AxisMap, site: Node) -> Write:
         node = source
     if any(axes.history(dim) for dim in axes.of(operand)):
         raise Unsupported("the write of new keys or values into the cache is not understood", site)
+    _check_groups(operand, last, axes, site)
     return _described(last, None, axes, site)
+
+
+def _check_groups(operand: Node, source: Node, axes: AxisMap, site: Node) -> None:
+    """Refuse an expansion in which query head h does not read key head ``h // (H / G)``."""
+    expanded, stored = axes.of(operand)[1], axes.of(source)[1]
+    if expanded[: len(stored)] != stored:
+        raise Unsupported("neighbouring query heads do not share a key head", site)
 
 
 def _described(new: Node, cat: str | None, axes: AxisMap, site: Node) -> Write:

@@ -2,7 +2,7 @@
 
 embedding(ids)          ->  embedding(focus.pack(ids))                      [B, T, E] -> [1, N, E]
 cat([past, k])          ->  cat([past, focus.merge(k, ..., slots)])         stale where not computed
-sdpa(q, K, V, mask)     ->  focus.pack_attention(sdpa(focus.unpack(q), K, V, focus.site_mask(...)))
+sdpa(q, K, V, mask)     ->  focus.attend(q, K, V, focus.site_mask(mask, ...), ...)
 linear, norm, MLP, ...  ->  the same operator on packed rows
 """
 
@@ -55,7 +55,7 @@ class _Narrow:
         self.axes: AxisMap = propagate(gm)
         self.replay = Replay(gm, fake_mode_of(gm))
         self.env: dict[Node, Node] = {}
-        self.converted: dict[tuple[Node, Domain | None, int | None], Node] = {}
+        self.shared: dict[tuple[Any, tuple[Any, ...]], Node] = {}
         self.nodes = {node.name: node for node in gm.graph.nodes}
         self.sites = {name: site for site in plan.sites for name in site.region}
         self.writes: dict[str, tuple[int, int, Write]] = {}
@@ -80,7 +80,10 @@ class _Narrow:
                 self._emit(node)
         own, control = fx.map_arg(graph_outputs(self.gm), lambda arg: self.env[arg])
         kv = tuple((self.kv[site.layer, 0], self.kv[site.layer, 1]) for site in self.plan.sites)
-        return self.replay.finish((own, control, kv))
+        gm = self.replay.finish((own, control, kv))
+        gm.graph.eliminate_dead_code()  # expanded key heads: nobody reads them any more
+        gm.recompile()
+        return gm
 
     # -- inputs ----------------------------------------------------------------------------------
 
@@ -101,7 +104,6 @@ class _Narrow:
             for part in (0, 1)
         }
         self.keep = {Domain.FED: self.env[self.nodes["fed"]]}
-        self.visible: dict[int, Node] = {}
 
     def _tables(self, domain: Domain) -> tuple[Node, Node, Node]:
         """(tokens, inverse, keep) of a domain."""
@@ -165,66 +167,40 @@ class _Narrow:
         return self.replay.size(self.tokens[domain], 0)
 
     def _attend(self, node: Node, site: Site) -> None:
-        """Unpack the retained queries to rows, attend to history and visible slots, pack again."""
+        """The retained queries, as packed rows, attend to history and visible slots."""
         place = self.plan.packed[node.name]
         tokens, inverse, _ = self._tables(place.domain)
         rows = self.rows[place.domain]
         query = self.nodes[site.query]
-        packed = self.plan.packed[site.query]
-        source = self.inverse[Domain.FED] if packed.domain is Domain.FED else inverse
-        index = self.replay.call(focus.site_index.default, (source, rows))
-        line = self.replay.call(
-            focus.unpack.default, (self.env[query], index, packed.batch_dim, packed.token_dim)
-        )
-        key = self.env[self.nodes[site.key]]
+        fed = self.plan.packed[site.query].domain is Domain.FED
+        source = self.inverse[Domain.FED] if fed else inverse
+        index = self._once(focus.site_index.default, (source, rows))
+        key, value = (self.env[self.nodes[write.keys]] for write in site.writes)
+        mask = self._mask(site, rows, key)
+        args = (self.env[query], key, value, mask, index, tokens, inverse, rows, site.scale)
+        packed = self.replay.call(focus.attend.default, args, like=node, name=f"{node.name}_rows")
+        self.env[node] = self.replay.call(aten.transpose.int, (packed, 1, 2), like=node)
+
+    def _mask(self, site: Site, rows: Node, key: Node) -> Node:
+        """The mask of retained queries; one for all layers that share the model's own."""
         history: Node | int = 0
         if site.writes[0].cat is not None:
             length = self.replay.size(self._made("masked"), 1)
             history = self.replay.difference(self.replay.size(key, 2), length)
-        visible = self._visible(site.layer)
-        swap = {query: line}
-        mask = self._mask(site, rows, visible, history, swap)
-        for name in site.region:
-            part = self.nodes[name]
-            args = fx.map_arg(part.args, lambda arg: swap.get(arg) or self.env[arg])
-            kwargs = fx.map_arg(part.kwargs, lambda arg: swap.get(arg) or self.env[arg])
-            if part.target is aten.scaled_dot_product_attention.default:
-                args = (*args[:3], mask, *args[4:])
-                kwargs = {key: value for key, value in kwargs.items() if key != "attn_mask"}
-            elif site.mask is None and part.target in (aten.softmax.int, aten._softmax.default):
-                hidden = self.replay.call(focus.hide.default, (args[0], visible, history))
-                args = (hidden, *args[1:])
-            made = f"{name}_rows" if name == site.out else name
-            swap[part] = self.replay.call(part.target, args, kwargs, like=part, name=made)
-        self.env[node] = self.replay.call(
-            focus.pack_attention.default, (swap[node], tokens, inverse, rows), like=node
-        )
-
-    def _mask(
-        self, site: Site, rows: Node, visible: Node, history: Node | int, swap: dict[Node, Node]
-    ) -> Node:
         old: Node | None = None
         if site.mask is not None:
             old = self.env[self.nodes[site.mask]]
             while tensor_of(old).dim() < 4:
-                old = self.replay.call(aten.unsqueeze.default, (old, 0))
-        if site.mask is None and len(site.region) > 1:
-            return visible
-        new = self.replay.call(focus.site_mask.default, (old, rows, visible, history))
-        if site.mask is not None:
-            swap[self.nodes[site.mask]] = new
-        return new
+                old = self._once(aten.unsqueeze.default, (old, 0))
+        visible = self._visible(site.layer)
+        return self._once(focus.site_mask.default, (old, rows, visible, history))
 
     def _visible(self, layer: int) -> Node:
         """Visible slots: layers 0 and 1 hold every fed token, later ones only retained tokens."""
-        kind = min(layer, 2)
-        if kind not in self.visible:
-            kept = self._made("retain_mask") if kind else self.keep[Domain.FED]
-            stored = kept if kind == 2 else self.keep[Domain.FED]
-            self.visible[kind] = self.replay.call(
-                focus.visible.default, (self.written[kind == 2], stored, kept, self.prefix)
-            )
-        return self.visible[kind]
+        kept = self.keep[Domain.FED] if layer == 0 else self._made("retain_mask")
+        stored = kept if layer >= 2 else self.keep[Domain.FED]
+        written = self.written[layer >= 2]
+        return self._once(focus.visible.default, (written, stored, kept, self.prefix))
 
     def _write(self, node: Node) -> None:
         """Join history and block: the block's part is new where computed, stale elsewhere."""
@@ -272,21 +248,14 @@ class _Narrow:
             old = self.plan.packed[arg.name]
             if old.domain is place.domain:
                 return value
-            key = (arg, place.domain, None)
-            if key not in self.converted:
-                self.converted[key] = self.replay.call(
-                    focus.repack.default, (value, self.inverse[old.domain], tokens, old.token_dim)
-                )
-            return self.converted[key]
+            return self._once(
+                focus.repack.default, (value, self.inverse[old.domain], tokens, old.token_dim)
+            )
         dims = self.axes.of(arg)
         batch_dim = self.axes.position(dims, Role.BATCH)
         token_dim = self.axes.position(dims, Role.TOKEN)
         if token_dim is not None:
-            return self._convert(
-                (arg, place.domain, None),
-                focus.pack.default,
-                (value, tokens, inverse, batch_dim, token_dim),
-            )
+            return self._once(focus.pack.default, (value, tokens, inverse, batch_dim, token_dim))
         if any(self.axes.holds(dim, Role.TOKEN) for dim in dims):
             raise Unsupported("packed tokens meet a value whose token axis is folded", user)
         if batch_dim is None:
@@ -294,18 +263,13 @@ class _Narrow:
         token_dim = len(dims) - (tensor_of(user).dim() - place.token_dim)
         if user.target not in POINTWISE or token_dim < 0 or dims[token_dim]:
             raise Unsupported("packed tokens meet one value per row in this operator", user)
-        return self._convert(
-            (arg, place.domain, token_dim),
-            focus.pack_rows.default,
-            (value, tokens, inverse, batch_dim, token_dim),
-        )
+        return self._once(focus.pack_rows.default, (value, tokens, inverse, batch_dim, token_dim))
 
-    def _convert(
-        self, key: tuple[Node, Domain | None, int | None], target: Any, args: tuple[Any, ...]
-    ) -> Node:
-        if key not in self.converted:
-            self.converted[key] = self.replay.call(target, args)
-        return self.converted[key]
+    def _once(self, target: Any, args: tuple[Any, ...]) -> Node:
+        """A call that layers share."""
+        if (target, args) not in self.shared:
+            self.shared[target, args] = self.replay.call(target, args)
+        return self.shared[target, args]
 
     def _canvas(self, arg: Node) -> Node:
         """An operand on the canvas; only the importance reads packed values so."""
@@ -313,9 +277,6 @@ class _Narrow:
             return self.env[arg]
         place = self.plan.packed[arg.name]
         _, inverse, _ = self._tables(place.domain)
-        key = (arg, None, None)
-        return self._convert(
-            key,
-            focus.unpack.default,
-            (self.env[arg], inverse, place.batch_dim, place.token_dim),
+        return self._once(
+            focus.unpack.default, (self.env[arg], inverse, place.batch_dim, place.token_dim)
         )

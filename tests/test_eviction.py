@@ -155,12 +155,13 @@ def test_equals_the_reference(case: tuple[Setup, Run], draw: int, tally: Tally) 
 def fed_inputs(program: Program) -> dict[str, int]:
     """Inputs of a suffix that hold one row per fed token, with their token dim."""
     found: dict[str, int] = {}
-    packed = {focus.repack.default: 3, focus.unpack.default: 3}
     for node in program.half.gm.graph.nodes:
         if node.op == "placeholder":
             for user in node.users:
-                if user.target in packed and user.args[0] is node:
-                    found[node.name] = user.args[packed[user.target]]
+                if user.target is focus.repack.default and user.args[0] is node:
+                    found[node.name] = user.args[3]
+                if user.target is focus.attend.default and user.args[0] is node:
+                    found[node.name] = 2
     return found
 
 

@@ -78,7 +78,7 @@ def test_labels_of_attention(dynamic: bool) -> None:
         for name in (site.query, *(write.new for write in site.writes)):
             dims = axes.of(nodes[name])
             assert [axes.position(dims, role) for role in (Role.BATCH, Role.TOKEN)] == [0, 2]
-        for name in (site.key, site.value):
+        for name in (write.keys for write in site.writes):
             dims = axes.of(nodes[name])
             assert axes.history(dims[2]) is not None
             assert axes.position(dims, Role.TOKEN) is None

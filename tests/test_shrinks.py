@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
+from torch.nn.functional import scaled_dot_product_attention
 
 from focus_compile.runtime import Executable
 from tests.harness import VOCAB, Call, Run, Sizes, build_model, random_call, retained
@@ -19,20 +21,26 @@ LINEARS_PER_LAYER = 7  # q, k, v, o, gate, up, down
 
 
 class Rows(Interpreter):
-    """Runs a graph and records the shapes of what its operators return."""
+    """Runs a graph and records the shapes of what its operators return.
+
+    ``attention``: query, key and value that each call of an attention kernel gets.
+    """
 
     def __init__(self, gm: torch.fx.GraphModule) -> None:
         super().__init__(gm)
         self.shapes: dict[Any, list[tuple[int, ...]]] = defaultdict(list)
-        self.largest: dict[str, int] = {}
+        self.attention: list[tuple[tuple[int, ...], ...]] = []
 
     def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
+        with patch("focus_compile.attention.scaled_dot_product_attention", self._attention):
+            value = super().run_node(n)
         if n.op == "call_function" and isinstance(value, Tensor):
             self.shapes[n.target].append(tuple(value.shape))
-            if n.target is aten.matmul.default:
-                self.shapes["matmul"].append(tuple(value.shape))
         return value
+
+    def _attention(self, *operands: Tensor, **rest: Any) -> Tensor:
+        self.attention.append(tuple(tuple(operand.shape) for operand in operands))
+        return scaled_dot_product_attention(*operands, **rest)
 
 
 def recorded(program: Executable, run: Run, call: Call) -> tuple[Tensor, Rows, Rows]:
@@ -78,15 +86,20 @@ def test_queries_of_the_suffix(run: Run, seed: int) -> None:
     _, prefix, suffix = recorded(program, run, call)
     most = int(kept.sum(1).max())
     assert most < TOKENS or seed > 0
-    heads, size = run.model.config.num_attention_heads, run.model.config.head_dim
-    whole = aten.scaled_dot_product_attention.default
-    if run.model.config._attn_implementation == "sdpa":
-        assert prefix.shapes[whole] == [(BATCH, heads, TOKENS, size)]
-        assert suffix.shapes[whole] == [(BATCH, heads, most, size)] * (LAYERS - 1)
-    else:
-        scores = (BATCH, heads, most, HISTORY + TOKENS)
-        assert suffix.shapes["matmul"].count(scores) == LAYERS - 1
-        assert suffix.shapes[aten.softmax.int] == [scores] * (LAYERS - 1)
+    config = run.model.config
+    heads, groups, size = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    share, keys = heads // groups, (BATCH, groups, HISTORY + TOKENS, size)
+    assert share > 1  # grouped heads are folded into the queries, not expanded
+
+    def site(queries: int) -> tuple[tuple[int, ...], ...]:
+        return ((BATCH, groups, share * queries, size), keys, keys)
+
+    assert prefix.attention == [site(TOKENS)]
+    assert suffix.attention == [site(most)] * (LAYERS - 1)
 
 
 def test_nothing_is_as_large_as_the_canvas_but_the_logits(run: Run) -> None:
