@@ -5,13 +5,14 @@ from focus_compile.config import FocusConfig
 from focus_compile.errors import EvictedTokenDecoded, UncommittedHistory, Unsupported
 from focus_compile.explain import Explanation, explain
 from focus_compile.generate import Generated, generate
-from focus_compile.session import Session, SessionStats, Signal, Step, session
+from focus_compile.session import PackedLogits, Session, SessionStats, Signal, Step, session
 
 __all__ = [
     "EvictedTokenDecoded",
     "Explanation",
     "FocusConfig",
     "Generated",
+    "PackedLogits",
     "Session",
     "SessionStats",
     "Signal",

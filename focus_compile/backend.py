@@ -24,7 +24,7 @@ from focus_compile.plan import Plan, make_plan, slot_name
 from focus_compile.programs import Inner, make_programs
 from focus_compile.report import warning_once
 from focus_compile.rewrite import rewrite
-from focus_compile.rules import cat_parts, token_ids
+from focus_compile.rules import token_ids
 from focus_compile.runtime import Executable, Layout
 
 __all__ = ["Analysis", "analyze", "focus_backend", "has_attention"]
@@ -159,20 +159,5 @@ def _layout(canonical: Canonical, plan: Plan) -> Layout:
         arguments=canonical.arguments,
         ids=plan.ids,
         slots=tuple(plan.inputs[name] for name in names),
-        token_dims=tuple(write.token_dim for site in plan.sites for write in site.writes),
-        past=_past_keys(canonical.gm, plan),
+        past=plan.sites[-1].writes[0].past,
     )
-
-
-def _past_keys(gm: GraphModule, plan: Plan) -> str | None:
-    """The input that holds the last layer's past keys; None without a cache."""
-    write = plan.sites[-1].writes[0]
-    if write.cat is None:
-        return None
-    node = next(node for node in gm.graph.nodes if node.name == write.cat)
-    past = cat_parts(node)[0]
-    if past.op != "placeholder":
-        raise Unsupported(
-            "past keys are changed before they are used: one history could pass for another", node
-        )
-    return past.name

@@ -49,7 +49,8 @@ class BlockState:
         written01, written: bool, slots that hold K/V in layers 0 and 1, and in later layers.
         progress: int64 ``[B]``; decoded_sum, decode_steps: int64 ``[B]``.
         settled: bool ``[B]``, rows without masks that were fed whole once.
-        slots: K/V of the block by input name, views of the last call's outputs.
+        slots: K/V of history and block by input name, as the last call returned them.
+        goes_on: whether every row is in the block that it was in before the last call.
         committed: whether a dense call ran since the last masked one.
     """
 
@@ -63,6 +64,7 @@ class BlockState:
         self.settled = none[:, 0]
         self.progress, self.decoded_sum, self.decode_steps = count - 1, count, count
         self.slots: dict[str, Tensor] = {}
+        self.goes_on = False
         self.committed = False
 
     def fits(self, ids: Tensor) -> bool:
@@ -100,7 +102,10 @@ class BlockState:
         self.final, self.retained = self.final & line, self.retained & line
         self.written01, self.written = self.written01 & line, self.written & line
         self.warm, self.settled = self.warm & ~fresh, self.settled & ~fresh
+        if history.length != self.history.length:
+            self.slots = {}
         self.ids, self.masked, self.history = _copy(ids), _copy(masked), history
+        self.goes_on = not bool(fresh.any())
         self.committed = False
 
     def fed(self, delayed_cache: bool, skip_decoded_rows: bool = False) -> Tensor:

@@ -4,7 +4,8 @@ Dynamo captures one model several times in a denoising loop (cropped or contiguo
 symbolic past). All of these have the same canonical form, so that it is compiled once: every axis
 with a label has a name (batch unless it is 1, token, one history for each group of layers whose
 histories are equal), sizes in ``view`` and ``expand`` are re-derived from labels and read off the
-inputs, past K/V may have any strides.
+inputs, past K/V may have any strides. What layers compute alike (a slice of the mask, a view of
+the rotary tables) is computed once, so that the passes pack it once.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class _Canon:
     names: dict[Axis, Extent] = field(default_factory=dict)
     meaning: dict[sympy.Symbol, Extent | None] = field(default_factory=dict)
     reads: dict[str, tuple[Node, int]] = field(default_factory=dict)
+    made: dict[Any, Node] = field(default_factory=dict)
 
     def name(self, axis: Axis) -> Extent:
         """The extent of an axis that is not a sum."""
@@ -255,8 +257,28 @@ def _emit(node: Node, env: dict[Node, Any], canon: _Canon) -> None:
             return canon.expression(expr_of(size), node) if isinstance(size, torch.SymInt) else size
 
         args, kwargs = fx.map_arg((args, kwargs), argument)
-    env[node] = canon.replay.call(node.target, args, kwargs, like=node)
-    _check_sizes(node, env[node].meta["val"], canon)
+    key = (node.target, _frozen(args), _frozen(kwargs))
+    if key not in canon.made or not _repeatable(node):
+        canon.made[key] = canon.replay.call(node.target, args, kwargs, like=node)
+        _check_sizes(node, canon.made[key].meta["val"], canon)
+    env[node] = canon.made[key]
+
+
+def _repeatable(node: Node) -> bool:
+    """Whether a second call with the same arguments gives the same, and does nothing else."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _frozen(value: Any) -> Any:
+    """Arguments of a call as a dictionary key; numbers of different types stay different."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((name, _frozen(part)) for name, part in value.items())
+    return type(value), value
 
 
 def _check_sizes(node: Node, made: Any, canon: _Canon) -> None:

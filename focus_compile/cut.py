@@ -2,6 +2,8 @@
 
 The prefix is layer 0, and layer 1 up to its q, k and v, with importance and selection. Between the
 two the host reads how many tokens are retained, so that the suffix has ordinary symbolic sizes.
+After them stands what the ``restore`` pass put at the outputs: the host calls it, unless the caller
+takes packed logits.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from focus_compile.axes import graph_outputs
-from focus_compile.passes.narrow import merged_name
+from focus_compile.ops import focus
 from focus_compile.passes.retain import CONTROL
 from focus_compile.sites import data_flow
 
-__all__ = ["Half", "Halves", "cut"]
+__all__ = ["Half", "Halves", "Returned", "cut"]
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,33 @@ class Half:
 
 
 @dataclass(frozen=True)
+class Returned:
+    """A value that the model returns, by the names of the programs' values.
+
+    ``tokens`` and ``keep`` are None where it is returned as it is; else it is packed, and restored
+    with these tables along ``batch_dim`` and ``token_dim`` (:func:`~.packing.restore`).
+    """
+
+    name: str
+    tokens: str | None = None
+    keep: str | None = None
+    batch_dim: int | None = None
+    token_dim: int = 0
+
+
+@dataclass(frozen=True)
 class Halves:
     """Prefix and suffix.
 
-    ``own`` names the values that the model returns, in its order; ``kv`` those that hold each
-    layer's keys and values, history first; ``control`` what the host reads.
+    ``own`` are the values that the model returns, in its order; ``logits`` is the packed one that
+    is computed last, or None if it returns none; ``kv`` names those that hold each layer's keys and
+    values, history first; ``control`` what the host reads.
     """
 
     prefix: Half
     suffix: Half
-    own: tuple[str | None, ...]
+    own: tuple[Returned | None, ...]
+    logits: Returned | None
     kv: tuple[tuple[str, str], ...]
     control: dict[str, str]
 
@@ -47,20 +66,21 @@ class Halves:
 def cut(gm: GraphModule) -> Halves:
     """FOCUS graph -> prefix and suffix."""
     own, control, kv = graph_outputs(gm)
+    returned = [_returned(node) if isinstance(node, Node) else None for node in own]
     flow = data_flow(gm)
     nodes = {node.name: node for node in gm.graph.nodes}
-    ends: list[Node] = [*control, *kv[0]]
-    ends += [nodes[merged_name(1, part)] for part in (0, 1)]
+    ends: list[Node] = [*control, *kv[0], *kv[1]]
     early = set(ends)
     for end in ends:
         early |= nx.ancestors(flow, end)
     late_inputs = {nodes[name] for name in ("tokens", "rows")}
-    for node in own:
-        if isinstance(node, Node) and not (nx.ancestors(flow, node) & late_inputs):
+    results = [nodes[value.name] for value in returned if value is not None]
+    for node in results:
+        if not (nx.ancestors(flow, node) & late_inputs):
             early |= {node} | nx.ancestors(flow, node)
     early = {node for node in early if _computes(node)}
 
-    results = [node for node in (*own, *(v for pair in kv for v in pair)) if isinstance(node, Node)]
+    results += [node for pair in kv for node in pair]
     late = set(results) - early
     for node in list(late):
         late |= nx.ancestors(flow, node)
@@ -75,10 +95,27 @@ def cut(gm: GraphModule) -> Halves:
     return Halves(
         prefix=_half(gm, early, first),
         suffix=_half(gm, late, second),
-        own=tuple(node.name if isinstance(node, Node) else None for node in own),
+        own=tuple(returned),
+        logits=_last(returned, gm),
         kv=tuple((key.name, value.name) for key, value in kv),
         control={name: node.name for name, node in zip(CONTROL, control, strict=True)},
     )
+
+
+def _returned(node: Node) -> Returned:
+    if node.target is not focus.restore.default:
+        return Returned(node.name)
+    value, tokens, keep, batch_dim, token_dim = (
+        part.name if isinstance(part, Node) else part for part in node.args
+    )
+    return Returned(value, tokens, keep, batch_dim, token_dim)  # type: ignore[arg-type]
+
+
+def _last(returned: list[Returned | None], gm: GraphModule) -> Returned | None:
+    """The packed value that is computed last: the logits, wherever the model returns them."""
+    order = {node.name: index for index, node in enumerate(gm.graph.nodes)}
+    packed = [value for value in returned if value is not None and value.tokens is not None]
+    return max(packed, key=lambda value: order[value.name], default=None)
 
 
 def _unique(nodes: list[Node]) -> list[Node]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -31,7 +32,7 @@ class Candidates:
 
 
 def propose(
-    logits: Tensor,
+    scores: Tensor,
     where: Tensor,
     context: Tensor,
     processors: LogitsProcessorList,
@@ -42,11 +43,12 @@ def propose(
     """Sampled (or greedy) token and its probability at the positions of ``where``.
 
     Args:
-        logits: ``[B, T, V]``; where: bool ``[B, T]``; context: int64 ``[B, L]`` for the processors.
+        scores: logits ``[M, V]`` of the positions of ``where`` bool ``[B, T]``, in row-major order.
+        context: int64 ``[B, L]``, for the processors.
         sample: draw from the processed distribution; else take its largest, ties to the lowest id.
     """
     rows = where.nonzero()[:, 0]
-    scores = logits[where].float()
+    scores = scores.float()
     if processors:
         before: Any = context[rows]
         scores = processors(before, scores)
@@ -114,10 +116,13 @@ class Decoder:
         if self.count < 1:
             raise ValueError(f"tokens_per_step={self.count}: expected at least 1")
 
-    def step(self, logits: Tensor, where: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions to decode bool ``[B, T]``, and tokens int64 ``[B, T]`` for them."""
+    def step(self, scores: Tensor, where: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions to decode bool ``[B, T]``, and tokens int64 ``[B, T]`` for them.
+
+        ``scores`` ``[M, V]`` are the logits of the positions of ``where``, in row-major order.
+        """
         candidates = propose(
-            logits, where, context, self.processors, sample=self.sample, generator=self.generator
+            scores, where, context, self.processors, sample=self.sample, generator=self.generator
         )
         chosen = choose(
             candidates, where, self.strategy, threshold=self.threshold, count=self.count
@@ -126,12 +131,18 @@ class Decoder:
 
 
 def warpers(
-    given: LogitsProcessorList | None, temperature: float, top_k: int | None, top_p: float | None
+    given: LogitsProcessorList | None,
+    mask_token_id: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    device: torch.device,
 ) -> LogitsProcessorList:
-    """The caller's processors, then those that sampling needs; none of these at temperature 0."""
+    """The mask token is never decoded; the caller's processors; what sampling needs, if any."""
     if not temperature >= 0:
         raise ValueError(f"temperature={temperature}: expected a number >= 0")
-    processors = LogitsProcessorList(given or [])
+    never = SuppressTokensLogitsProcessor([mask_token_id], device=str(device))
+    processors = LogitsProcessorList([never, *(given or [])])
     if temperature > 0:
         processors.append(TemperatureLogitsWarper(float(temperature)))
         if top_k is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,13 +116,14 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     eos_early_stop: bool = True,
     streamer: BaseStreamer | None = None,
     logits_processor: LogitsProcessorList | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
     generator: torch.Generator | None = None,
+    seed: int | None = None,
     progress: bool = False,
     return_dict: bool = False,
 ) -> Tensor | Generated:
@@ -141,8 +143,11 @@ def generate(
             ``confidence_threshold``, or else the most confident one; ``"fixed"``: the
             ``tokens_per_step`` most confident ones; ``"sequential"``: the leftmost ones.
         denoising_steps: sets ``tokens_per_step`` to ``ceil(block_length / denoising_steps)``.
-        temperature: 0 decodes greedily; else tokens are sampled, after ``top_k`` and ``top_p``.
-        eos_token_id: ends a row; ``eos_early_stop=False`` goes on to the end of the last block.
+        temperature: 0 decodes greedily; else tokens are sampled, after ``top_k`` and ``top_p``,
+            with ``generator`` or with one made from ``seed``. The mask token is never decoded.
+        eos_token_id: one id or several; ends a row; ``eos_early_stop=False`` goes on to the end of
+            the last block. What follows an end of text is filled with ``pad_token_id``, by default
+            the (first) end of text.
         streamer: gets the prompt, then each committed block, as from transformers (whose own
             streamers take one row). progress: show a bar.
 
@@ -157,11 +162,12 @@ def generate(
         remasking_strategy,
         confidence_threshold,
         count_per_step(block_length, denoising_steps, tokens_per_step),
-        warpers(logits_processor, temperature, top_k, top_p),
+        warpers(logits_processor, mask_token_id, temperature, top_k, top_p, input_ids.device),
         temperature > 0,
-        generator,
+        _generator(generator, seed, input_ids.device),
     )
-    pad = eos_token_id if pad_token_id is None else pad_token_id
+    ends = _ends(eos_token_id, input_ids.device)
+    pad = int(ends[0]) if pad_token_id is None and len(ends) else pad_token_id
     fill = mask_token_id if pad is None else pad
     valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = _Rows(model, input_ids, valid.bool())
@@ -170,10 +176,10 @@ def generate(
         streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
     outer = current_session() or Session()
     with (
-        session(mask_token_id, outer.alpha, outer.visibility, outer.signal) as focus,
+        session(mask_token_id, outer.alpha, outer.visibility, outer.signal, "packed") as focus,
         Progress(disable=not progress, transient=True) as bar,
     ):
-        focus.commits_exactly = True
+        focus.commits_exactly = focus.owns_kv = True
         focus.masked = torch.zeros_like(input_ids, dtype=torch.bool)
         rows.forward(input_ids)
         blocks = -(-max_new_tokens // block_length)
@@ -183,10 +189,10 @@ def generate(
             block = _denoise(rows, decoder, focus, result, block=block, masked=masked)
             focus.masked = torch.zeros_like(masked)
             rows.commit(block)
-            done = _after_end(rows.sequences, input_ids.shape[1], eos_token_id, fill)
+            done = _after_end(rows.sequences, input_ids.shape[1], ends, fill)
             if streamer is not None:
                 streamer.put(done[:, -block_length:].cpu())  # type: ignore[no-untyped-call]
-            _stop(rows, block, eos_token_id if eos_early_stop else None, stopping_criteria)
+            _stop(rows, block, ends if eos_early_stop else ends[:0], stopping_criteria)
             bar.advance(task)
             if not bool(rows.active.any()):
                 break
@@ -212,13 +218,16 @@ def _denoise(
     steps = torch.zeros_like(rows.active, dtype=torch.int64)
     while bool(masked.any()):
         steps += masked.any(1)
-        focus.masked, focus.retain_mask = masked, None
-        logits = rows.peek(block)
-        where = masked
-        if focus.retain_mask is not None:
-            where = masked & focus.retain_mask
+        focus.masked, focus.logits = masked, None
+        canvas = rows.peek(block)
+        if focus.logits is None:
+            where, scores = masked, canvas[masked]
+        else:
+            packed = focus.logits
             result.retain_masks.append(focus.retain_mask)
-        chosen, tokens = decoder.step(logits, where, rows.sequences)
+            where = masked & focus.retain_mask
+            scores = packed.values[where[packed.rows, packed.positions]]
+        chosen, tokens = decoder.step(scores, where, rows.sequences)
         block = torch.where(chosen, tokens, block)
         masked = masked & ~chosen
         result.forwards += 1
@@ -242,22 +251,33 @@ def _check(ids: Tensor, valid: Tensor | None, new: int, block: int) -> None:
         raise ValueError(f"max_new_tokens={new}, block_length={block}: expected at least 1")
 
 
-def _stop(
-    rows: _Rows, block: Tensor, eos: int | None, criteria: StoppingCriteriaList | None
-) -> None:
+def _generator(
+    given: torch.Generator | None, seed: int | None, device: torch.device
+) -> torch.Generator | None:
+    if seed is None:
+        return given
+    if given is not None:
+        raise ValueError("give seed or generator, not both")
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _ends(eos: int | Sequence[int] | None, device: torch.device) -> Tensor:
+    """Ids that end a text, int64 ``[E]``."""
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return torch.tensor(ids, dtype=torch.int64, device=device)
+
+
+def _stop(rows: _Rows, block: Tensor, ends: Tensor, criteria: StoppingCriteriaList | None) -> None:
     """Mark rows that have ended."""
-    if eos is not None:
-        rows.active = rows.active & ~(block == eos).any(1)
+    rows.active = rows.active & ~torch.isin(block, ends).any(1)
     if criteria:
         none: Any = None
         rows.active = rows.active & ~criteria(rows.sequences, none)
 
 
-def _after_end(sequences: Tensor, prompt: int, eos: int | None, fill: int) -> Tensor:
+def _after_end(sequences: Tensor, prompt: int, ends: Tensor, fill: int) -> Tensor:
     """Replace what follows the first end of text of an answer."""
-    if eos is None:
-        return sequences
     answer = sequences[:, prompt:]
-    ended = (answer == eos).long().cumsum(1)
-    after = (ended - (answer == eos).long()) > 0
+    end = torch.isin(answer, ends).long()
+    after = end.cumsum(1) - end > 0
     return torch.cat([sequences[:, :prompt], answer.masked_fill(after, fill)], 1)

@@ -115,7 +115,8 @@ def runtime_inputs(device: torch.device, batch: Extent) -> tuple[Input, ...]:
         "written": (boolean, (batch, "token")),
         "prefix_visibility": (boolean, ()),
     }
-    return tuple(Input(name, shape, dtype, device) for name, (dtype, shape) in shapes.items())
+    made = [Input(name, shape, dtype, device) for name, (dtype, shape) in shapes.items()]
+    return (*made, Input("reuse", (), boolean, torch.device("cpu")))
 
 
 def static_tensor(mode: FakeTensorMode, given: Input) -> torch.Tensor:

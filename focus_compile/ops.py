@@ -16,7 +16,7 @@ from torch import Tensor
 
 from focus_compile.attention import attend, site_mask, visible
 from focus_compile.importance import importance
-from focus_compile.packing import merge, pack, pack_rows, repack, restore, tables, unpack
+from focus_compile.packing import join, pack, pack_rows, repack, restore, tables, unpack
 from focus_compile.selection import retain
 
 __all__ = ["focus"]
@@ -49,9 +49,9 @@ _DEFINITIONS: dict[str, Callable[..., Any]] = {
     ),
     "repack(Tensor x, Tensor outer_inverse, Tensor tokens, int token_dim) -> Tensor": repack,
     f"unpack(Tensor x, Tensor index, {_DIMS}) -> Tensor": unpack,
-    f"merge(Tensor x, Tensor inverse, Tensor keep, Tensor slots, Tensor written, {_DIMS}) "
-    "-> Tensor": merge,
-    f"restore(Tensor x, Tensor inverse, Tensor keep, {_DIMS}) -> Tensor": restore,
+    "join(Tensor? past, Tensor new, Tensor tokens, Tensor stale, Tensor written, Tensor reuse) "
+    "-> Tensor": join,
+    f"restore(Tensor x, Tensor tokens, Tensor keep, {_DIMS}) -> Tensor": restore,
     "visible(Tensor written, Tensor stored, Tensor bound, Tensor prefix) -> Tensor": visible,
     "site_index(Tensor inverse, Tensor rows) -> Tensor": site_index,
     "site_mask(Tensor? mask, Tensor rows, Tensor visible, SymInt history) -> Tensor": site_mask,
@@ -72,11 +72,17 @@ def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
+def _join_fake(past: Tensor | None, new: Tensor, tokens: Tensor, stale: Tensor, *_: Any) -> Tensor:
+    """A shape for :func:`join`, whatever ``reuse`` says."""
+    return torch.empty_like(stale, memory_format=torch.contiguous_format)
+
+
 _LIBRARY: Any = torch.library.Library("focus", "DEF")  # type: ignore[no-untyped-call]
 for _schema, _function in _DEFINITIONS.items():
     _name, _kernel = _schema.split("(")[0], _contiguous(_function)
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"focus::{_name}", _kernel, lib=_LIBRARY)
+    _fake = _join_fake if _function is join else _kernel
+    torch.library.register_fake(f"focus::{_name}", _fake, lib=_LIBRARY)
 
 focus = torch.ops.focus

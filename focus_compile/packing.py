@@ -1,9 +1,9 @@
-"""Between the canvas and packed rows: index tables, gathers, and the merge with stale slots.
+"""Between the canvas and packed rows: index tables, gathers, and the join with stale slots.
 
 A *canvas* value carries a batch axis and a token axis. Its *packed* form has batch size 1 and, on
-the token axis, one row per kept token of the whole batch, in row-major order, with no padding.
-Everything here is a gather or a ``where``: nothing is mutated, and a row that keeps nothing is
-safe. A value without a batch axis (``batch_dim=None``) is shared by all rows of the batch.
+the token axis, one row per kept token of the whole batch, in row-major order, with no padding. A
+row that keeps nothing is safe. A value without a batch axis (``batch_dim=None``) is shared by all
+rows of the batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from torch import Tensor
 
 from focus_compile.importance import compact
 
-__all__ = ["merge", "pack", "pack_rows", "repack", "restore", "tables", "unpack"]
+__all__ = [
+    "canvas_shape",
+    "join",
+    "pack",
+    "pack_rows",
+    "repack",
+    "restore",
+    "tables",
+    "unpack",
+]
 
 
 def tables(keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,40 +78,56 @@ def unpack(x: Tensor, index: Tensor, batch_dim: int | None, token_dim: int) -> T
     return line.movedim((0, 1), (batch_dim, token_dim))
 
 
-def merge(
-    x: Tensor,
-    inverse: Tensor,
-    keep: Tensor,
-    slots: Tensor,
-    written: Tensor,
-    batch_dim: int | None,
-    token_dim: int,
+def join(
+    past: Tensor | None, new: Tensor, tokens: Tensor, stale: Tensor, written: Tensor, reuse: Tensor
 ) -> Tensor:
-    """K or V of a block: new where kept, else what the slot holds, else 0 (never unwritten memory).
+    """K or V of one layer: the history, then the block, new where computed and else stale.
 
     Args:
-        x: packed; inverse: int64 ``[B, T]``; keep, written: bool ``[B, T]``.
-        slots: the block's K or V of earlier steps, in canvas layout.
+        past: ``[B, G, S, D]``, or None without a history.
+        new: packed ``[1, G, N, D]``; tokens: int64 ``[N]``, where its rows belong.
+        stale: ``[B, G, S + T, D]``, what this gave in the step before; only its block is read.
+        written: bool ``[B, T]``, which slots of the block hold any K or V. The others are not
+            read: there the result is 0.
+        reuse: bool scalar on the CPU: ``stale`` is of the same history, and nobody else needs it.
+            Then the new rows are written into it, and it is the result: nothing is copied.
+
+    Returns:
+        ``[B, G, S + T, D]``.
     """
-    canvas = unpack(x, inverse, batch_dim, token_dim)
-    old = torch.where(_spread(written, canvas, batch_dim, token_dim), slots, 0.0)
-    return torch.where(_spread(keep, canvas, batch_dim, token_dim), canvas, old)
+    batch, length = written.shape
+    history = 0 if past is None else past.shape[2]
+    out = stale if reuse else torch.empty_like(stale, memory_format=torch.contiguous_format)
+    block = out.narrow(2, history, length)
+    if out is not stale:
+        if past is not None:
+            out.narrow(2, 0, history).copy_(past)
+        block.copy_(stale.narrow(2, history, length))
+        block.masked_fill_(~written.view(batch, 1, length, 1), 0)
+    block.transpose(1, 2)[tokens // length, tokens % length] = new[0].transpose(0, 1)
+    return out
 
 
 def restore(
-    x: Tensor, inverse: Tensor, keep: Tensor, batch_dim: int | None, token_dim: int
+    x: Tensor, tokens: Tensor, keep: Tensor, batch_dim: int | None, token_dim: int
 ) -> Tensor:
-    """Packed -> canvas, 0 where not kept."""
-    canvas = unpack(x, inverse, batch_dim, token_dim)
-    return torch.where(_spread(keep, canvas, batch_dim, token_dim), canvas, 0)
+    """Packed -> canvas, 0 where not kept. ``tokens`` int64 ``[N]``; keep: bool ``[B, T]``."""
+    length = keep.shape[1]
+    shape = canvas_shape(x, keep, batch_dim, token_dim)
+    out = x.new_zeros(shape)
+    if batch_dim is None:
+        return out.index_copy(token_dim, tokens, x)
+    dims = (batch_dim, token_dim)
+    out.movedim(dims, (0, 1))[tokens // length, tokens % length] = x.movedim(dims, (0, 1))[0]
+    return out
 
 
-def _spread(flags: Tensor, like: Tensor, batch_dim: int | None, token_dim: int) -> Tensor:
-    """bool ``[B, T]`` viewed so that it broadcasts along the batch and token axes of ``like``."""
-    shape: list[int] = [1] * like.dim()
+def canvas_shape(
+    x: Tensor, keep: Tensor, batch_dim: int | None, token_dim: int
+) -> list[int | torch.SymInt]:
+    """Shape that the packed ``x`` has on the canvas of ``keep`` bool ``[B, T]``."""
+    shape = list(x.shape)
+    shape[token_dim] = keep.shape[1]
     if batch_dim is not None:
-        shape[batch_dim] = flags.shape[0]
-    shape[token_dim] = flags.shape[1]
-    if batch_dim is not None and batch_dim > token_dim:
-        flags = flags.transpose(0, 1)
-    return flags.reshape(shape)
+        shape[batch_dim] = keep.shape[0]
+    return shape

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from focus_compile.axes import AxisMap, Dims, Role, tensor_of
 from focus_compile.canonical import Canonical
 from focus_compile.errors import NothingToEvict, Unsupported
-from focus_compile.inputs import Input, runtime_inputs
+from focus_compile.inputs import Extent, Input, runtime_inputs
 from focus_compile.rules import embedded_inputs, operands, token_ids
 from focus_compile.sites import Site, data_flow, find_sites
 
@@ -109,7 +109,8 @@ def make_plan(canonical: Canonical) -> Plan:
     packed = _packed(gm, axes, embedding, sites, prefix)
     shape = {given.name: given.shape for given in canonical.inputs}[ids.name]
     added = runtime_inputs(tensor_of(ids).device, shape[0] if len(shape) == 2 else 1)
-    inputs = {given.name: given for given in (*added, *_slots(axes, sites, nodes))}
+    stale = _slots(canonical, sites, nodes)
+    inputs = {given.name: given for given in (*added, *stale)}
     try:
         return Plan(
             ids.name, embedding.name, sites, MappingProxyType(packed), MappingProxyType(inputs)
@@ -118,15 +119,21 @@ def make_plan(canonical: Canonical) -> Plan:
         raise Unsupported(str(error), nodes[sites[0].out]) from error
 
 
-def _slots(axes: AxisMap, sites: tuple[Site, ...], nodes: Mapping[str, Node]) -> Iterator[Input]:
-    """Inputs for the stale keys and values of every layer, shaped like the new ones."""
+def _slots(
+    canonical: Canonical, sites: tuple[Site, ...], nodes: Mapping[str, Node]
+) -> Iterator[Input]:
+    """Inputs for the K/V that every layer had in the step before, history included."""
+    shapes = {given.name: given.shape for given in canonical.inputs}
     for site in sites:
         for part, write in enumerate(site.writes):
             value = tensor_of(nodes[write.new])
-            shape: list[int | str] = [int(size) for size in value.shape]
-            shape[write.token_dim] = "token"
+            shape: list[Extent] = [int(size) for size in value.shape]
+            shape[2] = "token"
             if write.batch_dim is not None:
                 shape[write.batch_dim] = "batch"
+            if write.past is not None:
+                history = shapes[write.past][2]
+                shape[2] = (history, "token") if history != 0 else "token"
             name = slot_name(site.layer, part)
             yield Input(name, tuple(shape), value.dtype, value.device, strided=True)
 

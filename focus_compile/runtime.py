@@ -16,9 +16,10 @@ from focus_compile.cut import Halves
 from focus_compile.errors import EmptyCall
 from focus_compile.feed import Feed, feed
 from focus_compile.inputs import Input, length
+from focus_compile.packing import canvas_shape, restore
 from focus_compile.programs import Program
 from focus_compile.report import warning_once
-from focus_compile.session import Session, Signal, Step, current_session
+from focus_compile.session import PackedLogits, Session, Signal, Step, current_session
 
 __all__ = ["Executable", "Layout"]
 
@@ -38,8 +39,7 @@ class Layout:
     Attributes:
         inputs: the canonical graph's own inputs; arguments: the argument that each comes from.
         ids: name of the token ids.
-        slots: inputs for stale keys and values, layer by layer.
-        token_dims: the token dim of each of them.
+        slots: inputs for the K/V of the step before, layer by layer.
         past: name of the last layer's past keys, whose dim before the last is the history.
     """
 
@@ -47,7 +47,6 @@ class Layout:
     arguments: tuple[int, ...]
     ids: str
     slots: tuple[Input, ...]
-    token_dims: tuple[int, ...]
     past: str | None
 
 
@@ -111,10 +110,12 @@ class Executable:
     ) -> Any:
         values = self._arguments(args)
         state = self._state(args, values, ids, masked, session)
+        if session is not None:
+            session.forget(self._key(args))  # until this call is through: an interrupted one is not
         delayed = self.config.delayed_cache
         skip = session is not None and session.commits_exactly
         tables = feed(state.fed(delayed, skip))
-        values |= self._controls(state, tables, session)
+        values |= self._controls(state, values, tables, session)
         # the suffix is compiled for contiguous values at the cut, whatever the prefix prefers
         values |= {name: value.contiguous() for name, value in self.prefix(values).items()}
         count, most = values["sizes"].tolist()
@@ -123,11 +124,39 @@ class Executable:
         values |= self.suffix(values)
         if session is not None:
             retained = values["retain_mask"]
-            state.advance(tables.fed, retained, self._slots(values, masked.shape[1]), delayed)
+            state.advance(tables.fed, retained, self._slots(values), delayed)
             session.keep(self._key(args), state)
             session.retain_mask = retained
             session.stats.record(masked.numel(), tables.tokens.numel(), count)
-        return tuple(None if name is None else values[name] for name in self.halves.own)
+        return self._returned(values, session)
+
+    def _returned(self, values: Mapping[str, Tensor], session: Session | None) -> Any:
+        """What the model returns: packed values back on the canvas, or as packed logits."""
+        packed = session is not None and session.packed
+        if packed:
+            assert session is not None
+            session.logits = self._packed_logits(values)
+        out: list[Tensor | None] = []
+        for own in self.halves.own:
+            if own is None or own.tokens is None or own.keep is None:
+                out.append(None if own is None else values[own.name])
+                continue
+            value, dims = values[own.name], (own.batch_dim, own.token_dim)
+            if packed:
+                shape = canvas_shape(value, values[own.keep], *dims)
+                out.append(value.new_zeros(()).expand(shape))
+            else:
+                out.append(restore(value, values[own.tokens], values[own.keep], *dims))
+        return tuple(out)
+
+    def _packed_logits(self, values: Mapping[str, Tensor]) -> PackedLogits:
+        logits = self.halves.logits
+        if logits is None or logits.tokens is None:
+            raise ValueError("logits='packed': the model returns no value with a row per token")
+        length = values["masked"].shape[1]
+        tokens = values[logits.tokens]
+        rows = values[logits.name].movedim(logits.token_dim, 0).reshape(len(tokens), -1)
+        return PackedLogits(rows, tokens // length, tokens % length)
 
     def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
         """What tells one model from another: its parameters."""
@@ -166,7 +195,11 @@ class Executable:
         )
 
     def _controls(
-        self, state: BlockState, tables: Feed, session: Session | None
+        self,
+        state: BlockState,
+        values: Mapping[str, Tensor],
+        tables: Feed,
+        session: Session | None,
     ) -> dict[str, Tensor]:
         """The inputs that are neither the caller's nor made by the prefix."""
         device = state.masked.device
@@ -181,9 +214,8 @@ class Executable:
         if bias.shape != state.masked.shape:
             shape = tuple(bias.shape)
             raise ValueError(f"the signal's bias has shape {shape}: expected {(batch, tokens)}")
-        slots = state.slots
-        if not slots:
-            slots = {slot.name: _empty(slot, state) for slot in self.layout.slots}
+        slots = state.slots or self._no_slots(state, values)
+        reuse = session is not None and session.owns_kv and state.goes_on and bool(state.slots)
         return slots | {
             "masked": state.masked,
             "fed": tables.fed,
@@ -198,17 +230,24 @@ class Executable:
             "written01": state.written01,
             "written": state.written,
             "prefix_visibility": torch.tensor(visibility == "prefix", device=device),
+            "reuse": torch.tensor(reuse),
         }
 
-    def _slots(self, values: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
-        """The block's part of every layer's keys and values, as views."""
-        slots: dict[str, Tensor] = {}
+    def _slots(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every layer's keys and values, for the next step."""
         names = [name for pair in self.halves.kv for name in pair]
-        for slot, name, dim in zip(self.layout.slots, names, self.layout.token_dims, strict=True):
-            value = values[name]
-            value = value if value.stride(-1) == 1 else value.contiguous()
-            slots[slot.name] = value.narrow(dim, value.shape[dim] - tokens, tokens)
-        return slots
+        return {
+            slot.name: values[name] for slot, name in zip(self.layout.slots, names, strict=True)
+        }
+
+    def _no_slots(self, state: BlockState, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Slots that nobody has written: no memory, and no layer reads them."""
+        sizes = dict(zip(("batch", "token"), state.masked.shape, strict=True))
+        for given in self.layout.inputs:
+            for name, size in zip(given.shape, values[given.name].shape, strict=True):
+                if isinstance(name, str):
+                    sizes[name] = size
+        return {slot.name: _zeros(slot, sizes) for slot in self.layout.slots}
 
     def _arguments(self, args: Sequence[Any]) -> dict[str, Tensor]:
         """The canonical graph's inputs, in the layout that the programs were compiled for."""
@@ -223,8 +262,6 @@ class Executable:
         return values
 
 
-def _empty(slot: Input, state: BlockState) -> Tensor:
-    """Slots that nobody has written: no memory, and no layer reads them."""
-    batch, tokens = state.masked.shape
-    shape = [length(extent, {"batch": batch, "token": tokens}) for extent in slot.shape]
+def _zeros(slot: Input, sizes: Mapping[str, int]) -> Tensor:
+    shape = [length(extent, sizes) for extent in slot.shape]
     return torch.zeros(shape[-1:], dtype=slot.dtype, device=slot.device).expand(shape)

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from focus_compile.block import BlockState
 
-__all__ = ["Session", "SessionStats", "Signal", "Step", "current_session", "session"]
+__all__ = [
+    "PackedLogits",
+    "Session",
+    "SessionStats",
+    "Signal",
+    "Step",
+    "current_session",
+    "session",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,19 @@ class Step:
     ids: Tensor
     masked: Tensor
     fed: Tensor
+
+
+@dataclass(frozen=True)
+class PackedLogits:
+    """Logits of the retained tokens of a call.
+
+    ``values`` ``[N, V]``; ``rows`` and ``positions`` int64 ``[N]``: where in the batch and in the
+    block each of them stands, in row-major order.
+    """
+
+    values: Tensor
+    rows: Tensor
+    positions: Tensor
 
 
 @dataclass
@@ -86,10 +107,14 @@ class Session:
         mask_token_id, alpha, visibility: override the model's options where not None.
         signal: replaces the ranking signal: a :class:`Signal`, or a function of the
             :class:`Step` that returns one. For ablations and benchmarks.
+        packed: masked calls return no logits on the canvas but one zero, expanded, and
+            ``logits`` holds them: :class:`PackedLogits` of the last masked call, else None.
         stats: counts so far.
         retain_mask: bool ``[B, T]``, what the last masked call retained; None before it.
         commits_exactly: the caller commits every block with a mask-free call, so that a row whose
             last mask has gone need not be fed again before.
+        owns_kv: the caller drops the keys and values that a masked call returns, so that the next
+            one may write into them instead of copying the history.
     """
 
     def __init__(
@@ -98,18 +123,24 @@ class Session:
         alpha: float | None = None,
         visibility: str | None = None,
         signal: Signal | Callable[[Step], Signal] | None = None,
+        logits: str = "canvas",
     ) -> None:
         if alpha is not None and not alpha >= 1:
             raise ValueError(f"alpha={alpha!r}: expected a number >= 1")
         if visibility not in (None, "written", "prefix"):
             raise ValueError(f"visibility={visibility!r}: expected 'written' or 'prefix'")
+        if logits not in ("canvas", "packed"):
+            raise ValueError(f"logits={logits!r}: expected 'canvas' or 'packed'")
         self.mask_token_id = mask_token_id
         self.alpha = alpha
         self.visibility = visibility
         self.signal = signal
         self.stats = SessionStats()
         self.retain_mask: Tensor | None = None
+        self.packed = logits == "packed"
+        self.logits: PackedLogits | None = None
         self.commits_exactly = False
+        self.owns_kv = False
         self._masked: Tensor | None = None
         self._states: dict[tuple[int, ...], BlockState] = {}
 
@@ -129,6 +160,7 @@ class Session:
         self._states.clear()
         self._masked = None
         self.retain_mask = None
+        self.logits = None
 
     def take_masked(self, ids: Tensor) -> Tensor | None:
         """The masks given for this call, if any."""
@@ -143,6 +175,9 @@ class Session:
 
     def state(self, key: tuple[int, ...]) -> BlockState | None:
         return self._states.get(key)
+
+    def forget(self, key: tuple[int, ...]) -> None:
+        self._states.pop(key, None)
 
     def keep(self, key: tuple[int, ...], state: BlockState) -> None:
         self._states[key] = state
@@ -167,16 +202,20 @@ def session(
     alpha: float | None = None,
     visibility: str | None = None,
     signal: Signal | Callable[[Step], Signal] | None = None,
+    logits: str = "canvas",
 ) -> Iterator[Session]:
     """Scope of one generation: K/V slots, averages and progress live until it ends.
 
     Args:
         mask_token_id, alpha, visibility, signal: see :class:`Session`.
+        logits: ``"canvas"``: ``[B, T, V]``, 0 where evicted. ``"packed"``: the model's output holds
+            an expanded zero in their place, and ``session.logits`` those of the retained tokens,
+            ``[N, V]``: a large vocabulary is never spread over the canvas.
 
     Raises:
         ValueError: a value is out of range.
     """
-    opened = Session(mask_token_id, alpha, visibility, signal)
+    opened = Session(mask_token_id, alpha, visibility, signal, logits)
     token = _CURRENT.set(opened)
     try:
         yield opened

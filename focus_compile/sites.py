@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Role, tensor_of
 from focus_compile.errors import Unsupported
-from focus_compile.rules import argument, aten
+from focus_compile.rules import argument, aten, cat_parts
 
 __all__ = ["Site", "Write", "data_flow", "find_sites"]
 
@@ -33,14 +33,14 @@ _SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 class Write:
     """A K/V write, by node name.
 
-    ``new`` computes the block's keys or values. ``cat`` joins them to the history, or is None where
-    there is no history: then the merged ``new`` is what the site attends to.
+    ``new`` computes the block's keys or values. ``cat`` joins them to ``past``, the input that
+    holds the history; both are None where there is none.
     """
 
     new: str
     cat: str | None
+    past: str | None
     batch_dim: int | None
-    token_dim: int
 
     @property
     def keys(self) -> str:
@@ -205,10 +205,11 @@ def _write(operand: Node, axes: AxisMap, site: Node) -> Write:
     while True:
         dims = axes.of(node)
         if node.target is aten.cat.default and any(axes.history(dim) for dim in dims):
-            new = node.args[0][-1]  # type: ignore[index]
-            assert isinstance(new, Node)
+            past, new = cat_parts(node)
+            if past.op != "placeholder":
+                raise Unsupported("past keys or values are changed before they are used", past)
             _check_groups(operand, node, axes, site)
-            return _described(new, node.name, axes, site)
+            return _described(new, node.name, past.name, axes, site)
         if len(dims) == 4 and axes.position(dims, Role.TOKEN) == 2:
             last = node
         source = node.args[0] if node.args else None
@@ -218,7 +219,7 @@ def _write(operand: Node, axes: AxisMap, site: Node) -> Write:
     if any(axes.history(dim) for dim in axes.of(operand)):
         raise Unsupported("the write of new keys or values into the cache is not understood", site)
     _check_groups(operand, last, axes, site)
-    return _described(last, None, axes, site)
+    return _described(last, None, None, axes, site)
 
 
 def _check_groups(operand: Node, source: Node, axes: AxisMap, site: Node) -> None:
@@ -228,11 +229,11 @@ def _check_groups(operand: Node, source: Node, axes: AxisMap, site: Node) -> Non
         raise Unsupported("neighbouring query heads do not share a key head", site)
 
 
-def _described(new: Node, cat: str | None, axes: AxisMap, site: Node) -> Write:
+def _described(new: Node, cat: str | None, past: str | None, axes: AxisMap, site: Node) -> Write:
     dims = axes.of(new)
-    token_dim = axes.position(dims, Role.TOKEN)
-    if token_dim is None:
+    if axes.position(dims, Role.TOKEN) is None:
         raise Unsupported("keys or values of an attention site have no token axis", site)
-    if len(dims) != 4 or token_dim != 2:
+    batch_dim = axes.position(dims, Role.BATCH)
+    if len(dims) != 4 or axes.position(dims, Role.TOKEN) != 2 or batch_dim not in (0, None):
         raise Unsupported("new keys and values are not [batch, heads, token, size]", site)
-    return Write(new.name, cat, axes.position(dims, Role.BATCH), token_dim)
+    return Write(new.name, cat, past, batch_dim)

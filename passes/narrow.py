@@ -1,7 +1,7 @@
 """Compute packed rows: fed tokens up to layer 1's q, k and v, retained tokens after.
 
 embedding(ids)          ->  embedding(focus.pack(ids))                      [B, T, E] -> [1, N, E]
-cat([past, k])          ->  cat([past, focus.merge(k, ..., slots)])         stale where not computed
+cat([past, k])          ->  focus.join(past, k, ..., slots)      the block: stale where not computed
 sdpa(q, K, V, mask)     ->  focus.attend(q, K, V, focus.site_mask(mask, ...), ...)
 linear, norm, MLP, ...  ->  the same operator on packed rows
 """
@@ -23,12 +23,7 @@ from focus_compile.replay import Replay, fake_mode_of
 from focus_compile.rules import POINTWISE, RESHAPES, aten, propagate
 from focus_compile.sites import Site, Write
 
-__all__ = ["merged_name", "narrow"]
-
-
-def merged_name(layer: int, part: int) -> str:
-    """Node that holds the block's keys or values of a layer, new and stale ones."""
-    return f"merged{layer}_{'kv'[part]}"
+__all__ = ["narrow"]
 
 
 def narrow(gm: GraphModule, plan: Plan) -> GraphModule:
@@ -46,7 +41,7 @@ class _Narrow:
     Inputs that it adds: ``fed_tokens`` int64 ``[N_fed]``, ``fed_inverse`` ``[B, T]``, ``fed_rows``
     ``[B, R_fed]`` (tables of the fed tokens); ``tokens`` ``[N]`` and ``rows`` ``[B, R]`` (of the
     retained ones, cut to size by the host); ``written01`` and ``written`` bool ``[B, T]``;
-    ``prefix_visibility`` bool ``[]``; the slots of every layer.
+    ``prefix_visibility`` and ``reuse`` bool ``[]``; what every layer's K/V were in the step before.
     """
 
     def __init__(self, gm: GraphModule, plan: Plan) -> None:
@@ -98,6 +93,7 @@ class _Narrow:
         self.inverse = {Domain.FED: given["fed_inverse"]}
         self.written = (given["written01"], given["written"])
         self.prefix = given["prefix_visibility"]
+        self.reuse = given["reuse"]
         self.slots = {
             (site.layer, part): given[slot_name(site.layer, part)]
             for site in self.plan.sites
@@ -122,11 +118,11 @@ class _Narrow:
             if node.name == site.out:
                 self._attend(node, site)
         elif node.name in self.writes and self.writes[node.name][2].cat is not None:
-            self._write(node)
+            self._write(node, self.env[self.nodes[self.writes[node.name][2].new]])
         elif node.name in self.plan.packed:
             self._packed(node, self.plan.packed[node.name])
             if node.name in self.writes:
-                self._merge(node, self.env[node])
+                self._write(node, self.env[node])
         else:
             args = fx.map_arg(node.args, self._canvas)
             kwargs = fx.map_arg(node.kwargs, self._canvas)
@@ -202,36 +198,16 @@ class _Narrow:
         written = self.written[layer >= 2]
         return self._once(focus.visible.default, (written, stored, kept, self.prefix))
 
-    def _write(self, node: Node) -> None:
+    def _write(self, node: Node, new: Node) -> None:
         """Join history and block: the block's part is new where computed, stale elsewhere."""
-        _, _, write = self.writes[node.name]
-        new = self.nodes[write.new]
-        merged = self._merge(node, self.env[new])
-        args = fx.map_arg(node.args, lambda arg: merged if arg is new else self.env[arg])
-        self.env[node] = self.replay.call(node.target, args, node.kwargs, like=node)
-        layer, part, _ = self.writes[node.name]
-        self.kv[layer, part] = self.env[node]
-
-    def _merge(self, node: Node, packed: Node) -> Node:
         layer, part, write = self.writes[node.name]
-        place = self.plan.packed[write.new]
-        _, inverse, keep = self._tables(place.domain)
-        merged = self.replay.call(
-            focus.merge.default,
-            (
-                packed,
-                inverse,
-                keep,
-                self.slots[layer, part],
-                self.written[layer >= 2],
-                write.batch_dim,
-                write.token_dim,
-            ),
-            name=merged_name(layer, part),
-        )
-        if write.cat is None:
-            self.env[node] = self.kv[layer, part] = merged
-        return merged
+        tokens, _, _ = self._tables(self.plan.packed[write.new].domain)
+        past = None if write.past is None else self.env[self.nodes[write.past]]
+        stale, written = self.slots[layer, part], self.written[layer >= 2]
+        args = (past, new, tokens, stale, written, self.reuse)
+        name = f"joined{layer}_{'kv'[part]}"
+        joined = self.replay.call(focus.join.default, args, like=node, name=name)
+        self.env[node] = self.kv[layer, part] = joined
 
     # -- operands --------------------------------------------------------------------------------
 

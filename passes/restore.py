@@ -1,6 +1,6 @@
 """Give packed outputs their canvas shape; 0 at tokens that were not computed.
 
-logits [1, N, V]  ->  focus.restore(logits, inverse, retain_mask) [B, T, V]
+logits [1, N, V]  ->  focus.restore(logits, tokens, retain_mask) [B, T, V]
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ def restore(gm: GraphModule, plan: Plan) -> GraphModule:
     replay, nodes, outputs = Replay.copy(gm)
     own, control, kv = outputs
     tables = {
-        Domain.FED: (nodes["fed_inverse"], nodes["fed"]),
-        Domain.RETAINED: (nodes["inverse"], nodes["retain_mask"]),
+        Domain.FED: (nodes["fed_tokens"], nodes["fed"]),
+        Domain.RETAINED: (nodes["tokens"], nodes["retain_mask"]),
     }
 
     def scatter(node: Node) -> Node:
         place = plan.packed.get(node.name)
         if place is None:
             return node
-        inverse, keep = tables[place.domain]
+        tokens, keep = tables[place.domain]
         return replay.call(
-            focus.restore.default, (node, inverse, keep, place.batch_dim, place.token_dim)
+            focus.restore.default, (node, tokens, keep, place.batch_dim, place.token_dim)
         )
 
     return replay.finish((map_arg(own, scatter), control, kv))

@@ -69,7 +69,7 @@ def settings() -> list[Setting]:
         product(VISIBILITIES, (True, False), STRATEGIES)
     ):
         config = Config((1.5, 1.2, 2.0, 1.0)[seed % 4], visibility, delayed)
-        decoding = Decoding(strategy, confidence_threshold=0.05, tokens_per_step=1 + seed % 2)
+        decoding = Decoding(strategy, 0.05, 1 + seed % 2, ban_mask_token=True)
         batch = (1, 8, 5, 6, 2, 7, 3, 8, 4, 7, 8, 6)[seed]
         out.append(Setting(seed, batch, config, decoding))
     return out

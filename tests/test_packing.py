@@ -10,7 +10,7 @@ from torch import Tensor
 
 from focus_compile.feed import feed
 from focus_compile.packing import (
-    merge,
+    join,
     pack,
     pack_rows,
     repack,
@@ -104,7 +104,7 @@ def test_pack_and_restore(layout: tuple[int, int]) -> None:
     for n, expected in enumerate(rows_of(x, layout, pairs)):
         assert torch.equal(one_row[n], expected)
 
-    back = restore(packed, inverse, keep, *layout)
+    back = restore(packed, tokens, keep, *layout)
     flags = torch.zeros_like(x, dtype=torch.bool)
     moved = flags.movedim(layout, (0, 1))
     moved[keep] = True
@@ -151,21 +151,36 @@ def test_unpack_to_rows() -> None:
             assert torch.equal(lines[b, :, r], x[b, :, t])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_merge(layout: tuple[int, int]) -> None:
+@pytest.mark.parametrize("history", [None, 0, 4])
+def test_join(history: int | None) -> None:
     """New where kept, stale where written, zero elsewhere - also where the slot holds NaN."""
-    keep, x, slots = example_keep(), canvas(layout), canvas(layout, seed=1)
+    keep, x = example_keep(), canvas((0, 2))
     written = torch.zeros_like(keep)
     written[:, 2:5] = True
+    length = history or 0
+    stale = torch.randn(BATCH, HEADS, length + TOKENS, SIZE)
+    stale[:, :, length:].movedim((0, 2), (0, 1))[~written] = float("nan")
     tokens, inverse, _ = cut_tables(keep)
-    moved = slots.movedim(layout, (0, 1))
-    moved[~written] = float("nan")
-    merged = merge(pack(x, tokens, inverse, *layout), inverse, keep, slots, written, *layout)
+    new = pack(x, tokens, inverse, 0, 2)
+    past = None if history is None else torch.randn(BATCH, HEADS, history, SIZE)
+    before = stale.clone()
+    joined = join(past, new, tokens, stale, written, torch.tensor(False))
+    assert torch.equal(stale.nan_to_num(0), before.nan_to_num(0))
+    if past is not None:
+        assert torch.equal(joined[:, :, :length], past)
     for b in range(BATCH):
         for t in range(TOKENS):
-            (new,), (old,) = rows_of(x, layout, [(b, t)]), rows_of(slots, layout, [(b, t)])
-            expected = new if keep[b, t] else old if written[b, t] else torch.zeros_like(old)
-            assert torch.equal(rows_of(merged, layout, [(b, t)])[0], expected)
+            now, old = x[b, :, t], stale[b, :, length + t]
+            expected = now if keep[b, t] else old if written[b, t] else torch.zeros_like(old)
+            assert torch.equal(joined[b, :, length + t], expected)
+    # the next step, when nobody else needs what this one gave: only new rows are written
+    more = keep & written
+    again, more_inverse, _ = cut_tables(more)
+    rows = pack(-x, again, more_inverse, 0, 2)
+    copied = join(past, rows, again, joined, written | keep, torch.tensor(False))
+    assert not torch.equal(copied, joined)
+    reused = join(past, rows, again, joined, written | keep, torch.tensor(True))
+    assert reused is joined and torch.equal(reused, copied)
 
 
 def test_nan_in_one_row_stays_there() -> None:
@@ -173,7 +188,7 @@ def test_nan_in_one_row_stays_there() -> None:
     x[1] = float("nan")
     tokens, inverse, rows = cut_tables(keep)
     packed = pack(x, tokens, inverse, 0, 1)
-    back = restore(packed, inverse, keep, 0, 1)
+    back = restore(packed, tokens, keep, 0, 1)
     assert back[1].isnan().all() and not back[[0, 2]].isnan().any()
     lines = unpack(packed, inverse.gather(1, rows), 0, 1)
     assert not lines[2, : int(keep[2].sum())].isnan().any()

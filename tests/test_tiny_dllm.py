@@ -1,19 +1,25 @@
-"""The tiny diffusion LLM in examples/: its checkpoint, its tasks, its decoder, its refusals."""
+"""The tiny diffusion LLM in examples/: its checkpoints, tasks, decoder, refusals and signal."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import random
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+import focus_compile
+from focus_compile.importance import importance
+
 FOLDER = Path(__file__).parent.parent / "examples" / "tiny_dllm"
-CHECKPOINT = FOLDER / "checkpoint"
+CHECKPOINTS = ("checkpoint", "aligned_checkpoint")
+MODULES = ("tasks", "decode", "batches", "delta")
 RECORDED = json.loads((FOLDER / "recorded.json").read_text())
 
 
@@ -22,26 +28,37 @@ def example() -> dict[str, ModuleType]:
     """The example's modules, which import each other as scripts of one folder do."""
     sys.path.insert(0, str(FOLDER))
     try:
-        return {name: importlib.import_module(name) for name in ("tasks", "decode", "batches")}
+        return {name: importlib.import_module(name) for name in MODULES}
     finally:
         sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple[Qwen3ForCausalLM, object]:
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM.from_pretrained(CHECKPOINT).eval()
-    return model, AutoTokenizer.from_pretrained(CHECKPOINT)
+def models() -> dict[str, tuple[Qwen3ForCausalLM, object]]:
+    return {
+        name: (
+            Qwen3ForCausalLM.from_pretrained(FOLDER / name).eval(),
+            AutoTokenizer.from_pretrained(FOLDER / name),
+        )
+        for name in CHECKPOINTS
+    }
 
 
-def test_checkpoint_is_what_the_model_card_says(loaded):
-    model, tokenizer = loaded
+@pytest.fixture(scope="module")
+def loaded(models) -> tuple[Qwen3ForCausalLM, object]:
+    return models["checkpoint"]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoint_is_what_the_model_card_says(name, models):
+    model, tokenizer = models[name]
     assert model.config.num_hidden_layers >= 8
     assert model.config.block_length == 32
     assert tokenizer.mask_token_id == model.config.mask_token_id
     assert tokenizer.eos_token_id == model.config.eos_token_id
     assert len(tokenizer) == model.config.vocab_size
-    assert sum(p.stat().st_size for p in CHECKPOINT.iterdir()) <= 20_000_000
+    size = sum(p.stat().st_size for name in CHECKPOINTS for p in (FOLDER / name).iterdir())
+    assert size <= 20_000_000
 
 
 def test_tokenizer_gives_text_back(loaded, example):
@@ -56,10 +73,11 @@ def test_tokenizer_gives_text_back(loaded, example):
             assert tokenizer.decode(ids) == item.prompt
 
 
-@pytest.mark.parametrize("task", sorted(RECORDED))
-def test_decodes_as_recorded(task, loaded, example):
-    model, tokenizer = loaded
-    cases = RECORDED[task]
+@pytest.mark.parametrize("recorded", sorted(RECORDED))
+def test_decodes_as_recorded(recorded, models, example):
+    name, task = recorded.split()
+    model, tokenizer = models[name]
+    cases = RECORDED[recorded]
     assert len(cases) == 20
     decoded = example["decode"].decode(model, tokenizer, [case["prompt"] for case in cases])
     assert [d.text for d in decoded] == [case["text"] for case in cases]
@@ -70,8 +88,8 @@ def test_decodes_as_recorded(task, loaded, example):
 
 def test_a_row_does_not_depend_on_the_batch(loaded, example):
     model, tokenizer = loaded
-    cases = [RECORDED[task][0] for task in sorted(RECORDED)]
-    for case in cases:
+    tasks = example["tasks"].TASK_BY_NAME
+    for case in (RECORDED[f"checkpoint {task}"][0] for task in tasks):
         (alone,) = example["decode"].decode(model, tokenizer, [case["prompt"]])
         assert (alone.text, alone.blocks) == (case["text"], case["blocks"])
 
@@ -84,7 +102,7 @@ def test_a_row_does_not_depend_on_the_batch(loaded, example):
         ("total:a1B2=", "unknown words in the prompt 'total:a1B2=': 'B'"),
         ("sum:a1=", "unknown words in the prompt 'sum:a1=': ':'"),
         ("total:a1<mask>=", "unknown words in the prompt 'total:a1<mask>=': '<mask>'"),
-        ("order:" + "a11" * 40 + "=", "the prompt has 122 tokens, the most is 66"),
+        ("order:" + "a11" * 40 + "=", "the prompt has 122 tokens, the most is 112"),
     ],
 )
 def test_refuses_a_bad_prompt(prompt, message, loaded, example):
@@ -108,7 +126,7 @@ def test_refuses_no_prompts(loaded, example):
     ("task", "prompt", "answer"),
     [
         ("total", "total:a9b4c5d8=", "a99b43c58d86"),
-        ("chain", "chain:j;n|fe;al;ja;nf;=", "jal;nfe;"),
+        ("chain", "chain:j|fe;a7;ja;nf;=", "ja7"),
         ("order", "order:b32c15a63=", "a63b32c15"),
     ],
 )
@@ -137,3 +155,82 @@ def test_a_noised_copy_sees_history_and_itself_only(loaded, example):
     assert second[:, :, -32:].all() and not second[:, :, history:-32].any()
     assert not batch.visible[:, 0, :history, history:].any()
     assert torch.equal(first[:, 0, :history], batch.ids[:, :history] != tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize(("size", "shortest", "longest"), [(0.0, 17, 34), (1.0, 18, 36)])
+def test_the_length_of_a_chain_is_not_in_its_prompt(size, shortest, longest, example):
+    task, rng = example["tasks"].TASK_BY_NAME["chain"], random.Random(0)
+    drawn = [task.example(rng, size) for _ in range(500)]
+    lengths = [len(item.answer) for item in drawn]
+    assert (min(lengths), max(lengths)) == (shortest, longest)
+    # position 31 is not EOS in so many prompts that it could be decoded before the path is walked
+    assert sum(length <= 31 for length in lengths) < 0.9 * len(lengths)
+    assert len({len(item.prompt) for item in drawn}) == 1
+
+
+def test_delta_scores_as_the_package_does(example):
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(7, 4, 11, 8, generator=generator), torch.randn(7, 2, 11, 8)
+    masked = torch.rand(7, 11, generator=generator) < 0.6
+    masked[0], masked[1] = torch.arange(11) == 3, False
+    expected = importance(3 * q, k, masked, 0.35)
+    assert expected.sum().item() == pytest.approx(4 * int(masked.sum()))
+    torch.testing.assert_close(example["delta"].importance(3 * q, k, masked, 0.35), expected)
+
+
+def test_alignment_counts_pairs_of_a_decoded_and_another_masked_token(example):
+    delta = torch.tensor([[2.0, 0.0, 5.0, -1.0], [1.0, 2.0, 3.0, 4.0]])
+    masked = torch.tensor([[True, True, False, True], [True, True, True, True]])
+    decoded = torch.tensor([[True, False, False, False], [True, True, True, True]])
+    loss = example["delta"].alignment(delta, masked, decoded)
+    expected = torch.nn.functional.softplus(torch.tensor([1.0 - 2.0, 1.0 - 3.0])).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def _random_signal(step: focus_compile.Step) -> focus_compile.Signal:
+    return focus_compile.Signal((0.0, 0.0), torch.rand(step.masked.shape))
+
+
+def test_the_signal_matters(models, example):
+    """On the aligned checkpoint the delta keeps what dense decoding finds; a random one loses it.
+
+    Chains are strictly sequential: a step that evicts the next token can only decode a guess.
+    """
+    model, tokenizer = models["aligned_checkpoint"]
+    drawn = example["tasks"].examples("chain", 50, seed=7)
+    inputs = tokenizer([item.prompt for item in drawn], padding=True, return_tensors="pt")
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        options = {"mask_token_id": tokenizer.mask_token_id, "strict": True}
+        return focus_compile.focus_backend(graph, inputs, options=options, inner=_eager)
+
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+
+    def right(contestant, **settings) -> tuple[int, focus_compile.Generated]:
+        torch.manual_seed(0)
+        with focus_compile.session(**settings):
+            result = focus_compile.generate(
+                contestant,
+                inputs["input_ids"],
+                inputs["attention_mask"],
+                max_new_tokens=96,
+                mask_token_id=tokenizer.mask_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                return_dict=True,
+            )
+        answers = result.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        hits = sum(text == item.answer for text, item in zip(texts, drawn, strict=True))
+        return hits, result
+
+    dense, _ = right(model)
+    focus, result = right(compiled)
+    noise, _ = right(compiled, signal=_random_signal)
+    assert dense >= 47
+    assert focus >= dense - 1
+    assert result.retained_fraction < 0.5
+    assert noise <= 5
+
+
+def _eager(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> torch.fx.GraphModule:
+    return graph
