@@ -1,6 +1,7 @@
 """FOCUS for diffusion LLMs as a compiler pass: ``torch.compile(model, backend="focus")``."""
 
 from focus_compile.backend import focus_backend
+from focus_compile.compile import compile
 from focus_compile.config import FocusConfig
 from focus_compile.errors import EvictedTokenDecoded, UncommittedHistory, Unsupported
 from focus_compile.explain import Explanation, explain
@@ -19,6 +20,7 @@ __all__ = [
     "Step",
     "UncommittedHistory",
     "Unsupported",
+    "compile",
     "explain",
     "focus_backend",
     "generate",

@@ -149,7 +149,7 @@ def analyze(gm: GraphModule) -> Analysis:
     plan = make_plan(canonical)
     stages = tuple(rewrite(canonical.gm, plan))
     layout = _layout(canonical, plan)
-    return Analysis(captured, canonical, plan, stages, cut(stages[-1][1]), layout)
+    return Analysis(captured, canonical, plan, stages, cut(stages[-1][1], plan), layout)
 
 
 def _layout(canonical: Canonical, plan: Plan) -> Layout:

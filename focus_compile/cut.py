@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from focus_compile.axes import graph_outputs
 from focus_compile.ops import focus
 from focus_compile.passes.retain import CONTROL
+from focus_compile.plan import Plan
 from focus_compile.sites import data_flow
 
 __all__ = ["Half", "Halves", "Returned", "cut"]
@@ -63,7 +64,7 @@ class Halves:
     control: dict[str, str]
 
 
-def cut(gm: GraphModule) -> Halves:
+def cut(gm: GraphModule, plan: Plan) -> Halves:
     """FOCUS graph -> prefix and suffix."""
     own, control, kv = graph_outputs(gm)
     returned = [_returned(node) if isinstance(node, Node) else None for node in own]
@@ -94,7 +95,7 @@ def cut(gm: GraphModule) -> Halves:
     second = _unique([node for node in results if node in late])
     return Halves(
         prefix=_half(gm, early, first),
-        suffix=_half(gm, late, second),
+        suffix=_half(gm, late, second, plan.sites[1].writes[0].past),
         own=tuple(returned),
         logits=_last(returned, gm),
         kv=tuple((key.name, value.name) for key, value in kv),
@@ -139,13 +140,23 @@ def _sizes_of(members: set[Node]) -> set[Node]:
     return found
 
 
-def _half(gm: GraphModule, members: set[Node], outputs: list[Node]) -> Half:
-    """The sub-graph of ``members``; whatever they read from outside becomes an input."""
+def _half(
+    gm: GraphModule, members: set[Node], outputs: list[Node], history: str | None = None
+) -> Half:
+    """The sub-graph of ``members``; whatever they read from outside becomes an input.
+
+    ``history``: an input that is one in any case. It tells the compiler the length of the history,
+    of which the keys that come from the other half hold only the sum with that of the block.
+    """
     graph = Graph()
     env: dict[Node, Node] = {}
     members = members | _sizes_of(members)
     reads = {source for node in members for source in node.all_input_nodes} - members
-    inputs = [node for node in gm.graph.nodes if node in reads and node.op != "get_attr"]
+    inputs = [
+        node
+        for node in gm.graph.nodes
+        if (node in reads and node.op != "get_attr") or node.name == history
+    ]
     for node in inputs:
         env[node] = graph.create_node("placeholder", node.name, name=node.name)
         env[node].meta = dict(node.meta)

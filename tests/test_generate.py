@@ -205,3 +205,34 @@ def test_streamer_gets_the_prompt_and_each_block(model: Qwen3ForCausalLM) -> Non
     assert [piece.shape[1] for piece in streamer.pieces] == [PROMPT, BLOCK, BLOCK]
     assert torch.equal(torch.cat(streamer.pieces, 1), out.sequences)
     assert streamer.ended
+
+
+def test_seed_is_a_generator(model: Qwen3ForCausalLM) -> None:
+    first, second = (generate(model, temperature=1.0, seed=seed).sequences for seed in (3, 4))
+    again = generate(model, temperature=1.0, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(first, again.sequences) and not torch.equal(first, second)
+    with pytest.raises(ValueError, match="give seed or generator, not both"):
+        generate(model, seed=3, generator=torch.Generator())
+
+
+def test_any_of_several_ends_of_text(model: Qwen3ForCausalLM) -> None:
+    """Row 0 can only say one of them, row 1 the other, row 2 neither."""
+    ids = prompts()
+    ids[:, 0] = torch.tensor([1, 2, 3])
+    only = LogitsProcessorList([Only({1: EOS, 2: PAD, 3: 7})])
+    out = generate(model, ids, logits_processor=only, eos_token_id=[EOS, PAD]).sequences
+    assert (out[0, PROMPT:] == EOS).all()
+    assert out[1, PROMPT] == PAD and (out[1, PROMPT + 1 :] == EOS).all()
+    assert (out[2, PROMPT:] == 7).all()
+
+
+def test_the_mask_token_is_never_decoded(model: Qwen3ForCausalLM) -> None:
+    """Also where the model finds it likelier than all others."""
+
+    class Likeliest(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            scores[:, MASK] += 1e3
+            return scores
+
+    out = generate(model, logits_processor=LogitsProcessorList([Likeliest()])).sequences
+    assert not (out == MASK).any()

@@ -1,0 +1,71 @@
+"""``focus_compile.compile``: ``torch.compile`` with the mask token found for you."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from focus_compile.config import FocusConfig
+
+__all__ = ["FAMILIES", "compile", "find_mask_token"]
+
+log = logging.getLogger(__name__)
+
+FAMILIES = {"llada2": 156895, "llada": 126336, "sdar": 151669, "dream": 151666}
+"""Ids of the mask token that the public checkpoints of a family use, by the start of model_type."""
+
+
+def compile(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dynamic: bool | None = None,
+    **options: Any,
+) -> Any:
+    """``torch.compile(model, backend="focus")``, with the id of the mask token looked up.
+
+    The id is ``options["mask_token_id"]``, or else the tokenizer's, or else that of
+    ``model.config``, or else that of the family named by ``model.config.model_type``
+    (:data:`FAMILIES`). Which of them it was is logged: a guess from the family as a warning.
+
+    Args:
+        dynamic: as in ``torch.compile``.
+        options: see :class:`~focus_compile.FocusConfig`.
+
+    Raises:
+        ValueError: the id is not to be found, or an option is unknown or out of range.
+    """
+    if options.get("mask_token_id") is None:
+        options["mask_token_id"] = find_mask_token(model, tokenizer)
+    FocusConfig.from_options(options)
+    return torch.compile(model, backend="focus", dynamic=dynamic, options=options)
+
+
+def find_mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
+    """The id of a model's mask token; see :func:`compile`.
+
+    Raises:
+        ValueError: neither tokenizer, config nor family tells.
+    """
+    config: Any = getattr(model, "config", None)
+    family = str(getattr(config, "model_type", "")).lower()
+    places = {
+        "the tokenizer": getattr(tokenizer, "mask_token_id", None),
+        "model.config": getattr(config, "mask_token_id", None),
+    }
+    for place, found in places.items():
+        if found is not None:
+            log.info("mask_token_id=%d, from %s", found, place)
+            return int(found)
+    for name, known in FAMILIES.items():
+        if family.startswith(name):
+            log.warning("mask_token_id=%d, guessed: the family %r uses it", known, name)
+            return known
+    raise ValueError(
+        "no mask token: neither the tokenizer nor model.config names one, and model_type "
+        f"{family!r} is no family that we know ({', '.join(FAMILIES)}); give mask_token_id=..."
+    )
