@@ -126,7 +126,7 @@ def canvas_shape(
     x: Tensor, keep: Tensor, batch_dim: int | None, token_dim: int
 ) -> list[int | torch.SymInt]:
     """Shape that the packed ``x`` has on the canvas of ``keep`` bool ``[B, T]``."""
-    shape = list(x.shape)
+    shape: list[int | torch.SymInt] = list(x.shape)
     shape[token_dim] = keep.shape[1]
     if batch_dim is not None:
         shape[batch_dim] = keep.shape[0]

@@ -6,13 +6,16 @@ from collections import defaultdict
 from typing import Any
 from unittest.mock import patch
 
+import networkx as nx
 import pytest
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 from torch.nn.functional import scaled_dot_product_attention
 
+from focus_compile.backend import Analysis, analyze
 from focus_compile.runtime import Executable
+from focus_compile.sites import data_flow
 from tests.harness import VOCAB, Call, Run, Sizes, build_model, random_call, retained
 
 aten = torch.ops.aten
@@ -116,3 +119,30 @@ def test_nothing_is_as_large_as_the_canvas_but_the_logits(run: Run) -> None:
         if shape and shape[-1] == hidden
     }
     assert rows == {int(kept.sum())}
+
+
+def test_every_path_to_the_logits_gathers_retained_tokens(run: Run) -> None:
+    """Without the nodes that gather by what is retained, the embedding does not reach them."""
+    call = random_call(1, run.model, BATCH, TOKENS, HISTORY, "float")
+    with torch.no_grad():
+        (analysis,) = analyses(run, call)
+    gm = analysis.stages[-1][1]
+    nodes = {node.name: node for node in gm.graph.nodes}
+    flow = data_flow(gm)
+    assert analysis.halves.logits is not None
+    embedding, logits = nodes[analysis.plan.embedding], nodes[analysis.halves.logits.name]
+    gathers = [node for node in gm.graph.nodes if nodes["tokens"] in node.all_input_nodes]
+    assert nx.has_path(flow, embedding, logits)
+    flow.remove_nodes_from(gathers)
+    assert not nx.has_path(flow, embedding, logits)
+
+
+def analyses(run: Run, call: Call) -> list[Analysis]:
+    seen: list[Analysis] = []
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        seen.append(analyze(gm))
+        return gm
+
+    torch.compile(run.model.forward, backend=backend)(**call.kwargs(run.model))
+    return seen
