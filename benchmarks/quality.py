@@ -21,6 +21,8 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 import focus_compile
 
 ROOT = Path(__file__).resolve().parent.parent
+ALPHAS = (1.5, 2.0, 3.0, 4.0)
+LAYER_0 = focus_compile.Signal((1.0, 0.0))
 sys.path.insert(0, str(ROOT / "examples" / "tiny_dllm"))
 from tasks import TASK_BY_NAME, Example, examples  # noqa: E402
 
@@ -40,14 +42,13 @@ def main(
     model = Qwen3ForCausalLM.from_pretrained(checkpoint).eval()
     options = {"mask_token_id": tokenizer.mask_token_id, "strict": True}
     focus = torch.compile(model, backend="focus", dynamic=True, options=options)
-    contestants: dict[str, tuple[Any, dict[str, Any]]] = {
-        "dense": (model, {}),
-        "focus": (focus, {}),
-        "focus, visibility prefix": (focus, {"visibility": "prefix"}),
-        "focus, alpha 2.5": (focus, {"alpha": 2.5}),
-        "focus, alpha 4": (focus, {"alpha": 4.0}),
-        "focus, random signal": (focus, {"signal": _random_signal}),
-    }
+    contestants: dict[str, tuple[Any, dict[str, Any]]] = {"dense": (model, {})}
+    for visibility in ("written", "prefix"):
+        for alpha in ALPHAS:
+            settings = {"alpha": alpha, "visibility": visibility}
+            contestants[f"focus, alpha {alpha:g}, {visibility}"] = (focus, settings)
+    contestants["focus, alpha 1.5, random signal"] = (focus, {"signal": _random_signal})
+    contestants["focus, alpha 1.5, layer 0 alone"] = (focus, {"signal": LAYER_0})
     rows = []
     with Progress() as bar:
         job = bar.add_task("decoding", total=len(contestants) * len(TASK_BY_NAME) * n)
@@ -56,7 +57,8 @@ def main(
                 torch.manual_seed(0)
                 drawn = examples(task, n, seed)
                 row = _row(contestant, tokenizer, drawn, settings, batch, threshold, bar, job)
-                rows.append({"contestant": name, "task": task, **row})
+                setting = {"alpha": settings.get("alpha"), "visibility": settings.get("visibility")}
+                rows.append({"contestant": name, "task": task, **setting, **row})
                 bar.console.print(rows[-1])
     report = {
         "n": n,
