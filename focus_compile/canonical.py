@@ -63,7 +63,6 @@ class _Canon:
     names: dict[Axis, Extent] = field(default_factory=dict)
     meaning: dict[sympy.Symbol, Extent | None] = field(default_factory=dict)
     reads: dict[str, tuple[Node, int]] = field(default_factory=dict)
-    made: dict[Any, Node] = field(default_factory=dict)
 
     def name(self, axis: Axis) -> Extent:
         """The extent of an axis that is not a sum."""
@@ -257,28 +256,8 @@ def _emit(node: Node, env: dict[Node, Any], canon: _Canon) -> None:
             return canon.expression(expr_of(size), node) if isinstance(size, torch.SymInt) else size
 
         args, kwargs = fx.map_arg((args, kwargs), argument)
-    key = (node.target, _frozen(args), _frozen(kwargs))
-    if key not in canon.made or not _repeatable(node):
-        canon.made[key] = canon.replay.call(node.target, args, kwargs, like=node)
-        _check_sizes(node, canon.made[key].meta["val"], canon)
-    env[node] = canon.made[key]
-
-
-def _repeatable(node: Node) -> bool:
-    """Whether a second call with the same arguments gives the same, and does nothing else."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return True
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
-
-
-def _frozen(value: Any) -> Any:
-    """Arguments of a call as a dictionary key; numbers of different types stay different."""
-    if isinstance(value, list | tuple):
-        return tuple(map(_frozen, value))
-    if isinstance(value, dict):
-        return tuple((name, _frozen(part)) for name, part in value.items())
-    return type(value), value
+    env[node] = canon.replay.once(node.target, args, kwargs, like=node)
+    _check_sizes(node, env[node].meta["val"], canon)
 
 
 def _check_sizes(node: Node, made: Any, canon: _Canon) -> None:

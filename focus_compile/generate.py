@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from focus_compile.decoding import Decoder, count_per_step, warpers
+from focus_compile.rows import Rows
 from focus_compile.session import Session, current_session, session
 
 __all__ = ["Generated", "generate"]
@@ -49,55 +50,6 @@ class Generated:
     def tokens_per_forward(self) -> float:
         """Tokens decoded per denoising forward of the batch."""
         return self.decoded / self.forwards if self.forwards else 0.0
-
-
-class _Rows:
-    """The growing batch: sequences ``[B, L]``, validity of their tokens, rows that go on."""
-
-    def __init__(self, model: nn.Module, ids: Tensor, valid: Tensor) -> None:
-        self.model = model
-        self.sequences, self.valid = ids, valid
-        self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-        config: Any = model.config
-        self.cache = DynamicCache(config=config)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits of the last ``T`` tokens of the rows; the cache must hold those before."""
-        length = ids.shape[1]
-        places = self.valid.long().cumsum(1) - 1
-        out = self.model(
-            input_ids=ids,
-            attention_mask=self.valid[:, None, None, :].expand(-1, 1, length, -1).contiguous(),
-            position_ids=places.clamp_min(0)[:, -length:].contiguous(),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        logits: Tensor = out.logits
-        return logits
-
-    def peek(self, ids: Tensor) -> Tensor:
-        """Logits of a block whose keys and values are not kept.
-
-        The cache gets its own tensors back instead of a cropped view of longer ones: Dynamo sees
-        one layout, and compiles one graph.
-        """
-        layers: list[Any] = self.cache.layers
-        before = [(layer, layer.keys, layer.values) for layer in layers]
-        logits = self.forward(ids)
-        for layer, keys, values in before:
-            layer.keys, layer.values = keys, values
-        return logits
-
-    def open_block(self, length: int, token: int, fill: int) -> tuple[Tensor, Tensor]:
-        """Ids and masks of a new block: masks in active rows, ``fill`` in idle ones."""
-        masked = self.active.unsqueeze(1).expand(-1, length)
-        self.valid = torch.cat([self.valid, torch.ones_like(masked)], 1)
-        return torch.where(masked, token, fill), masked
-
-    def commit(self, block: Tensor) -> None:
-        """Store the exact keys and values of a decoded block."""
-        self.forward(block)
-        self.sequences = torch.cat([self.sequences, block], 1)
 
 
 @torch.no_grad()
@@ -170,7 +122,7 @@ def generate(
     pad = int(ends[0]) if pad_token_id is None and len(ends) else pad_token_id
     fill = mask_token_id if pad is None else pad
     valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    rows = _Rows(model, input_ids, valid.bool())
+    rows = Rows(model, input_ids, valid.bool())
     result = Generated(input_ids)
     if streamer is not None:
         streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
@@ -206,7 +158,7 @@ def generate(
 
 
 def _denoise(
-    rows: _Rows,
+    rows: Rows,
     decoder: Decoder,
     focus: Session,
     result: Generated,
@@ -267,7 +219,7 @@ def _ends(eos: int | Sequence[int] | None, device: torch.device) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
-def _stop(rows: _Rows, block: Tensor, ends: Tensor, criteria: StoppingCriteriaList | None) -> None:
+def _stop(rows: Rows, block: Tensor, ends: Tensor, criteria: StoppingCriteriaList | None) -> None:
     """Mark rows that have ended."""
     rows.active = rows.active & ~torch.isin(block, ends).any(1)
     if criteria:

@@ -47,8 +47,7 @@ class Replay:
         self.fake_mode = fake_mode
         self.keep_names = keep_names
         self.attributes: dict[str, Any] = {}
-        self._sizes: dict[tuple[Node, int], Node] = {}
-        self._folds: dict[tuple[Any, ...], Node] = {}
+        self._made: dict[Any, Node] = {}
 
     @classmethod
     def copy(cls, gm: GraphModule) -> tuple[Replay, dict[str, Node], Any]:
@@ -102,11 +101,23 @@ class Replay:
         node = self.graph.create_node("call_function", target, args, kwargs, name=wanted)
         return self._finish(node, value, like)
 
+    def once(
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        like: Node | None = None,
+    ) -> Node:
+        """As :meth:`call`, but a call that was made before is not made again."""
+        key = (target, _frozen(args), _frozen(dict(kwargs or {})))
+        if key not in self._made or not _repeatable(target):
+            self._made[key] = self.call(target, args, kwargs, like=like)
+        return self._made[key]
+
     def size(self, node: Node, dim: int) -> Node:
         """Size of a value along a dim, as a node."""
-        if (node, dim) not in self._sizes:
-            self._sizes[node, dim] = self.call(torch.ops.aten.sym_size.int, (node, dim))
-        return self._sizes[node, dim]
+        return self.once(torch.ops.aten.sym_size.int, (node, dim))
 
     def product(self, *sizes: Node | int) -> Node | int:
         return self._fold(operator.mul, 1, sizes)
@@ -137,9 +148,7 @@ class Replay:
     ) -> Node | int:
         if isinstance(left, int) and isinstance(right, int):
             return int(op(left, right))
-        if (op, left, right) not in self._folds:
-            self._folds[op, left, right] = self.call(op, (left, right))
-        return self._folds[op, left, right]
+        return self.once(op, (left, right))
 
     def _finish(self, node: Node, value: Any, like: Node | None) -> Node:
         node.meta["val"] = value
@@ -148,3 +157,19 @@ class Replay:
                 if key in like.meta:
                     node.meta[key] = like.meta[key]
         return node
+
+
+def _repeatable(target: Any) -> bool:
+    """Whether a second call with the same arguments gives the same, and does nothing else."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _frozen(value: Any) -> Any:
+    """Arguments of a call as a dictionary key; numbers of different types stay different."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((name, _frozen(part)) for name, part in value.items())
+    return type(value), value

@@ -16,10 +16,10 @@ from focus_compile.cut import Halves
 from focus_compile.errors import EmptyCall
 from focus_compile.feed import Feed, feed
 from focus_compile.inputs import Input, length
-from focus_compile.packing import canvas_shape, restore
+from focus_compile.outputs import packed_logits, returned
 from focus_compile.programs import Program
 from focus_compile.report import warning_once
-from focus_compile.session import PackedLogits, Session, Signal, Step, current_session
+from focus_compile.session import Session, Signal, Step, current_session
 
 __all__ = ["Executable", "Layout"]
 
@@ -128,35 +128,10 @@ class Executable:
             session.keep(self._key(args), state)
             session.retain_mask = retained
             session.stats.record(masked.numel(), tables.tokens.numel(), count)
-        return self._returned(values, session)
-
-    def _returned(self, values: Mapping[str, Tensor], session: Session | None) -> Any:
-        """What the model returns: packed values back on the canvas, or as packed logits."""
         packed = session is not None and session.packed
-        if packed:
-            assert session is not None
-            session.logits = self._packed_logits(values)
-        out: list[Tensor | None] = []
-        for own in self.halves.own:
-            if own is None or own.tokens is None or own.keep is None:
-                out.append(None if own is None else values[own.name])
-                continue
-            value, dims = values[own.name], (own.batch_dim, own.token_dim)
-            if packed:
-                shape = canvas_shape(value, values[own.keep], *dims)
-                out.append(value.new_zeros(()).expand(shape))
-            else:
-                out.append(restore(value, values[own.tokens], values[own.keep], *dims))
-        return tuple(out)
-
-    def _packed_logits(self, values: Mapping[str, Tensor]) -> PackedLogits:
-        logits = self.halves.logits
-        if logits is None or logits.tokens is None:
-            raise ValueError("logits='packed': the model returns no value with a row per token")
-        length = values["masked"].shape[1]
-        tokens = values[logits.tokens]
-        rows = values[logits.name].movedim(logits.token_dim, 0).reshape(len(tokens), -1)
-        return PackedLogits(rows, tokens // length, tokens % length)
+        if session is not None and packed:
+            session.logits = packed_logits(self.halves, values)
+        return returned(self.halves, values, packed)
 
     def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
         """What tells one model from another: its parameters."""

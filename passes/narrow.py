@@ -8,8 +8,6 @@ linear, norm, MLP, ...  ->  the same operator on packed rows
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 from torch.fx import GraphModule, Node
@@ -50,7 +48,6 @@ class _Narrow:
         self.axes: AxisMap = propagate(gm)
         self.replay = Replay(gm, fake_mode_of(gm))
         self.env: dict[Node, Node] = {}
-        self.shared: dict[tuple[Any, tuple[Any, ...]], Node] = {}
         self.nodes = {node.name: node for node in gm.graph.nodes}
         self.sites = {name: site for site in plan.sites for name in site.region}
         self.writes: dict[str, tuple[int, int, Write]] = {}
@@ -170,7 +167,7 @@ class _Narrow:
         query = self.nodes[site.query]
         fed = self.plan.packed[site.query].domain is Domain.FED
         source = self.inverse[Domain.FED] if fed else inverse
-        index = self._once(focus.site_index.default, (source, rows))
+        index = self.replay.once(focus.site_index.default, (source, rows))
         key, value = (self.env[self.nodes[write.keys]] for write in site.writes)
         mask = self._mask(site, rows, key)
         args = (self.env[query], key, value, mask, index, tokens, inverse, rows, site.scale)
@@ -187,16 +184,16 @@ class _Narrow:
         if site.mask is not None:
             old = self.env[self.nodes[site.mask]]
             while tensor_of(old).dim() < 4:
-                old = self._once(aten.unsqueeze.default, (old, 0))
+                old = self.replay.once(aten.unsqueeze.default, (old, 0))
         visible = self._visible(site.layer)
-        return self._once(focus.site_mask.default, (old, rows, visible, history))
+        return self.replay.once(focus.site_mask.default, (old, rows, visible, history))
 
     def _visible(self, layer: int) -> Node:
         """Visible slots: layers 0 and 1 hold every fed token, later ones only retained tokens."""
         kept = self.keep[Domain.FED] if layer == 0 else self._made("retain_mask")
         stored = kept if layer >= 2 else self.keep[Domain.FED]
         written = self.written[layer >= 2]
-        return self._once(focus.visible.default, (written, stored, kept, self.prefix))
+        return self.replay.once(focus.visible.default, (written, stored, kept, self.prefix))
 
     def _write(self, node: Node, new: Node) -> None:
         """Join history and block: the block's part is new where computed, stale elsewhere."""
@@ -224,14 +221,16 @@ class _Narrow:
             old = self.plan.packed[arg.name]
             if old.domain is place.domain:
                 return value
-            return self._once(
+            return self.replay.once(
                 focus.repack.default, (value, self.inverse[old.domain], tokens, old.token_dim)
             )
         dims = self.axes.of(arg)
         batch_dim = self.axes.position(dims, Role.BATCH)
         token_dim = self.axes.position(dims, Role.TOKEN)
         if token_dim is not None:
-            return self._once(focus.pack.default, (value, tokens, inverse, batch_dim, token_dim))
+            return self.replay.once(
+                focus.pack.default, (value, tokens, inverse, batch_dim, token_dim)
+            )
         if any(self.axes.holds(dim, Role.TOKEN) for dim in dims):
             raise Unsupported("packed tokens meet a value whose token axis is folded", user)
         if batch_dim is None:
@@ -239,13 +238,9 @@ class _Narrow:
         token_dim = len(dims) - (tensor_of(user).dim() - place.token_dim)
         if user.target not in POINTWISE or token_dim < 0 or dims[token_dim]:
             raise Unsupported("packed tokens meet one value per row in this operator", user)
-        return self._once(focus.pack_rows.default, (value, tokens, inverse, batch_dim, token_dim))
-
-    def _once(self, target: Any, args: tuple[Any, ...]) -> Node:
-        """A call that layers share."""
-        if (target, args) not in self.shared:
-            self.shared[target, args] = self.replay.call(target, args)
-        return self.shared[target, args]
+        return self.replay.once(
+            focus.pack_rows.default, (value, tokens, inverse, batch_dim, token_dim)
+        )
 
     def _canvas(self, arg: Node) -> Node:
         """An operand on the canvas; only the importance reads packed values so."""
@@ -253,6 +248,6 @@ class _Narrow:
             return self.env[arg]
         place = self.plan.packed[arg.name]
         _, inverse, _ = self._tables(place.domain)
-        return self._once(
+        return self.replay.once(
             focus.unpack.default, (self.env[arg], inverse, place.batch_dim, place.token_dim)
         )

@@ -144,7 +144,7 @@ def test_no_canvas_of_logits_in_generate(run: Run) -> None:
         raise AssertionError("logits were spread over the canvas")
 
     ids = torch.randint(0, MASK, (BATCH, HISTORY))
-    with patch("focus_compile.runtime.restore", refuse):
+    with patch("focus_compile.outputs.restore", refuse):
         out = focus_compile.generate(
             run.compiled,
             ids,

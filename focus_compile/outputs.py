@@ -1,0 +1,45 @@
+"""What a masked call returns: the programs' packed values, back on the canvas or as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from focus_compile.cut import Halves
+from focus_compile.packing import canvas_shape, restore
+from focus_compile.session import PackedLogits
+
+__all__ = ["packed_logits", "returned"]
+
+
+def returned(
+    halves: Halves, values: Mapping[str, Tensor], packed: bool
+) -> tuple[Tensor | None, ...]:
+    """The model's outputs, in its order; ``packed``: one expanded zero for every packed value."""
+    out: list[Tensor | None] = []
+    for own in halves.own:
+        if own is None or own.tokens is None or own.keep is None:
+            out.append(None if own is None else values[own.name])
+            continue
+        value, keep, dims = values[own.name], values[own.keep], (own.batch_dim, own.token_dim)
+        if packed:
+            out.append(value.new_zeros(()).expand(canvas_shape(value, keep, *dims)))
+        else:
+            out.append(restore(value, values[own.tokens], keep, *dims))
+    return tuple(out)
+
+
+def packed_logits(halves: Halves, values: Mapping[str, Tensor]) -> PackedLogits:
+    """Logits of the retained tokens.
+
+    Raises:
+        ValueError: the model returns no value with a row per token.
+    """
+    logits = halves.logits
+    if logits is None or logits.tokens is None:
+        raise ValueError("logits='packed': the model returns no value with a row per token")
+    length = values["masked"].shape[1]
+    tokens = values[logits.tokens]
+    rows = values[logits.name].movedim(logits.token_dim, 0).reshape(len(tokens), -1)
+    return PackedLogits(rows, tokens // length, tokens % length)

@@ -1,0 +1,60 @@
+"""The batch that a generation works on: its sequences, and the cache that holds their K/V."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+__all__ = ["Rows"]
+
+
+class Rows:
+    """The growing batch: sequences ``[B, L]``, validity of their tokens, rows that go on."""
+
+    def __init__(self, model: nn.Module, ids: Tensor, valid: Tensor) -> None:
+        self.model = model
+        self.sequences, self.valid = ids, valid
+        self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        config: Any = model.config
+        self.cache = DynamicCache(config=config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of the last ``T`` tokens of the rows; the cache must hold those before."""
+        length = ids.shape[1]
+        places = self.valid.long().cumsum(1) - 1
+        out = self.model(
+            input_ids=ids,
+            attention_mask=self.valid[:, None, None, :].expand(-1, 1, length, -1).contiguous(),
+            position_ids=places.clamp_min(0)[:, -length:].contiguous(),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        logits: Tensor = out.logits
+        return logits
+
+    def peek(self, ids: Tensor) -> Tensor:
+        """Logits of a block whose keys and values are not kept.
+
+        The cache gets its own tensors back instead of a cropped view of longer ones: Dynamo sees
+        one layout, and compiles one graph.
+        """
+        layers: list[Any] = self.cache.layers
+        before = [(layer, layer.keys, layer.values) for layer in layers]
+        logits = self.forward(ids)
+        for layer, keys, values in before:
+            layer.keys, layer.values = keys, values
+        return logits
+
+    def open_block(self, length: int, token: int, fill: int) -> tuple[Tensor, Tensor]:
+        """Ids and masks of a new block: masks in active rows, ``fill`` in idle ones."""
+        masked = self.active.unsqueeze(1).expand(-1, length)
+        self.valid = torch.cat([self.valid, torch.ones_like(masked)], 1)
+        return torch.where(masked, token, fill), masked
+
+    def commit(self, block: Tensor) -> None:
+        """Store the exact keys and values of a decoded block."""
+        self.forward(block)
+        self.sequences = torch.cat([self.sequences, block], 1)
