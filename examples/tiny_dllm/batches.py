@@ -32,17 +32,26 @@ class Batch:
     task: Tensor  # [B] index into TASKS
 
 
-def draw(name: str, count: int, sizes: tuple[float, float], mix: Sequence[float]) -> list[Example]:
+def draw(
+    name: str,
+    count: int,
+    sizes: tuple[float, float],
+    mix: Sequence[float],
+    easiest: Sequence[float],
+) -> list[Example]:
     """`count` examples of similar length, all lengths within `sizes` (0..1) equally frequent.
 
-    `name` seeds the draw; `mix` weighs the tasks in the order of TASKS.
+    `name` seeds the draw; `mix` weighs the tasks and `easiest` is what size 0 means for them, in
+    the order of TASKS.
     """
     rng = random.Random(name)
     centre = rng.uniform(sizes[0] - 0.05, sizes[1] + 0.05)
     drawn = []
     for _ in range(count):
         (task,) = rng.choices(TASKS, mix) if len(set(mix)) > 1 else (rng.choice(TASKS),)
-        drawn.append(task.example(rng, centre + rng.uniform(-0.1, 0.1)))
+        size = min(1.0, max(0.0, centre + rng.uniform(-0.1, 0.1)))
+        start = easiest[TASKS.index(task)]
+        drawn.append(task.example(rng, start + (1.0 - start) * size))
     return drawn
 
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+ALIGNED = Path(__file__).parent / "aligned_checkpoint"  # the delta trained too: see the README
 MAX_BLOCKS = MAX_ANSWER // BLOCK_LENGTH
 
 # called after each denoising step with masked as fed and decoded by it, both bool [B, T]

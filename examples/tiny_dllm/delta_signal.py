@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -18,28 +20,18 @@ from typing import Annotated
 import matplotlib
 import torch
 import typer
-from decode import CHECKPOINT, decode, load
+from decode import ALIGNED, CHECKPOINT, decode, load
+from delta import Watch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from tasks import TASKS, examples
 from torch import Tensor
-from torch.nn.functional import max_pool1d
-from transformers import Qwen3ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 ALPHA = 1.5
 MOST_PROMPTS = 3200  # a task that decodes nearly all at once has few steps to judge
 SCORES = ("delta", "importance of layer 0", "leftmost first", "random")
 console = Console(stderr=True)
-
-
-def importance(q_HMD: Tensor, k_GMD: Tensor, scale: float) -> Tensor:
-    """How much attention each masked token gets from the masked tokens of its row; [M]."""
-    heads = q_HMD.shape[0]
-    k_HMD = k_GMD.repeat_interleave(heads // k_GMD.shape[0], 0)
-    scores = scale * q_HMD.float() @ k_HMD.float().transpose(1, 2)
-    pooled = max_pool1d(scores, kernel_size=3, stride=1, padding=1)  # pads with -inf
-    return pooled.softmax(-1).sum((0, 1))
 
 
 def auc(score: Tensor, hit: Tensor) -> float:
@@ -49,11 +41,10 @@ def auc(score: Tensor, hit: Tensor) -> float:
 
 
 class Recorder:
-    """Sees q and k of layers 0 and 1 of every forward, and every denoising step's outcome."""
+    """Holds the scores of masked tokens against what every denoising step decodes."""
 
-    def __init__(self, model: Qwen3ForCausalLM, seed: int) -> None:
-        self.seen: dict[str, Tensor] = {}
-        self.rotary: tuple[Tensor, Tensor] | None = None
+    def __init__(self, watch: Watch, seed: int) -> None:
+        self.watch = watch
         self.auc: dict[str, list[float]] = defaultdict(list)
         self.recall: dict[str, list[float]] = defaultdict(list)
         self.steps = 0  # all denoising steps seen, also those with nothing to tell apart
@@ -61,42 +52,16 @@ class Recorder:
         self.ceiling: list[float] = []  # the recall of a perfect score, there
         self.generator = torch.Generator().manual_seed(seed)
         self.totals: dict[int, tuple[int, int]] = {}  # row -> tokens decoded, steps, in this block
-        self.scale = model.model.layers[0].self_attn.scaling
-        self.handles = [model.model.rotary_emb.register_forward_hook(self._see_rotary)]
-        for layer in (0, 1):
-            attention = model.model.layers[layer].self_attn
-            for name, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
-                self.handles.append(norm.register_forward_hook(self._see(f"{name}{layer}")))
-
-    def _see(self, name: str):
-        def hook(_module: torch.nn.Module, _inputs: tuple, output: Tensor) -> None:
-            self.seen[name] = output.transpose(1, 2)
-
-        return hook
-
-    def _see_rotary(self, _module: torch.nn.Module, _inputs: tuple, output: tuple) -> None:
-        self.rotary = output
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
 
     def __call__(self, masked: Tensor, decoded: Tensor) -> None:
-        assert self.rotary is not None
-        pairs = [
-            apply_rotary_pos_emb(self.seen[f"q{i}"], self.seen[f"k{i}"], *self.rotary)
-            for i in (0, 1)
-        ]
+        first, second = self.watch.importances(masked)
         for row in masked.any(1).nonzero()[:, 0].tolist():
             which = masked[row].nonzero()[:, 0]
             if len(which) == masked.shape[1]:
                 self.totals[row] = (0, 0)  # a block starts
-            hit = decoded[row, which]
-            first, second = (
-                importance(q[row][:, which], k[row][:, which], self.scale) for q, k in pairs
-            )
+            hit, earlier, later = decoded[row, which], first[row, which], second[row, which]
             noise = torch.rand(len(which), generator=self.generator)
-            self._judge(row, hit, (second - first, first, -which.float(), noise))
+            self._judge(row, hit, (later - earlier, earlier, -which.float(), noise))
             tokens, steps = self.totals[row]
             self.totals[row] = (tokens + int(hit.sum()), steps + 1)
 
@@ -117,24 +82,58 @@ class Recorder:
             self.ceiling.append(min(1.0, target / int(hit.sum())))
 
 
+def judge(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    task: str,
+    steps: int,
+    seed: int,
+    batch: int,
+    show: Callable[[int], None],
+) -> dict[str, object]:
+    """One task's figures, over `steps` judged steps or MOST_PROMPTS prompts."""
+    prompts = [example.prompt for example in examples(task, MOST_PROMPTS, seed)]
+    at = 0
+    with Watch(model) as watch:
+        recorder = Recorder(watch, seed)
+        while len(recorder.recall["delta"]) < steps and at < len(prompts):
+            decode(model, tokenizer, prompts[at : at + batch], observe=recorder)
+            at += batch
+            show(min(steps, len(recorder.recall["delta"])))
+    return {
+        "prompts": at,
+        "steps": recorder.steps,
+        "auc_steps": len(recorder.auc["delta"]),
+        "recall_steps": len(recorder.recall["delta"]),
+        "k_share_of_masked": fmean(recorder.targets),
+        "best_possible_recall": fmean(recorder.ceiling),
+        "auc": {name: fmean(values) for name, values in recorder.auc.items()},
+        "recall_at_k": {name: fmean(values) for name, values in recorder.recall.items()},
+    }
+
+
 def plot(report: dict[str, dict], path: Path) -> None:
-    """Two panels of bars: AUC and recall at K, per task."""
+    """A row per checkpoint, two panels of bars in it: AUC and recall at K, per task."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    for panel, figure_name in zip(panels, ("auc", "recall_at_k"), strict=True):
-        for index, score in enumerate(SCORES):
-            heights = [report[task.name][figure_name][score] for task in TASKS]
-            at = [position + 0.2 * index - 0.3 for position in range(len(TASKS))]
-            panel.bar(at, heights, width=0.19, label=score)
-        panel.set_xticks(range(len(TASKS)), [task.name for task in TASKS])
-        panel.set_title("AUC" if figure_name == "auc" else f"recall at K = ceil({ALPHA} average)")
-        panel.set_ylim(0, 1)
-        panel.axhline(0.5, color="grey", linewidth=0.5)
-    panels[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    size = (10, 3.4 * len(report))
+    figure, rows = pyplot.subplots(len(report), 2, figsize=size, sharey=True, squeeze=False)
+    titles = {"auc": "AUC", "recall_at_k": f"recall at K = ceil({ALPHA} average)"}
+    for panels, (checkpoint, figures) in zip(rows, report.items(), strict=True):
+        for panel, (kind, title) in zip(panels, titles.items(), strict=True):
+            for index, score in enumerate(SCORES):
+                heights = [figures[task.name][kind][score] for task in TASKS]
+                at = [position + 0.2 * index - 0.3 for position in range(len(TASKS))]
+                panel.bar(at, heights, width=0.19, label=score)
+            panel.set_xticks(range(len(TASKS)), [task.name for task in TASKS])
+            panel.set_title(f"{checkpoint}: {title}")
+            panel.set_ylim(0, 1)
+            panel.axhline(0.5, color="grey", linewidth=0.5)
+    rows[0, 1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main(
@@ -143,7 +142,9 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 1,
     seed: int = 2,
     batch: Annotated[int, typer.Option(min=1)] = 32,
-    checkpoint: Path = CHECKPOINT,
+    checkpoint: Annotated[
+        list[Path] | None, typer.Option(help="may be given several times; both if none")
+    ] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="PNG file")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file; standard output if none")] = None,
 ) -> None:
@@ -152,33 +153,20 @@ def main(
     A step is judged if it leaves a token undecoded and K does not already cover all of them.
     """
     torch.set_num_threads(threads)
-    try:
-        model, tokenizer = load(checkpoint)
-    except FileNotFoundError as error:
-        console.print(f"[red]{error}")
-        raise typer.Exit(2) from error
     report: dict[str, dict] = {}
     with Progress(console=console) as bar:
-        for task in TASKS:
-            recorder = Recorder(model, seed)
-            prompts = [example.prompt for example in examples(task.name, MOST_PROMPTS, seed)]
-            row = bar.add_task(task.name, total=steps)
-            at = 0
-            while len(recorder.recall["delta"]) < steps and at < len(prompts):
-                decode(model, tokenizer, prompts[at : at + batch], observe=recorder)
-                at += batch
-                bar.update(row, completed=min(steps, len(recorder.recall["delta"])))
-            recorder.close()
-            report[task.name] = {
-                "prompts": at,
-                "steps": recorder.steps,
-                "auc_steps": len(recorder.auc["delta"]),
-                "recall_steps": len(recorder.recall["delta"]),
-                "k_share_of_masked": fmean(recorder.targets),
-                "best_possible_recall": fmean(recorder.ceiling),
-                "auc": {name: fmean(values) for name, values in recorder.auc.items()},
-                "recall_at_k": {name: fmean(values) for name, values in recorder.recall.items()},
-            }
+        for folder in checkpoint or (CHECKPOINT, ALIGNED):
+            try:
+                model, tokenizer = load(folder)
+            except FileNotFoundError as error:
+                console.print(f"[red]{error}")
+                raise typer.Exit(2) from error
+            report[folder.name] = {}
+            for task in TASKS:
+                row = bar.add_task(f"{folder.name} {task.name}", total=steps)
+                show = partial(_show, bar, row)
+                figures = judge(model, tokenizer, task.name, steps, seed, batch, show)
+                report[folder.name][task.name] = figures
     if plot_path is not None:
         plot(report, plot_path)
     text = json.dumps(report, indent=2)
@@ -186,6 +174,10 @@ def main(
         typer.echo(text)
     else:
         out.write_text(text + "\n")
+
+
+def _show(bar: Progress, row: TaskID, completed: int) -> None:
+    bar.update(row, completed=completed)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Train the model from scratch: autoregressive, then block diffusion with blocks of 1, then 32.
 
-    python train.py --work WORK_FOLDER --out checkpoint
+    python train.py --work WORK_FOLDER --out checkpoint --aligned-out aligned_checkpoint
 
-Interrupt it at any time; the same command goes on from the last state in the work folder.
+The last, short stage trains the importance delta to point at decodable tokens; it makes the second
+checkpoint. Interrupt it at any time; the same command goes on from the last saved state.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Annotated
 import batches
 import torch
 import typer
-from language import build_model, build_tokenizer
+from delta import Watch, alignment
+from language import BLOCK_LENGTH, build_model, build_tokenizer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,6 +30,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from tasks import TASKS
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
@@ -46,6 +49,8 @@ class Stage:
     grow: tuple[int, int] = (0, 0)  # only short examples before, all lengths after these steps
     shortest: float = 0.0
     mix: tuple[float, ...] = (1.0,) * len(TASKS)
+    easiest: tuple[float, ...] = (0.0, -1.0, 0.0)  # each task's size at the start of the growth
+    align: float = 0.0  # weight of the alignment loss
 
     def rate_at(self, step: int) -> float:
         left = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
@@ -66,10 +71,9 @@ def make_batch(
     copies: int,
 ) -> batches.Batch:
     """The batch of a step, the same whether training was interrupted or not."""
-    drawn = batches.draw(
-        f"{stage.name}/{seed}/{step}", size, (stage.shortest, stage.longest_at(step)), stage.mix
-    )
-    if stage.name == "autoregressive":
+    sizes = (stage.shortest, stage.longest_at(step))
+    drawn = batches.draw(f"{stage.name}/{seed}/{step}", size, sizes, stage.mix, stage.easiest)
+    if stage.name in ("autoregressive", "additions"):
         return batches.autoregressive(drawn, tokenizer)
     if stage.name == "pointwise":
         return batches.pointwise(drawn, tokenizer)
@@ -77,29 +81,53 @@ def make_batch(
     return batches.diffusion(drawn, tokenizer, generator, copies)
 
 
+def alignment_loss(
+    watch: Watch, logits: Tensor, batch: batches.Batch, copies: int, threshold: float = 0.9
+) -> Tensor:
+    """Holds the delta against what dense decoding would decode of the noised blocks now."""
+    length = copies * BLOCK_LENGTH
+    masked = batch.weights[:, -length:] > 0
+    first, second = watch.importances(masked, copies)
+    confidence = logits[:, -length:].detach().float().softmax(-1).amax(-1)
+    confidence = confidence.masked_fill(~masked, -1.0).view(-1, BLOCK_LENGTH)
+    sure = confidence >= threshold
+    surest = confidence == confidence.amax(1, keepdim=True)
+    decoded = torch.where(sure.any(1, keepdim=True), sure, surest)
+    return alignment((second - first).view_as(decoded), masked.view_as(decoded), decoded)
+
+
 def train_step(
-    model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, batch: batches.Batch, bf16: bool
+    model: Qwen3ForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    batch: batches.Batch,
+    bf16: bool,
+    align: float = 0.0,
+    copies: int = 1,
 ) -> dict[str, float]:
     """One optimizer step; returns the loss and each task's token accuracy on what was trained."""
     lower = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
-    with lower:
+    with lower, Watch(model) as watch:
         logits = model(
             input_ids=batch.ids,
             attention_mask=batch.visible,
             position_ids=batch.positions,
             use_cache=False,
         ).logits
+    aligned = alignment_loss(watch, logits, batch, copies) if align else None
     trained = batch.weights > 0
     logits, targets = logits[trained].float(), batch.targets[trained]
     weights = batch.weights[trained]
     loss = (cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+    record = {"loss": loss.item()}
+    if aligned is not None:
+        record["alignment"] = aligned.item()
+        loss = loss + align * aligned
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     right = logits.argmax(-1) == targets
     task = batch.task[:, None].expand_as(trained)[trained]
-    record = {"loss": loss.item()}
     for index, known in enumerate(TASKS):
         counted = (task == index) & (weights == 1.0)
         if counted.any():
@@ -157,7 +185,7 @@ def run_stage(
             for group in optimizer.param_groups:
                 group["lr"] = stage.rate_at(step)
             batch = make_batch(stage, step, tokenizer, seed=seed, size=size, copies=copies)
-            record = train_step(model, optimizer, batch, bf16)
+            record = train_step(model, optimizer, batch, bf16, stage.align, copies)
             seconds += time.perf_counter() - start
             log.write(
                 json.dumps({"stage": stage.name, "step": step, "s": seconds, **record}) + "\n"
@@ -179,6 +207,7 @@ def main(
     *,
     work: Annotated[Path, typer.Option(help="folder of states and of the loss log")],
     out: Annotated[Path, typer.Option(help="folder of the finished checkpoint")],
+    aligned_out: Annotated[Path, typer.Option(help="folder of the aligned checkpoint")],
     seed: int = 0,
     threads: int = 1,
     layers: int = 8,
@@ -186,39 +215,70 @@ def main(
     batch: int = 64,
     copies: Annotated[int, typer.Option(help="noised versions of each sampled block")] = 2,
     autoregressive_steps: int = 600,
-    pointwise_steps: int = 120,
-    diffusion_steps: int = 500,
-    polish_steps: int = 500,
+    additions_steps: int = 260,
+    pointwise_steps: int = 80,
+    diffusion_steps: int = 280,
+    polish_steps: int = 300,
+    align_steps: int = 50,
     save_every: int = 50,
     bf16: Annotated[bool, typer.Option(help="autocast matrix products to bfloat16")] = True,
 ) -> None:
-    """Train the three stages and write the checkpoint in Hugging Face format."""
+    """Train all stages and write both checkpoints in Hugging Face format."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model(layers, width)
     model.train()
-    for stage in (
-        Stage("autoregressive", autoregressive_steps, rate=2e-3, grow=(200, 400)),
+
+    def run(*stages: Stage) -> None:
+        for stage in stages:
+            run_stage(
+                model,
+                tokenizer,
+                stage,
+                work=work,
+                seed=seed,
+                size=batch,
+                copies=copies,
+                bf16=bf16,
+                save_every=save_every,
+            )
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        console.log(f"wrote {folder}")
+
+    longer, mix = 0.2, (0.4, 0.45, 0.15)
+    run(
+        Stage("autoregressive", autoregressive_steps, rate=2e-3, grow=(200, 450)),
+        Stage(
+            "additions",
+            additions_steps,
+            rate=2e-3,
+            grow=(40, 180),
+            mix=(0.7, 0.2, 0.1),
+            easiest=(-1.0, -1.0, 0.0),
+        ),
         Stage("pointwise", pointwise_steps, rate=1.5e-3, decay=0.1),
         Stage("diffusion", diffusion_steps, rate=1.5e-3, decay=0.0),
-        Stage("polish", polish_steps, rate=1.5e-3, decay=1.0, shortest=0.2, mix=(0.5, 0.35, 0.15)),
-    ):
-        run_stage(
-            model,
-            tokenizer,
-            stage,
-            work=work,
-            seed=seed,
-            size=batch,
-            copies=copies,
-            bf16=bf16,
-            save_every=save_every,
-        )
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    console.log(f"wrote {out}")
+        Stage("polish", polish_steps, rate=1.5e-3, decay=1.0, shortest=longer, mix=mix),
+    )
+    save(out)
+    run(
+        Stage(
+            "align",
+            align_steps,
+            rate=1e-3,
+            warmup=20,
+            decay=1.0,
+            shortest=longer,
+            mix=mix,
+            align=0.1,
+        ),
+    )
+    save(aligned_out)
 
 
 if __name__ == "__main__":
