@@ -85,7 +85,7 @@ def generate(
     backend="focus")``. Every forward gets a bool mask ``[B, 1, T, S + T]`` that hides left padding
     only: the prompt attends to itself in both directions, a block to the history and to itself.
     Blocks are in lockstep; a row that has ended stays in the batch, idle. Runs in a session of its
-    own, which takes alpha, visibility and signal from the session around it.
+    own, which takes alpha, visibility, signal and enabled from the session around it.
 
     Args:
         input_ids: int64 ``[B, P]``, prompts padded on the left; attention_mask: ``[B, P]``, 0 at
@@ -128,12 +128,14 @@ def generate(
         streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
     outer = current_session() or Session()
     with (
-        session(mask_token_id, outer.alpha, outer.visibility, outer.signal, "packed") as focus,
+        session(
+            mask_token_id, outer.alpha, outer.visibility, outer.signal, "packed", outer.enabled
+        ) as focus,
         Progress(disable=not progress, transient=True) as bar,
     ):
         focus.commits_exactly = focus.owns_kv = True
         focus.masked = torch.zeros_like(input_ids, dtype=torch.bool)
-        rows.forward(input_ids)
+        rows.prefill()
         blocks = -(-max_new_tokens // block_length)
         task = bar.add_task("blocks", total=blocks)
         for _ in range(blocks):

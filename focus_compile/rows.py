@@ -35,6 +35,17 @@ class Rows:
         logits: Tensor = out.logits
         return logits
 
+    def prefill(self) -> None:
+        """Store the keys and values of the prompts, laid out as those of later blocks will be.
+
+        Models return them transposed, and ``cat`` returns them contiguous: without this, Dynamo
+        captures the first block and all others separately.
+        """
+        self.forward(self.sequences)
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
+            layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+
     def peek(self, ids: Tensor) -> Tensor:
         """Logits of a block whose keys and values are not kept.
 

@@ -78,6 +78,8 @@ class Executable:
         ids = args[self.layout.arguments[int(self.layout.ids.removeprefix("input"))]]
         if not ids.numel():
             raise EmptyCall(tuple(ids.shape))
+        if session is not None and not session.enabled:
+            return self._dense(args, session)
         masked = self._masked(ids, session)
         if masked is None or ids.shape[-1] == 1 or not bool(masked.any()):
             return self._dense(args, session)

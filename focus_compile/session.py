@@ -107,6 +107,7 @@ class Session:
         mask_token_id, alpha, visibility: override the model's options where not None.
         signal: replaces the ranking signal: a :class:`Signal`, or a function of the
             :class:`Step` that returns one. For ablations and benchmarks.
+        enabled: whether masked calls run FOCUS's programs, or the dense one like all others.
         packed: masked calls return no logits on the canvas but one zero, expanded, and
             ``logits`` holds them: :class:`PackedLogits` of the last masked call, else None.
         stats: counts so far.
@@ -124,6 +125,7 @@ class Session:
         visibility: str | None = None,
         signal: Signal | Callable[[Step], Signal] | None = None,
         logits: str = "canvas",
+        enabled: bool = True,
     ) -> None:
         if alpha is not None and not alpha >= 1:
             raise ValueError(f"alpha={alpha!r}: expected a number >= 1")
@@ -137,6 +139,7 @@ class Session:
         self.signal = signal
         self.stats = SessionStats()
         self.retain_mask: Tensor | None = None
+        self.enabled = enabled
         self.packed = logits == "packed"
         self.logits: PackedLogits | None = None
         self.commits_exactly = False
@@ -203,6 +206,7 @@ def session(
     visibility: str | None = None,
     signal: Signal | Callable[[Step], Signal] | None = None,
     logits: str = "canvas",
+    enabled: bool = True,
 ) -> Iterator[Session]:
     """Scope of one generation: K/V slots, averages and progress live until it ends.
 
@@ -211,11 +215,12 @@ def session(
         logits: ``"canvas"``: ``[B, T, V]``, 0 where evicted. ``"packed"``: the model's output holds
             an expanded zero in their place, and ``session.logits`` those of the retained tokens,
             ``[N, V]``: a large vocabulary is never spread over the canvas.
+        enabled: False runs the dense program, plain Inductor's, in every call: for comparisons.
 
     Raises:
         ValueError: a value is out of range.
     """
-    opened = Session(mask_token_id, alpha, visibility, signal, logits)
+    opened = Session(mask_token_id, alpha, visibility, signal, logits, enabled)
     token = _CURRENT.set(opened)
     try:
         yield opened

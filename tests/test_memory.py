@@ -171,6 +171,25 @@ def test_packed_logits_of_a_model_that_returns_none(run: Run) -> None:
         program.halves = halves
 
 
+def test_focus_switched_off(run: Run) -> None:
+    """The dense program, in masked calls and in generate."""
+    ids = torch.randint(0, MASK, (BATCH, HISTORY))
+    dense, prefix, suffix = run.counts()
+    with focus_compile.session(enabled=False):
+        run.compiled(**first_call(run).kwargs(run.model))
+        out = focus_compile.generate(
+            run.compiled,
+            ids,
+            max_new_tokens=TOKENS,
+            block_length=TOKENS,
+            mask_token_id=MASK,
+            return_dict=True,
+        )
+    assert isinstance(out, focus_compile.Generated)
+    assert out.focus_steps == 0 < out.forwards
+    assert run.counts() == (dense + 1 + 2 + out.forwards, prefix, suffix)
+
+
 def test_layout_of_logits_is_checked() -> None:
     with (
         pytest.raises(ValueError, match="logits='dense': expected 'canvas' or 'packed'"),
