@@ -1,4 +1,4 @@
-"""Exact match of the tiny model, dense and with FOCUS, at equal thresholds.
+"""Exact match of the tiny models, dense and with FOCUS, at equal thresholds.
 
     python benchmarks/quality.py --n 1000 --out docs/quality.json
 
@@ -22,6 +22,7 @@ import focus_compile
 
 ROOT = Path(__file__).resolve().parent.parent
 ALPHAS = (1.5, 2.0, 3.0, 4.0)
+CHECKPOINTS = ("checkpoint", "aligned_checkpoint")
 LAYER_0 = focus_compile.Signal((1.0, 0.0))
 sys.path.insert(0, str(ROOT / "examples" / "tiny_dllm"))
 from tasks import TASK_BY_NAME, Example, examples  # noqa: E402
@@ -37,9 +38,29 @@ def main(
 ) -> None:
     """Decode ``n`` prompts per task with every contestant."""
     torch.set_num_threads(threads)
-    checkpoint = ROOT / "examples" / "tiny_dllm" / "checkpoint"
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = Qwen3ForCausalLM.from_pretrained(checkpoint).eval()
+    rows: list[dict[str, Any]] = []
+    for checkpoint in CHECKPOINTS:
+        rows += _measure(checkpoint, n, batch, seed, threshold)
+    report = {
+        "n": n,
+        "batch": batch,
+        "threshold": threshold,
+        "threads": threads,
+        "dtype": "torch.float32",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rows": rows,
+    }
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _measure(
+    checkpoint: str, n: int, batch: int, seed: int, threshold: float
+) -> list[dict[str, Any]]:
+    """Rows of one checkpoint."""
+    folder = ROOT / "examples" / "tiny_dllm" / checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = Qwen3ForCausalLM.from_pretrained(folder).eval()
     options = {"mask_token_id": tokenizer.mask_token_id, "strict": True}
     focus = torch.compile(model, backend="focus", dynamic=True, options=options)
     contestants: dict[str, tuple[Any, dict[str, Any]]] = {"dense": (model, {})}
@@ -49,7 +70,7 @@ def main(
             contestants[f"focus, alpha {alpha:g}, {visibility}"] = (focus, settings)
     contestants["focus, alpha 1.5, random signal"] = (focus, {"signal": _random_signal})
     contestants["focus, alpha 1.5, layer 0 alone"] = (focus, {"signal": LAYER_0})
-    rows = []
+    rows: list[dict[str, Any]] = []
     with Progress() as bar:
         job = bar.add_task("decoding", total=len(contestants) * len(TASK_BY_NAME) * n)
         for name, (contestant, settings) in contestants.items():
@@ -57,20 +78,14 @@ def main(
                 torch.manual_seed(0)
                 drawn = examples(task, n, seed)
                 row = _row(contestant, tokenizer, drawn, settings, batch, threshold, bar, job)
-                setting = {"alpha": settings.get("alpha"), "visibility": settings.get("visibility")}
+                setting: dict[str, Any] = {"checkpoint": checkpoint}
+                setting |= {
+                    "alpha": settings.get("alpha"),
+                    "visibility": settings.get("visibility"),
+                }
                 rows.append({"contestant": name, "task": task, **setting, **row})
                 bar.console.print(rows[-1])
-    report = {
-        "n": n,
-        "batch": batch,
-        "threshold": threshold,
-        "threads": threads,
-        "dtype": str(model.dtype),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rows": rows,
-    }
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    return rows
 
 
 def _random_signal(step: focus_compile.Step) -> focus_compile.Signal:

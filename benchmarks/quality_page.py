@@ -1,4 +1,4 @@
-"""docs/quality.json -> docs/quality.md and docs/quality.png."""
+"""docs/quality.json -> docs/quality.md and its pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
-HEAD = """# Quality on the tiny model
+HEAD = """# Quality on the tiny models
 
 Written by `benchmarks/quality_page.py` from `quality.json`; measured by `benchmarks/quality.py`.
 
@@ -21,7 +21,17 @@ the eager model. Fed and retained are shares of the block's tokens over all deno
 that wait for others included. The paper's setting is alpha 1.5, visibility prefix; ours is alpha
 1.5, visibility written.
 
-![exact match against retained tokens](quality.png)
+Two checkpoints ([model card](../examples/tiny_dllm/README.md)). `checkpoint` was trained to answer
+and nothing else; on it the importance delta does not point at the tokens that can be decoded.
+`aligned_checkpoint` is the same model after 50 more steps with a loss on the delta. It shows that
+the implementation does what the method says **where the method's premise holds**; it is no evidence
+that the premise holds for a model that nobody aligned.
+"""
+
+TABLE = """
+## {checkpoint}
+
+![exact match against retained tokens]({picture})
 
 | task | contestant | exact match | steps per block | decoded per step | fed | retained |
 |---|---|---|---|---|---|---|
@@ -57,7 +67,7 @@ def _goal(rows: list[dict[str, Any]], task: str) -> str:
     return f"- `{task}`: {'; '.join(good) or 'none'}."
 
 
-def _plot(rows: list[dict[str, Any]], tasks: list[str]) -> None:
+def _plot(rows: list[dict[str, Any]], tasks: list[str], picture: str) -> None:
     mpl.use("Agg")
     figure, panels = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.4), sharey=True)
     for panel, task in zip(panels, tasks, strict=True):
@@ -81,19 +91,26 @@ def _plot(rows: list[dict[str, Any]], tasks: list[str]) -> None:
     panels[0].set_ylabel("exact match (numbers: alpha)")
     panels[0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(DOCS / "quality.png", dpi=110)
+    figure.savefig(DOCS / picture, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
     """Write the page."""
     report: dict[str, Any] = json.loads((DOCS / "quality.json").read_text())
     tasks = list(dict.fromkeys(row["task"] for row in report["rows"]))
-    rows = sorted(report["rows"], key=lambda row: tasks.index(row["task"]))
-    _plot(rows, tasks)
-    lines = [_line(row) for row in rows]
-    page = HEAD.format(**report) + "\n".join(lines) + "\n\n"
-    page += "Within one point of dense's exact match and 1.15 times its steps per block:\n\n"
-    page += "\n".join(_goal(rows, task) for task in tasks) + "\n"
+    page = HEAD.format(**report)
+    for checkpoint in dict.fromkeys(row["checkpoint"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["checkpoint"] == checkpoint]
+        rows.sort(key=lambda row: tasks.index(row["task"]))
+        picture = f"quality_{checkpoint}.png"
+        _plot(rows, tasks, picture)
+        page += TABLE.format(checkpoint=checkpoint, picture=picture)
+        page += "\n".join(_line(row) for row in rows)
+        page += (
+            "\n\nWithin one point of dense's exact match and 1.15 times its steps per block:\n\n"
+        )
+        page += "\n".join(_goal(rows, task) for task in tasks) + "\n"
     (DOCS / "quality.md").write_text(page)
 
 
