@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 import focus_compile
 
 ROOT = Path(__file__).resolve().parent.parent
-ALPHAS = (1.5, 2.0, 3.0, 4.0)
+ALPHAS = (1.5, 2.0, 4.0)
 CHECKPOINTS = ("checkpoint", "aligned_checkpoint")
 LAYER_0 = focus_compile.Signal((1.0, 0.0))
 sys.path.insert(0, str(ROOT / "examples" / "tiny_dllm"))

@@ -105,7 +105,7 @@ def make_plan(canonical: Canonical) -> Plan:
     if len(sites) < _MIN_LAYERS:
         raise Unsupported("FOCUS compares the attention of two layers, and this graph has one")
     nodes = {node.name: node for node in gm.graph.nodes}
-    prefix = _ancestors(gm, sites[:2], nodes)
+    prefix = _early(gm, sites[:2], nodes)
     packed = _packed(gm, axes, embedding, sites, prefix)
     shape = {given.name: given.shape for given in canonical.inputs}[ids.name]
     added = runtime_inputs(tensor_of(ids).device, shape[0] if len(shape) == 2 else 1)
@@ -147,15 +147,19 @@ def _refuse_mutation(gm: GraphModule) -> None:
             raise Unsupported("an operator writes into its input", node)
 
 
-def _ancestors(gm: GraphModule, sites: tuple[Site, ...], nodes: Mapping[str, Node]) -> set[Node]:
-    """Layer 0, and layer 1 up to its q, k and v."""
+def _early(gm: GraphModule, sites: tuple[Site, ...], nodes: Mapping[str, Node]) -> set[Node]:
+    """Layer 0, and layer 1 up to its q, k and v; also what else stands there, such as outputs."""
     flow = data_flow(gm)
     last = sites[-1]
     ends = [nodes[last.query], *(nodes[write.new] for write in last.writes)]
     out: set[Node] = set(ends)
     for end in ends:
         out |= nx.ancestors(flow, end)
-    return out
+    for node in gm.graph.nodes:
+        if node.name == last.region[0]:
+            return out
+        out.add(node)
+    raise ValueError(f"{last.region[0]} is not in the graph")
 
 
 def _packed(

@@ -11,10 +11,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-import focus_compile
 from focus_compile.importance import importance
 
 FOLDER = Path(__file__).parent.parent / "examples" / "tiny_dllm"
@@ -185,52 +183,3 @@ def test_alignment_counts_pairs_of_a_decoded_and_another_masked_token(example):
     loss = example["delta"].alignment(delta, masked, decoded)
     expected = torch.nn.functional.softplus(torch.tensor([1.0 - 2.0, 1.0 - 3.0])).mean()
     torch.testing.assert_close(loss, expected)
-
-
-def _random_signal(step: focus_compile.Step) -> focus_compile.Signal:
-    return focus_compile.Signal((0.0, 0.0), torch.rand(step.masked.shape))
-
-
-def test_the_signal_matters(models, example):
-    """On the aligned checkpoint the delta keeps what dense decoding finds; a random one loses it.
-
-    Chains are strictly sequential: a step that evicts the next token can only decode a guess.
-    """
-    model, tokenizer = models["aligned_checkpoint"]
-    drawn = example["tasks"].examples("chain", 50, seed=7)
-    inputs = tokenizer([item.prompt for item in drawn], padding=True, return_tensors="pt")
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
-        options = {"mask_token_id": tokenizer.mask_token_id, "strict": True}
-        return focus_compile.focus_backend(graph, inputs, options=options, inner=_eager)
-
-    compiled = torch.compile(model, backend=backend, dynamic=True)
-
-    def right(contestant, **settings) -> tuple[int, focus_compile.Generated]:
-        torch.manual_seed(0)
-        with focus_compile.session(**settings):
-            result = focus_compile.generate(
-                contestant,
-                inputs["input_ids"],
-                inputs["attention_mask"],
-                max_new_tokens=96,
-                mask_token_id=tokenizer.mask_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                return_dict=True,
-            )
-        answers = result.sequences[:, inputs["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        hits = sum(text == item.answer for text, item in zip(texts, drawn, strict=True))
-        return hits, result
-
-    dense, _ = right(model)
-    focus, result = right(compiled)
-    noise, _ = right(compiled, signal=_random_signal)
-    assert dense >= 47
-    assert focus >= dense - 1
-    assert result.retained_fraction < 0.5
-    assert noise <= 5
-
-
-def _eager(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> torch.fx.GraphModule:
-    return graph
