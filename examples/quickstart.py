@@ -2,9 +2,11 @@
 
     python examples/quickstart.py
 
-Uses the small diffusion LLM of examples/tiny_dllm. Both contestants are one compiled model, run by
-the same loop at the same confidence threshold; "dense" has FOCUS switched off: every step is the
-graph that plain Inductor runs. Each decodes once to compile, and then in turns, for the timing.
+Uses a small diffusion LLM of examples/tiny_dllm: the one whose importance delta was trained to
+point at decodable tokens. ``--checkpoint examples/tiny_dllm/checkpoint`` shows what FOCUS does to a
+model on which it does not. Both contestants are one compiled model, run by the same loop at the
+same confidence threshold; "dense" has FOCUS switched off: every step is the graph that plain
+Inductor runs. Each decodes once to compile, and then in turns, for the timing.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ BLOCK = 32
 
 
 def main(
-    checkpoint: Path = HERE / "tiny_dllm" / "checkpoint",
+    checkpoint: Path = HERE / "tiny_dllm" / "aligned_checkpoint",
     batch: int = 16,
     rounds: int = 3,
     threads: int = 2,
