@@ -170,8 +170,9 @@ def random_state(values: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         return torch.rand(batch, tokens, generator=generator) < share
 
     tables = feed(masked | flags(0.6))
+    other = torch.Generator().manual_seed(seed)  # how many slots there are changes no other draw
     slots = {
-        name: torch.randn(value.shape, generator=generator).to(value.dtype)
+        name: torch.randn(value.shape, generator=other).to(value.dtype)
         for name, value in values.items()
         if name.startswith("slots")
     }
