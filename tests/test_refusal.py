@@ -93,7 +93,30 @@ def flipped() -> tuple[nn.Module, Callable[..., Any]]:
     return Toy(lambda x: x.flip(1)).eval(), lambda: (torch.randint(0, 23, (BATCH, TOKENS)),)
 
 
+def interleaved() -> tuple[nn.Module, Callable[..., Any]]:
+    """Query head h reads key head h % 2 of two, and not h // 2."""
+
+    class Interleaved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(HIDDEN, 4 * 5), nn.Linear(HIDDEN, 2 * 5)
+            self.o = nn.Linear(4 * 5, HIDDEN)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            batch, tokens, _ = x.shape
+            q = self.q(x).view(batch, tokens, 4, 5).transpose(1, 2)
+            k = self.k(x).view(batch, tokens, 2, 5).transpose(1, 2)
+            k = k[:, None].expand(-1, 2, -1, -1, -1).reshape(batch, 4, tokens, 5)
+            y = nn.functional.scaled_dot_product_attention(q, k, k)
+            return self.o(y.transpose(1, 2).reshape(batch, tokens, 20))
+
+    model = Toy(layers=2)
+    model.layers = nn.ModuleList(Interleaved() for _ in range(2))
+    return model.eval(), lambda: (torch.randint(0, 23, (BATCH, TOKENS)),)
+
+
 REFUSED = {
+    "heads in another order": (interleaved, "neighbouring query heads do not share a key head"),
     "one layer": (one_layer, "FOCUS compares the attention of two layers, and this graph has one"),
     "a single layer": (single_layer, "compile the whole model, not single layers"),
     "causal": (causal, "is_causal attention: pass an explicit block mask instead"),
