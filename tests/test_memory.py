@@ -58,6 +58,20 @@ def steps(run: Run, focus: Session, count: int = 4) -> list[tuple[Tensor, Tensor
     return out
 
 
+def generated(run: Run) -> focus_compile.Generated:
+    """One block after a random prompt."""
+    out = focus_compile.generate(
+        run.compiled,
+        torch.randint(0, MASK, (BATCH, HISTORY)),
+        max_new_tokens=TOKENS,
+        block_length=TOKENS,
+        mask_token_id=MASK,
+        return_dict=True,
+    )
+    assert isinstance(out, focus_compile.Generated)
+    return out
+
+
 def test_slots_are_what_the_last_call_returned(run: Run) -> None:
     """layers x 2 x B x G x (S + T) x D numbers, and nothing else."""
     with focus_compile.session() as focus:
@@ -143,17 +157,8 @@ def test_no_canvas_of_logits_in_generate(run: Run) -> None:
     def refuse(*_: Any) -> Tensor:
         raise AssertionError("logits were spread over the canvas")
 
-    ids = torch.randint(0, MASK, (BATCH, HISTORY))
     with patch("focus_compile.outputs.restore", refuse):
-        out = focus_compile.generate(
-            run.compiled,
-            ids,
-            max_new_tokens=TOKENS,
-            block_length=TOKENS,
-            mask_token_id=MASK,
-            return_dict=True,
-        )
-        assert isinstance(out, focus_compile.Generated)
+        out = generated(run)
         assert out.focus_steps == out.forwards > 0
         with pytest.raises(AssertionError, match="spread over the canvas"):
             run.compiled(**first_call(run).kwargs(run.model))
@@ -173,19 +178,10 @@ def test_packed_logits_of_a_model_that_returns_none(run: Run) -> None:
 
 def test_focus_switched_off(run: Run) -> None:
     """The dense program, in masked calls and in generate."""
-    ids = torch.randint(0, MASK, (BATCH, HISTORY))
     dense, prefix, suffix = run.counts()
     with focus_compile.session(enabled=False):
         run.compiled(**first_call(run).kwargs(run.model))
-        out = focus_compile.generate(
-            run.compiled,
-            ids,
-            max_new_tokens=TOKENS,
-            block_length=TOKENS,
-            mask_token_id=MASK,
-            return_dict=True,
-        )
-    assert isinstance(out, focus_compile.Generated)
+        out = generated(run)
     assert out.focus_steps == 0 < out.forwards
     assert run.counts() == (dense + 1 + 2 + out.forwards, prefix, suffix)
 
