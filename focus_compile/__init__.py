@@ -3,12 +3,16 @@
 from focus_compile.backend import focus_backend
 from focus_compile.compile import compile
 from focus_compile.config import FocusConfig
+from focus_compile.cost import Cost
+from focus_compile.decoding import Candidates
 from focus_compile.errors import EvictedTokenDecoded, UncommittedHistory, Unsupported
 from focus_compile.explain import Explanation, explain
 from focus_compile.generate import Generated, generate
 from focus_compile.session import PackedLogits, Session, SessionStats, Signal, Step, session
 
 __all__ = [
+    "Candidates",
+    "Cost",
     "EvictedTokenDecoded",
     "Explanation",
     "FocusConfig",

@@ -5,6 +5,7 @@ docs/algorithm.md section 7. Plain tensors in, plain tensors out; no model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-__all__ = ["STRATEGIES", "Candidates", "Decoder", "choose", "count_per_step", "propose", "warpers"]
+__all__ = [
+    "STRATEGIES",
+    "Candidates",
+    "Decoder",
+    "Strategy",
+    "choose",
+    "count_per_step",
+    "propose",
+    "warpers",
+]
 
 STRATEGIES = ("threshold", "fixed", "sequential")
 
@@ -29,6 +39,10 @@ class Candidates:
 
     tokens: Tensor
     confidence: Tensor
+
+
+Strategy = Callable[[Candidates, Tensor], Tensor]
+"""(candidates, where they are: bool ``[B, T]``) -> positions to decode, bool ``[B, T]``."""
 
 
 def propose(
@@ -95,11 +109,12 @@ class Decoder:
     """How a generation turns logits into tokens; checks itself.
 
     Attributes:
-        strategy: one of ``STRATEGIES``; threshold: of confidence; count: tokens per step.
+        strategy: one of ``STRATEGIES``, or a function; threshold: of confidence; count: tokens per
+            step.
         processors: what logits go through; sample: whether tokens are drawn, with ``generator``.
     """
 
-    strategy: str
+    strategy: str | Strategy
     threshold: float
     count: int
     processors: LogitsProcessorList
@@ -107,8 +122,10 @@ class Decoder:
     generator: torch.Generator | None
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"remasking_strategy={self.strategy!r}: expected one of {STRATEGIES}")
+        if self.strategy not in STRATEGIES and not callable(self.strategy):
+            raise ValueError(
+                f"remasking_strategy={self.strategy!r}: expected one of {STRATEGIES} or a function"
+            )
         if not 0 <= self.threshold <= 1:
             raise ValueError(
                 f"confidence_threshold={self.threshold}: expected a number from 0 to 1"
@@ -120,13 +137,21 @@ class Decoder:
         """Positions to decode bool ``[B, T]``, and tokens int64 ``[B, T]`` for them.
 
         ``scores`` ``[M, V]`` are the logits of the positions of ``where``, in row-major order.
+
+        Raises:
+            ValueError: a function chose no position, or one that is no candidate.
         """
         candidates = propose(
             scores, where, context, self.processors, sample=self.sample, generator=self.generator
         )
-        chosen = choose(
-            candidates, where, self.strategy, threshold=self.threshold, count=self.count
-        )
+        if isinstance(self.strategy, str):
+            chosen = choose(
+                candidates, where, self.strategy, threshold=self.threshold, count=self.count
+            )
+        else:
+            chosen = self.strategy(candidates, where)
+            if not bool(chosen.any()) or bool((chosen & ~where).any()):
+                raise ValueError("remasking_strategy: expected some candidates, and no others")
         return chosen, candidates.tokens
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from focus_compile.decoding import Decoder, count_per_step, warpers
+from focus_compile.decoding import Decoder, Strategy, count_per_step, warpers
 from focus_compile.rows import Rows
 from focus_compile.session import Session, current_session, session
 
@@ -30,6 +30,8 @@ class Generated:
         decoded: tokens decoded by these.
         fed_fraction, retained_fraction: of the block's tokens, over all denoising forwards; 1 for
             a model that computes every token.
+        fed_per_step: tokens of the batch that layers 0 and 1 computed, of each denoising forward
+            that ran FOCUS's prefix and suffix.
         retain_masks: bool ``[B, T]`` of each denoising forward that ran FOCUS's prefix and suffix.
     """
 
@@ -39,6 +41,7 @@ class Generated:
     decoded: int = 0
     fed_fraction: float = 1.0
     retained_fraction: float = 1.0
+    fed_per_step: list[int] = field(default_factory=list)
     retain_masks: list[Tensor] = field(default_factory=list)
 
     @property
@@ -61,7 +64,7 @@ def generate(
     max_new_tokens: int,
     mask_token_id: int,
     block_length: int = 32,
-    remasking_strategy: str = "threshold",
+    remasking_strategy: str | Strategy = "threshold",
     confidence_threshold: float = 0.9,
     denoising_steps: int | None = None,
     tokens_per_step: int | None = None,
@@ -93,7 +96,8 @@ def generate(
         max_new_tokens: rounded up to whole blocks of ``block_length``.
         remasking_strategy: ``"threshold"``: decode every token of confidence >=
             ``confidence_threshold``, or else the most confident one; ``"fixed"``: the
-            ``tokens_per_step`` most confident ones; ``"sequential"``: the leftmost ones.
+            ``tokens_per_step`` most confident ones; ``"sequential"``: the leftmost ones. Or a
+            function, :data:`~focus_compile.decoding.Strategy`, of the step's candidates.
         denoising_steps: sets ``tokens_per_step`` to ``ceil(block_length / denoising_steps)``.
         temperature: 0 decodes greedily; else tokens are sampled, after ``top_k`` and ``top_p``,
             with ``generator`` or with one made from ``seed``. The mask token is never decoded.
@@ -153,6 +157,7 @@ def generate(
         if focus.stats.canvas:
             result.fed_fraction = focus.stats.fed_fraction
             result.retained_fraction = focus.stats.retained_fraction
+            result.fed_per_step = focus.stats.fed_per_step
     if streamer is not None:
         streamer.end()  # type: ignore[no-untyped-call]
     result.sequences = done

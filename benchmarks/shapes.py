@@ -1,0 +1,40 @@
+"""Models that the benchmarks run: the trained one, and random weights in public sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+__all__ = ["ALIGNED", "RANDOM", "build"]
+
+ALIGNED = Path(__file__).resolve().parent.parent / "examples" / "tiny_dllm" / "aligned_checkpoint"
+
+RANDOM: dict[str, dict[str, Any]] = {
+    "bench-3l": {
+        "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 384, "vocab_size": 512,
+    },
+    "bench-12l": {
+        "hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 8192,
+    },
+    "sdar-0.6b": {
+        "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936,
+    },
+    "sdar-1.7b": {
+        "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 6144, "vocab_size": 151936,
+    },
+}  # fmt: skip
+"""Sizes of Qwen3 models with random weights; the sdar ones are those of Qwen3-0.6B and -1.7B."""
+
+
+def build(shape: str) -> Qwen3ForCausalLM:
+    """The model of a shape, fp32; the last id of its vocabulary serves as mask token."""
+    torch.manual_seed(0)
+    config = Qwen3Config(**RANDOM[shape], tie_word_embeddings=True)
+    return Qwen3ForCausalLM(config).eval()

@@ -1,0 +1,346 @@
+"""Tokens per second of eager, plain Inductor and FOCUS: one model, one loop, alternating runs.
+
+    python -m benchmarks.throughput --shape bench-12l --batch 16 --strategy trace:chain
+    python -m benchmarks.throughput --full          # every row of the page that is not there yet
+    python -m benchmarks.throughput --quick         # a small model, about a minute
+
+A run generates one block after a prompt. Its time is that of the block: denoising steps and the
+exact commit; the prefill of the prompt is left out, as it is the same program for all. Beside it
+stand the denoising steps alone. A contestant that compiled while it was timed or broke its graph,
+and a FOCUS run in which a masked step ran dense, or fed or retained other tokens than the eager
+FOCUS of the tests did, is an error and not a result. Rows are kept in the file ``--out``.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import DynamicCache
+
+import focus_compile
+from benchmarks.shapes import build
+from benchmarks.trace import BLOCK, Replay, Trace, record
+
+OUT = Path(__file__).resolve().parent.parent / "docs" / "throughput.json"
+PROMPT = 64
+FULL = [
+    ("bench-12l", batch, strategy)
+    for batch in (1, 8, 16)
+    for strategy in ("trace:chain", "trace:total", "trace:order", "fixed:3", "sequential:3")
+] + [
+    ("sdar-0.6b", 16, "trace:chain"),
+    ("sdar-0.6b", 32, "trace:chain"),
+    ("sdar-0.6b", 16, "trace:total"),
+]
+QUICK = ("bench-3l", 8, "trace:total")
+
+
+class Invalid(Exception):
+    """A run that is no result, and why."""
+
+
+@dataclass
+class Run:
+    """Seconds of one generation: of each denoising forward, of the commit, of the whole block."""
+
+    block: float
+    forwards: list[float]
+    result: focus_compile.Generated
+
+    @property
+    def steps(self) -> float:
+        return sum(self.forwards[:-1])
+
+
+@dataclass
+class Timed:
+    """A model that notes when each of its forwards began and ended."""
+
+    model: Any
+    times: list[tuple[float, float]] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        out = self.model(**kwargs)
+        self.times.append((start, time.perf_counter()))
+        return out
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contestant generates."""
+
+    ids: Tensor
+    mask: int
+    trace: Trace | None
+    arguments: dict[str, Any]
+
+    def run(self, model: Any, scope: Callable[..., AbstractContextManager[Any]]) -> Run:
+        timed = Timed(model)
+        arguments, signal = dict(self.arguments), None
+        if self.trace is not None:
+            replay = Replay(self.trace)
+            arguments["remasking_strategy"], signal = replay.choose, replay.signal
+        with scope(signal=signal):
+            result = focus_compile.generate(
+                timed,  # type: ignore[arg-type]
+                self.ids,
+                max_new_tokens=BLOCK,
+                block_length=BLOCK,
+                mask_token_id=self.mask,
+                return_dict=True,
+                **arguments,
+            )
+        end = time.perf_counter()
+        assert isinstance(result, focus_compile.Generated)
+        seconds = [stop - start for start, stop in timed.times]
+        return Run(end - timed.times[0][1], seconds[1:], result)
+
+
+def measure(
+    shape: str, batch: int, strategy: str, pairs: int, names: Sequence[str], bar: Progress
+) -> dict[str, Any]:
+    """One row."""
+    kind, _, what = strategy.partition(":")
+    trace = record(what, batch) if kind == "trace" else None
+    torch._dynamo.reset()
+    model = build(shape)
+    mask = model.config.vocab_size - 1
+    ids = torch.randint(0, mask, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+    arguments = {} if trace else {"remasking_strategy": kind, "tokens_per_step": int(what)}
+    work = Work(ids, mask, trace, arguments)
+    cost = _cost(model, mask, ids)
+    contestants = _contestants(model, mask, names)
+    runs: dict[str, list[Run]] = {name: [] for name in contestants}
+    job = bar.add_task(f"{shape} x {batch}, {strategy}", total=len(contestants) * (pairs + 1))
+    for turn in range(pairs + 1):
+        for name, contestant in contestants.items():
+            before = _compiles()
+            run = work.run(contestant, focus_compile.session)
+            bar.advance(job)
+            if not turn:
+                continue
+            if _compiles() != before:
+                raise Invalid(f"{name} compiled inside the timed region")
+            if name.startswith("focus"):
+                _check(name, run, trace)
+            runs[name].append(run)
+    if counters["graph_break"]:
+        raise Invalid(f"the graph broke: {dict(counters['graph_break'])}")
+    row: dict[str, Any] = {
+        "shape": shape,
+        "batch": batch,
+        "block": BLOCK,
+        "prompt": PROMPT,
+        "strategy": strategy,
+        "pairs": pairs,
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype),
+        "machine": _machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **{name: _figures(made) for name, made in runs.items()},
+    }
+    if {"inductor", "focus"} <= runs.keys():
+        row |= _ratios(runs["inductor"], runs["focus"], cost, batch)
+    return row
+
+
+def _contestants(model: Any, mask: int, names: Sequence[str]) -> dict[str, Any]:
+    def focus(**options: Any) -> Any:
+        options |= {"mask_token_id": mask, "strict": True}
+        return torch.compile(model, backend="focus", dynamic=True, options=options)
+
+    makers: dict[str, Callable[[], Any]] = {
+        "eager": lambda: model,
+        "inductor": lambda: torch.compile(model, dynamic=True),
+        "focus": focus,
+        "focus, no delayed cache": lambda: focus(delayed_cache=False),
+    }
+    return {name: makers[name]() for name in names}
+
+
+def _cost(model: Any, mask: int, ids: Tensor) -> focus_compile.Cost:
+    """FLOPs of a denoising step, as the compiler reads them off the graph."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids[:, :2], past_key_values=cache, use_cache=True)
+    call = {
+        "input_ids": torch.full((len(ids), BLOCK), mask),
+        "attention_mask": torch.ones(len(ids), 1, BLOCK, 2 + BLOCK, dtype=torch.bool),
+        "position_ids": torch.arange(2, 2 + BLOCK).expand(len(ids), -1),
+    }
+    story = focus_compile.explain(model, **call, past_key_values=cache, use_cache=True)
+    costs = [graph.cost for graph in story.graphs if graph.cost is not None]
+    if len(costs) != 1:
+        raise Invalid(str(story))
+    return costs[0]
+
+
+def _check(name: str, run: Run, trace: Trace | None) -> None:
+    """FOCUS ran in every step and, on a trace, on the tokens that the eager one had."""
+    result = run.result
+    if result.focus_steps != result.forwards:
+        raise Invalid(f"{name}: {result.forwards - result.focus_steps} masked steps ran dense")
+    if trace is None or name != "focus":
+        return
+    for index, (mask, step) in enumerate(zip(result.retain_masks, trace.steps, strict=True)):
+        if not torch.equal(mask, step.retained):
+            raise Invalid(f"{name}: step {index} retained other tokens than the eager FOCUS")
+    if result.fed_per_step != [step.fed for step in trace.steps]:
+        raise Invalid(f"{name}: other tokens were fed than by the eager FOCUS")
+
+
+def _compiles() -> int:
+    """Graphs that Dynamo captured and programs that AOTAutograd was asked for so far."""
+    cache = counters["aot_autograd"]
+    return int(
+        counters["stats"]["unique_graphs"]
+        + cache["autograd_cache_miss"]
+        + cache["autograd_cache_hit"]
+    )
+
+
+def _figures(runs: Sequence[Run]) -> dict[str, Any]:
+    rates = sorted(run.result.decoded / run.block for run in runs)
+    result = runs[0].result
+    return {
+        "tokens_per_s": statistics.median(rates),
+        "tokens_per_s_min": rates[0],
+        "tokens_per_s_max": rates[-1],
+        "ms_per_step": 1e3 * statistics.median(run.steps / run.result.forwards for run in runs),
+        "ms_commit": 1e3 * statistics.median(run.forwards[-1] for run in runs),
+        "ms_outside_model": 1e3
+        * statistics.median((run.block - sum(run.forwards)) / run.result.forwards for run in runs),
+        "steps": result.forwards,
+        "fed_fraction": result.fed_fraction,
+        "retained_fraction": result.retained_fraction,
+    }
+
+
+def _ratios(
+    dense: Sequence[Run], focus: Sequence[Run], cost: focus_compile.Cost, batch: int
+) -> dict[str, Any]:
+    """Measured ratios, pair by pair, beside those of the FLOPs of what was fed and retained."""
+    result = focus[0].result
+    flops = [
+        cost.flops(batch, BLOCK, PROMPT, fed, int(retained.sum()))
+        for fed, retained in zip(result.fed_per_step, result.retain_masks, strict=True)
+    ]
+    whole, ours = sum(d for d, _ in flops), sum(f for _, f in flops)
+    commit = flops[0][0]
+    blocks = _spread([d.block / f.block for d, f in zip(dense, focus, strict=True)])
+    steps = _spread([d.steps / f.steps for d, f in zip(dense, focus, strict=True)])
+    limit = (whole + commit) / (ours + commit)
+    return {
+        "ratio_focus_inductor": blocks,
+        "ratio_steps_only": steps,
+        "limit_ratio": limit,
+        "limit_ratio_steps_only": whole / ours,
+        "limit_efficiency": blocks["median"] / limit,
+    }
+
+
+def _spread(ratios: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def _machine() -> str:
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return names[0] if names else platform.machine()
+
+
+def _print(row: dict[str, Any]) -> None:
+    console = Console(width=120)
+    console.print(
+        f"{row['shape']}, batch {row['batch']}, block {row['block']}, {row['strategy']}, "
+        f"{row['pairs']} pairs, {row['threads']} threads, {row['dtype']}, torch {row['torch']}"
+    )
+    columns = ("tokens/s", "min", "max", "ms/step", "commit", "outside", "steps", "fed", "retained")
+    table = Table("contestant", *columns)
+    for name, figures in row.items():
+        if not isinstance(figures, dict) or "tokens_per_s" not in figures:
+            continue
+        table.add_row(
+            name,
+            *(f"{figures[f'tokens_per_s{end}']:.1f}" for end in ("", "_min", "_max")),
+            *(f"{figures[key]:.1f}" for key in ("ms_per_step", "ms_commit", "ms_outside_model")),
+            str(figures["steps"]),
+            f"{figures['fed_fraction']:.1%}",
+            f"{figures['retained_fraction']:.1%}",
+        )
+    console.print(table)
+    if "limit_ratio" in row:
+        for key, limit in (
+            ("ratio_focus_inductor", "limit_ratio"),
+            ("ratio_steps_only", "limit_ratio_steps_only"),
+        ):
+            ratio = row[key]
+            console.print(
+                f"{key}: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}), "
+                f"by FLOPs {row[limit]:.2f}: {ratio['median'] / row[limit]:.0%}"
+            )
+
+
+def main(
+    *,
+    shape: str = "bench-12l",
+    batch: int = 16,
+    strategy: Annotated[str, typer.Option(help="trace:TASK, fixed:N or sequential:N")] = (
+        "trace:chain"
+    ),
+    pairs: int = 5,
+    threads: int = 2,
+    contestants: str = "eager,inductor,focus,focus, no delayed cache",
+    full: Annotated[bool, typer.Option("--full", help="every row of docs/performance.md")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="a three-layer model, two pairs")] = False,
+    out: Annotated[Path | None, typer.Option(help=f"for --full: {OUT.name}")] = None,
+) -> None:
+    """Measure one row, or all."""
+    torch.set_num_threads(threads)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    wanted = [(shape, batch, strategy)]
+    if quick:
+        wanted, pairs = [QUICK], 2
+    if full:
+        wanted, out = FULL, out or OUT
+    names = contestants.replace(", ", "\0").split(",")
+    names = [name.replace("\0", ", ") for name in names]
+    rows = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
+    done = {(row["shape"], row["batch"], row["strategy"], row["threads"]) for row in rows}
+    with Progress(transient=True) as bar:
+        for key in wanted:
+            if (*key, threads) in done:
+                continue
+            row = measure(*key, pairs, names, bar)
+            rows.append(row)
+            _print(row)
+            if out is not None:
+                out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

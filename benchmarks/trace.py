@@ -1,0 +1,142 @@
+"""Decode order and importance deltas of the trained model, to be replayed on random weights.
+
+Random weights decode in random order, which trained models do not. So the independent eager FOCUS
+of the tests decodes real prompts with the trained model, and every model under test is made to
+select by the same deltas and to decode the same positions in the same steps. What FOCUS computes
+to find its own deltas is still computed, and then replaced.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+from benchmarks.shapes import ALIGNED
+from focus_compile import Candidates, Signal, Step
+from tests.reference.generation import Decoding, generate_row
+from tests.reference.state import Config
+
+sys.path.insert(0, str(ALIGNED.parent))
+from tasks import examples
+
+__all__ = ["Replay", "Trace", "TraceStep", "record"]
+
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class TraceStep:
+    """One denoising step of a batch; tensors ``[B, T]``.
+
+    ``delta`` fp32, 0 where a row has no masks left; ``decoded`` bool; ``retained`` bool, what the
+    eager FOCUS retained; ``fed`` int, the tokens that it fed; ``last``: the block ends here.
+    """
+
+    delta: Tensor
+    decoded: Tensor
+    retained: Tensor
+    fed: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Steps of a batch over all its blocks, in lockstep: a row that is done waits."""
+
+    task: str
+    alpha: float
+    delayed: bool
+    steps: tuple[TraceStep, ...]
+
+    @property
+    def fed_fraction(self) -> float:
+        canvas = sum(step.delta.numel() for step in self.steps)
+        return sum(step.fed for step in self.steps) / canvas
+
+    @property
+    def retained_fraction(self) -> float:
+        canvas = sum(step.delta.numel() for step in self.steps)
+        return sum(int(step.retained.sum()) for step in self.steps) / canvas
+
+
+def record(
+    task: str, batch: int, *, blocks: int = 1, alpha: float = 1.5, delayed: bool = True
+) -> Trace:
+    """Decode prompts of a task, at confidence 0.9, with the eager FOCUS of the tests.
+
+    Prompts are the first ones of seed 1 whose answers fill the first ``blocks`` blocks.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(ALIGNED)
+    model = Qwen3ForCausalLM.from_pretrained(ALIGNED).eval()
+    drawn = [
+        e for e in examples(task, 20 * batch, 1) if len(tokenizer.encode(e.answer)) > blocks * BLOCK
+    ]
+    rows = [_row(model, tokenizer, e.prompt, blocks, alpha, delayed) for e in drawn[:batch]]
+    if len(rows) < batch:
+        raise ValueError(f"{task}: only {len(rows)} of {batch} prompts have long answers")
+    steps: list[TraceStep] = []
+    for block in range(blocks):
+        number = max(len(row[block]) for row in rows)
+        for index in range(number):
+            lines = [row[block][index] if index < len(row[block]) else _IDLE for row in rows]
+            delta, decoded, retained = (
+                torch.stack([line[part] for line in lines]) for part in range(3)
+            )
+            fed = sum(line[3] for line in lines)
+            steps.append(TraceStep(delta, decoded, retained, fed, index + 1 == number))
+    return Trace(task, alpha, delayed, tuple(steps))
+
+
+_Line = tuple[Tensor, Tensor, Tensor, int]
+_NONE = torch.zeros(BLOCK, dtype=torch.bool)
+_IDLE: _Line = (torch.zeros(BLOCK), _NONE, _NONE, 0)
+
+
+def _row(
+    model: Qwen3ForCausalLM, tokenizer: Any, prompt: str, blocks: int, alpha: float, delayed: bool
+) -> list[list[_Line]]:
+    """Steps of one row, block by block."""
+    deltas: list[Tensor] = []
+
+    def listen(importance0: Tensor, importance1: Tensor, masked: list[int]) -> Tensor:
+        delta = importance1 - importance0
+        deltas.append(torch.zeros(BLOCK).index_put((torch.tensor(masked),), delta.float()))
+        return delta
+
+    made = generate_row(
+        model,
+        tokenizer.encode(prompt),
+        blocks=blocks,
+        block_length=BLOCK,
+        mask_id=tokenizer.mask_token_id,
+        config=Config(alpha=alpha, delayed_cache=delayed),
+        decoding=Decoding(confidence_threshold=0.9, ban_mask_token=True),
+        signal=listen,
+    )
+    out: list[list[_Line]] = [[] for _ in range(blocks)]
+    for step, delta in zip(made.steps, deltas, strict=True):
+        decoded = _NONE.index_fill(0, torch.tensor(list(step.decoded)), True)
+        retained = torch.tensor(step.retain_mask)
+        out[step.block].append((delta, decoded, retained, len(step.fed)))
+    return out
+
+
+class Replay:
+    """Replays a trace in one generation: give ``signal`` to the session, ``choose`` to generate."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.index = 0
+
+    def signal(self, step: Step) -> Signal:
+        return Signal((0.0, 0.0), self.trace.steps[self.index].delta)
+
+    def choose(self, candidates: Candidates, where: Tensor) -> Tensor:
+        decoded = self.trace.steps[self.index].decoded
+        self.index += 1
+        return decoded
