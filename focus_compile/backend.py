@@ -20,6 +20,7 @@ from focus_compile.config import FocusConfig
 from focus_compile.cut import Halves, cut
 from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
 from focus_compile.inputs import Input
+from focus_compile.lower import lower
 from focus_compile.plan import Plan, make_plan, slot_name
 from focus_compile.programs import Inner, make_programs
 from focus_compile.report import warning_once
@@ -78,6 +79,9 @@ def focus_backend(
         compiled: Any = compile_fx(graph, inputs, config_patches=patches)
         return compiled  # type: ignore[no-any-return]
 
+    def compile_half(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_inner(graph if inner is not None else lower(graph), inputs)
+
     _report_recompile_limit()
     # Inductor takes ownership of the graph, and must see it before the analysis leaves traces in
     # Dynamo's shape environment: then the dense program has the same cache key as plain Inductor's.
@@ -96,7 +100,7 @@ def focus_backend(
             raise
         warning_once(log, "backend 'focus' leaves this graph as it is: %s", refusal)
         return dense
-    programs = make_programs(analysis.halves, analysis.inputs, compile_inner)
+    programs = make_programs(analysis.halves, analysis.inputs, compile_half)
     return Executable(dense, analysis.halves, analysis.layout, config, programs)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from focus_compile.attention import attend, site_mask, visible
 from focus_compile.importance import importance
+from focus_compile.linear import linear
 from focus_compile.packing import join, pack, pack_rows, repack, restore, tables, unpack
 from focus_compile.selection import retain
 
@@ -57,6 +58,7 @@ _DEFINITIONS: dict[str, Callable[..., Any]] = {
     "site_mask(Tensor? mask, Tensor rows, Tensor visible, SymInt history) -> Tensor": site_mask,
     "attend(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor index, Tensor tokens, "
     "Tensor inverse, Tensor rows, float scale) -> Tensor": attend,
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor": linear,
 }
 
 
@@ -77,12 +79,18 @@ def _join_fake(past: Tensor | None, new: Tensor, tokens: Tensor, stale: Tensor, 
     return torch.empty_like(stale, memory_format=torch.contiguous_format)
 
 
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A shape for :func:`linear`."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_FAKES = {join: _join_fake, linear: _linear_fake}
 _LIBRARY: Any = torch.library.Library("focus", "DEF")  # type: ignore[no-untyped-call]
 for _schema, _function in _DEFINITIONS.items():
     _name, _kernel = _schema.split("(")[0], _contiguous(_function)
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    _fake = _join_fake if _function is join else _kernel
+    _fake = _FAKES.get(_function, _kernel)
     torch.library.register_fake(f"focus::{_name}", _fake, lib=_LIBRARY)
 
 focus = torch.ops.focus

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Dim, Role, graph_outputs, tensor_of
 from focus_compile.errors import Unsupported
-from focus_compile.inputs import is_generic
+from focus_compile.inputs import Extent, is_generic
 from focus_compile.ops import focus
 from focus_compile.plan import Domain, Place, Plan, slot_name
 from focus_compile.replay import Replay, fake_mode_of
@@ -59,6 +59,7 @@ class _Narrow:
                     write,
                 )
         self.kv: dict[tuple[int, int], Node] = {}
+        self.histories: dict[Extent, Node | int] = {}
 
     def run(self) -> GraphModule:
         for node in self.gm.graph.nodes:
@@ -178,8 +179,11 @@ class _Narrow:
         """The mask of retained queries; one for all layers that share the model's own."""
         history: Node | int = 0
         if site.writes[0].cat is not None:
-            length = self.replay.size(self._made("masked"), 1)
-            history = self.replay.difference(self.replay.size(key, 2), length)
+            extent = self.plan.inputs[slot_name(site.layer, 0)].shape[2]
+            if extent not in self.histories:
+                length = self.replay.size(self._made("masked"), 1)
+                self.histories[extent] = self.replay.difference(self.replay.size(key, 2), length)
+            history = self.histories[extent]
         old: Node | None = None
         if site.mask is not None:
             old = self.env[self.nodes[site.mask]]
