@@ -12,7 +12,7 @@ import json
 import platform
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,15 @@ def main(
         "dtype": str(model.dtype),
         "torch": torch.__version__,
         "machine": platform.machine(),
+        **asdict(Point()),
+        "curves": {},
     }
     with Progress() as bar, torch.no_grad():
         job = bar.add_task("steps", total=sum(map(len, CURVES.values())) * (repeats + 2))
         for name, points in CURVES.items():
-            report[name] = _curve(compiled, mask, name, points, repeats, bar, job)
+            report["curves"][name] = _curve(compiled, mask, name, points, repeats, bar, job)
     for name in CURVES:
-        print(name, json.dumps(report[name]))
+        print(name, json.dumps(report["curves"][name]))
     if out is not None:
         out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -1,0 +1,185 @@
+"""docs/{throughput,scaling,compile_time}.json -> docs/performance.md and its pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+HEAD = """# Performance
+
+Written by `benchmarks/performance_page.py` from `throughput.json`, `scaling.json` and
+`compile_time.json`. {machine}, {threads} threads, {dtype}, torch {torch}, transformers
+{transformers}. No GPU has been measured.
+
+The same model object and the same loop (`focus_compile.generate`) run eagerly, through plain
+Inductor, and through FOCUS, in turns, in one process. Random weights decode in random order, which
+trained models do not; so `trace:` rows replay what the eager FOCUS of the tests did with the
+trained model of `examples/tiny_dllm` ({alignment}): the same
+positions are decoded in the same steps by every contestant, and FOCUS selects by the recorded
+deltas after it has computed its own. A run is an error if it fed or retained other tokens than the
+eager FOCUS. `sequential:3` and `fixed:3` decode 3 tokens per step, leftmost or most confident ones.
+
+"by FLOPs" is the ratio of the floating-point operations that plain Inductor and FOCUS need for the
+tokens that were fed and retained, read off the captured graph: a limit, unless a kernel is faster
+for FOCUS than for the dense model. Blocks count the exact dense commit, steps do not.
+
+```
+python -m benchmarks.throughput --full
+python -m benchmarks.scaling --out docs/scaling.json
+python -m benchmarks.compile_time --out docs/compile_time.json
+python -m benchmarks.performance_page
+```
+
+## Tokens per second
+
+Blocks of {block} after a prompt of {prompt}, {pairs} alternating pairs; median, least and largest of
+the ratios focus / inductor, pair by pair.
+
+"""
+
+DETAIL = """
+## One step, in ms
+
+Of the median run: a denoising forward, the commit, and what the loop does outside the model for
+each step (confidence, choice of tokens).
+
+"""
+
+SCALING = """
+## What a step costs
+
+{shape}, {layers} layers; the first step of a block, batch {batch}, block {block}, history {history}
+and {kept} retained tokens per row where nothing else is said; median of {repeats}.
+
+![seconds per step](performance_scaling.png)
+
+"""
+
+COMPILE = """
+## Compile time
+
+Wall time to the end of the second block of one loop, compilation counted; "cold": empty Inductor
+cache, "warm": filled by the run before. Median of {runs} pairs of processes.
+
+"""
+NOTES = """
+## What limits it
+
+- The commit of a block is a dense forward, and so is the prefill: the faster the steps, the more it
+  weighs. Few steps per block (`trace:order`) leave FOCUS little to save.
+- Layers 0 and 1 compute every token that is fed, in any case.
+- Small batches: the host reads how many tokens are retained between the two programs, and some
+  dozens of small operators cost the same for one row as for many.
+- A denoising step that decodes much retains much: `trace:total` decodes most of a block in its
+  first step, so that its average, and with it the number of tokens to keep, stays high.
+- Above "by FLOPs": prefix and suffix call oneDNN for their matrix products, plain Inductor MKL,
+  which is slower for few rows (`focus_compile/linear.py`). This is a gain of the backend, not of
+  the method.
+"""
+ALIGNED = "`aligned_checkpoint`, see [quality](quality.md)"
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+
+
+def _throughput(rows: list[dict[str, Any]]) -> str:
+    first = rows[0]
+    out = HEAD.format(alignment=ALIGNED, **first)
+    out += _head(
+        *("shape", "batch", "strategy", "fed", "retained", "eager", "inductor", "focus"),
+        *("blocks: ratio", "by FLOPs", "reached", "steps: ratio", "by FLOPs"),
+    )
+    for row in rows:
+        cells = [row["shape"], row["batch"], f"`{row['strategy']}`"]
+        cells += [f"{row['focus'][key]:.0%}" for key in ("fed_fraction", "retained_fraction")]
+        cells += [
+            f"{row[name]['tokens_per_s']:.1f}" if name in row else "-"
+            for name in ("eager", "inductor", "focus")
+        ]
+        cells += [_ratio(row["ratio_focus_inductor"]), f"{row['limit_ratio']:.2f}"]
+        cells += [f"{row['limit_efficiency']:.0%}", _ratio(row["ratio_steps_only"])]
+        cells += [f"{row['limit_ratio_steps_only']:.2f}"]
+        out += _line(cells)
+    out += DETAIL + _head(
+        *("shape", "batch", "strategy", "contestant", "forward", "commit", "outside"),
+        "tokens/s, least to largest",
+    )
+    for row in rows:
+        for name, figures in row.items():
+            if not isinstance(figures, dict) or "tokens_per_s" not in figures:
+                continue
+            cells = [row["shape"], row["batch"], f"`{row['strategy']}`", name]
+            cells += [
+                f"{figures[key]:.1f}" for key in ("ms_per_step", "ms_commit", "ms_outside_model")
+            ]
+            cells.append(f"{figures['tokens_per_s_min']:.1f}-{figures['tokens_per_s_max']:.1f}")
+            out += _line(cells)
+    return out
+
+
+def _scaling(report: dict[str, Any]) -> str:
+    _plot(report)
+    out = SCALING.format(**report) + _head("against", "slope, ms", "intercept, ms", "R2")
+    for name in report["curves"]:
+        curve = report["curves"][name]
+        label = "retained tokens of the batch" if name == "kept" else name
+        cells = [label, f"{1e3 * curve['slope_s']:.4f}", f"{1e3 * curve['intercept_s']:.2f}"]
+        out += _line([*cells, f"{curve['r2']:.4f}"])
+    return out
+
+
+def _compile(rows: list[dict[str, Any]]) -> str:
+    out = COMPILE.format(runs=rows[0]["runs"])
+    out += _head("shape", "cache", "inductor, s", "focus, s", "ratio")
+    for row in rows:
+        for kind in ("cold", "warm"):
+            found = row[kind]
+            ratio = {"median": found["ratio"], "min": found["ratio_min"], "max": found["ratio_max"]}
+            cells = [row["shape"], kind, f"{found['inductor']:.1f}", f"{found['focus']:.1f}"]
+            out += _line([*cells, _ratio(ratio)])
+    return out
+
+
+def _line(cells: list[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def _head(*names: str) -> str:
+    return _line(list(names)) + _line(["---"] * len(names))
+
+
+def _plot(report: dict[str, Any]) -> None:
+    figure, axes = plt.subplots(1, len(report["curves"]), figsize=(13, 3), layout="constrained")
+    for axis, (name, curve) in zip(axes, report["curves"].items(), strict=True):
+        axis.plot(curve["sizes"], curve["dense_s"], "s--", label="dense")
+        axis.plot(curve["sizes"], curve["focus_s"], "o-", label="focus")
+        axis.set_xlabel("retained tokens" if name == "kept" else name)
+        axis.set_ylim(0)
+    axes[0].set_ylabel("seconds per step")
+    axes[0].legend()
+    figure.savefig(DOCS / "performance_scaling.png", dpi=110)
+
+
+def main() -> None:
+    """Write the page from the JSON files that are there."""
+    mpl.use("Agg")
+    page = _throughput(_load("throughput")["rows"])
+    page += _scaling(_load("scaling"))
+    page += _compile(_load("compile_time")["rows"])
+    (DOCS / "performance.md").write_text(page + NOTES)
+
+
+def _load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((DOCS / f"{name}.json").read_text())
+    return found
+
+
+if __name__ == "__main__":
+    main()
