@@ -38,8 +38,8 @@ python -m benchmarks.performance_page
 
 ## Tokens per second
 
-Blocks of {block} after a prompt of {prompt}, {pairs} alternating pairs; median, least and largest of
-the ratios focus / inductor, pair by pair.
+Blocks of {block} after a prompt of {prompt}, {pairs} alternating pairs; median, least and largest
+of the ratios focus / inductor, pair by pair.
 
 """
 

@@ -32,7 +32,7 @@ from focus_compile.axes import (
 from focus_compile.errors import Unsupported
 from focus_compile.inputs import Extent, Input, generic, static_tensor
 from focus_compile.replay import Replay
-from focus_compile.rules import RESHAPES, propagate
+from focus_compile.rules import ARANGES, RESHAPES, propagate
 
 __all__ = ["Canonical", "canonicalize"]
 
@@ -255,9 +255,31 @@ def _emit(node: Node, env: dict[Node, Any], canon: _Canon) -> None:
                 return float(size)  # a constant of the module: Dynamo guards that it stays so
             return canon.expression(expr_of(size), node) if isinstance(size, torch.SymInt) else size
 
+        if node.target in ARANGES:
+            start, step = (fx.map_arg(part, argument) for part in _progression(args))
+            env[node] = _arange(node, start, step, canon)
+            return
         args, kwargs = fx.map_arg((args, kwargs), argument)
     env[node] = canon.replay.once(node.target, args, kwargs, like=node)
     _check_sizes(node, env[node].meta["val"], canon)
+
+
+def _progression(args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Start and step of an ``arange``."""
+    return (0 if len(args) == 1 else args[0]), (args[2] if len(args) == 3 else 1)
+
+
+def _arange(node: Node, start: Any, step: Any, canon: _Canon) -> Node:
+    """``arange`` as long as its label says."""
+    (dim,) = canon.axes.of(node)
+    kwargs = dict(node.kwargs) | {"dtype": tensor_of(node).dtype}
+    out = canon.replay.once(aten.arange.default, (canon.size(dim),), kwargs, like=node)
+    if step != 1:
+        out = canon.replay.once(aten.mul.Tensor, (out, step), like=node)
+    if start != 0:
+        out = canon.replay.once(aten.add.Tensor, (out, start), like=node)
+    _check_sizes(node, out.meta["val"], canon)
+    return out
 
 
 def _check_sizes(node: Node, made: Any, canon: _Canon) -> None:

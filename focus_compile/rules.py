@@ -213,6 +213,15 @@ def cat_parts(node: Node) -> list[Node]:
     return [part for part in parts if tensor_of(part).dim() == rank]
 
 
+ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+
+
+@transfer(*ARANGES)
+def _arange(node: Node, axes: AxisMap) -> Transfer:
+    """An axis of its own, until an elementwise operator tells which one it is."""
+    return _one(*(axes.fresh(size) for size in tensor_of(node).shape))
+
+
 @transfer(aten.embedding.default)
 def _embedding(node: Node, axes: AxisMap) -> Transfer:
     weight, ids = operands(node)[:2]

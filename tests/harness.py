@@ -66,14 +66,14 @@ class Call:
     """Arguments of one call.
 
     Attributes:
-        ids: ``[B, T]``; masked: bool ``[B, T]``; positions: ``[B, T]``.
+        ids: ``[B, T]``; masked: bool ``[B, T]``; positions: ``[B, T]``, or None: the model counts.
         visible: ``[B or 1, T, S + T]``, bool or additive, or None.
         past: per layer keys and values ``[B, G, S, D]``, or None for a call without a cache.
     """
 
     ids: Tensor
     masked: Tensor
-    positions: Tensor
+    positions: Tensor | None
     visible: Tensor | None
     past: Sequence[tuple[Tensor, Tensor]] | None
 
@@ -83,9 +83,10 @@ class Call:
         out: dict[str, Any] = {
             "input_ids": self.ids,
             "attention_mask": {"full_attention": None} if mask is None else mask,
-            "position_ids": self.positions,
             "use_cache": self.past is not None,
         }
+        if self.positions is not None:
+            out["position_ids"] = self.positions
         if self.past is not None:
             cache = DynamicCache(config=model.config)
             for layer, (key, value) in enumerate(self.past):

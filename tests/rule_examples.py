@@ -148,4 +148,9 @@ MIXERS = [
         kept=3,
     ),
 ]
-EXAMPLES = [*POINTWISE_EXAMPLES, *SHAPES, *MIXERS]
+MAKERS = [
+    Example(aten.arange.default, (5,), kept=0),
+    Example(aten.arange.start, (2, 7), kept=0),
+    Example(aten.arange.start_step, (2, 12, 2), kept=0),
+]
+EXAMPLES = [*POINTWISE_EXAMPLES, *SHAPES, *MIXERS, *MAKERS]
