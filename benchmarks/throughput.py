@@ -17,8 +17,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +47,7 @@ FULL = [
     ("sdar-0.6b", 32, "trace:chain"),
     ("sdar-0.6b", 16, "trace:total"),
 ]
+CONTESTANTS = "eager;inductor;focus;focus, no delayed cache;focus, nothing evicted;focus, disabled"
 QUICK = ("bench-3l", 8, "trace:total")
 
 
@@ -86,6 +86,15 @@ class Timed:
 
 
 @dataclass(frozen=True)
+class Contestant:
+    """A callable model, the session that it runs in, and whether FOCUS must run in every step."""
+
+    model: Any
+    scope: Mapping[str, Any] = field(default_factory=dict)
+    focus: bool = True
+
+
+@dataclass(frozen=True)
 class Work:
     """What every contestant generates."""
 
@@ -94,13 +103,13 @@ class Work:
     trace: Trace | None
     arguments: dict[str, Any]
 
-    def run(self, model: Any, scope: Callable[..., AbstractContextManager[Any]]) -> Run:
-        timed = Timed(model)
+    def run(self, contestant: Contestant) -> Run:
+        timed = Timed(contestant.model)
         arguments, signal = dict(self.arguments), None
         if self.trace is not None:
             replay = Replay(self.trace)
             arguments["remasking_strategy"], signal = replay.choose, replay.signal
-        with scope(signal=signal):
+        with focus_compile.session(signal=signal, **contestant.scope):
             result = focus_compile.generate(
                 timed,  # type: ignore[arg-type]
                 self.ids,
@@ -135,13 +144,13 @@ def measure(
     for turn in range(pairs + 1):
         for name, contestant in contestants.items():
             before = _compiles()
-            run = work.run(contestant, focus_compile.session)
+            run = work.run(contestant)
             bar.advance(job)
             if not turn:
                 continue
             if _compiles() != before:
                 raise Invalid(f"{name} compiled inside the timed region")
-            if name.startswith("focus"):
+            if contestant.focus:
                 _check(name, run, trace)
             runs[name].append(run)
     if counters["graph_break"]:
@@ -165,16 +174,19 @@ def measure(
     return row
 
 
-def _contestants(model: Any, mask: int, names: Sequence[str]) -> dict[str, Any]:
+def _contestants(model: Any, mask: int, names: Sequence[str]) -> dict[str, Contestant]:
     def focus(**options: Any) -> Any:
         options |= {"mask_token_id": mask, "strict": True}
         return torch.compile(model, backend="focus", dynamic=True, options=options)
 
-    makers: dict[str, Callable[[], Any]] = {
-        "eager": lambda: model,
-        "inductor": lambda: torch.compile(model, dynamic=True),
-        "focus": focus,
-        "focus, no delayed cache": lambda: focus(delayed_cache=False),
+    ours = focus()
+    makers: dict[str, Callable[[], Contestant]] = {
+        "eager": lambda: Contestant(model, focus=False),
+        "inductor": lambda: Contestant(torch.compile(model, dynamic=True), focus=False),
+        "focus": lambda: Contestant(ours),
+        "focus, no delayed cache": lambda: Contestant(focus(delayed_cache=False)),
+        "focus, nothing evicted": lambda: Contestant(ours, {"alpha": 1e9}),
+        "focus, disabled": lambda: Contestant(ours, {"enabled": False}, focus=False),
     }
     return {name: makers[name]() for name in names}
 
@@ -314,7 +326,7 @@ def main(
     ),
     pairs: int = 5,
     threads: int = 2,
-    contestants: str = "eager,inductor,focus,focus, no delayed cache",
+    contestants: Annotated[str, typer.Option(help="separated by semicolons")] = CONTESTANTS,
     full: Annotated[bool, typer.Option("--full", help="every row of docs/performance.md")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="a three-layer model, two pairs")] = False,
     out: Annotated[Path | None, typer.Option(help=f"for --full: {OUT.name}")] = None,
@@ -327,8 +339,7 @@ def main(
         wanted, pairs = [QUICK], 2
     if full:
         wanted, out = FULL, out or OUT
-    names = contestants.replace(", ", "\0").split(",")
-    names = [name.replace("\0", ", ") for name in names]
+    names = contestants.split(";")
     rows = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
     done = {(row["shape"], row["batch"], row["strategy"], row["threads"]) for row in rows}
     with Progress(transient=True) as bar:

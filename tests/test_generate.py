@@ -236,3 +236,27 @@ def test_the_mask_token_is_never_decoded(model: Qwen3ForCausalLM) -> None:
 
     out = generate(model, logits_processor=LogitsProcessorList([Likeliest()])).sequences
     assert not (out == MASK).any()
+
+
+def test_a_function_chooses(model: Qwen3ForCausalLM) -> None:
+    """Right to left, two per step."""
+    seen: list[int] = []
+
+    def last_two(candidates: focus_compile.Candidates, where: Tensor) -> Tensor:
+        assert candidates.tokens.shape == candidates.confidence.shape == where.shape
+        assert bool((candidates.confidence[where] >= 0).all())
+        seen.append(int(where.sum()))
+        return where & (where.flip(1).cumsum(1).flip(1) <= 2)
+
+    generate(model, max_new_tokens=BLOCK, remasking_strategy=last_two)
+    assert seen == [BATCH * left for left in (6, 4, 2)]
+
+
+@pytest.mark.parametrize("choose", [torch.zeros_like, torch.ones_like], ids=["none", "decoded"])
+def test_a_function_must_choose_candidates(model: Qwen3ForCausalLM, choose: Any) -> None:
+    def strategy(_: focus_compile.Candidates, where: Tensor) -> Tensor:
+        first = where.cumsum(1) == 1
+        return first if bool(where.all()) else choose(where)
+
+    with pytest.raises(ValueError, match="expected some candidates, and no others"):
+        generate(model, remasking_strategy=strategy)
