@@ -138,11 +138,11 @@ def measure(
     arguments = {} if trace else {"remasking_strategy": kind, "tokens_per_step": int(what)}
     work = Work(ids, mask, trace, arguments)
     cost = _cost(model, mask, ids)
-    contestants = _contestants(model, mask, names)
-    runs: dict[str, list[Run]] = {name: [] for name in contestants}
-    job = bar.add_task(f"{shape} x {batch}, {strategy}", total=len(contestants) * (pairs + 1))
+    called = contestants(model, mask, names)
+    runs: dict[str, list[Run]] = {name: [] for name in called}
+    job = bar.add_task(f"{shape} x {batch}, {strategy}", total=len(called) * (pairs + 1))
     for turn in range(pairs + 1):
-        for name, contestant in contestants.items():
+        for name, contestant in called.items():
             before = _compiles()
             run = work.run(contestant)
             bar.advance(job)
@@ -174,7 +174,7 @@ def measure(
     return row
 
 
-def _contestants(model: Any, mask: int, names: Sequence[str]) -> dict[str, Contestant]:
+def contestants(model: Any, mask: int, names: Sequence[str]) -> dict[str, Contestant]:
     def focus(**options: Any) -> Any:
         options |= {"mask_token_id": mask, "strict": True}
         return torch.compile(model, backend="focus", dynamic=True, options=options)

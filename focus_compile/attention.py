@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from focus_compile.selection import last_position
 
-__all__ = ["attend", "site_mask", "visible"]
+__all__ = ["attend", "line_index", "site_mask", "visible"]
 
 
 def visible(written: Tensor, stored: Tensor, bound: Tensor, prefix: Tensor) -> Tensor:
@@ -31,32 +31,58 @@ def visible(written: Tensor, stored: Tensor, bound: Tensor, prefix: Tensor) -> T
     return (written | stored) & (inside | ~prefix)
 
 
-def site_mask(mask: Tensor | None, rows: Tensor, visible: Tensor, history: int) -> Tensor:
+def site_mask(
+    mask: Tensor | None,
+    rows: Tensor,
+    visible: Tensor,
+    history: int,
+    share: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """The mask of an attention site, restricted to its retained queries and visible slots.
 
     Args:
         mask: the model's own ``[B or 1, H or 1, T, S + T]``, bool (True: visible), additive, or
             None.
         rows: int64 ``[B, R]``; visible: bool ``[B, T]``; history: S, the keys before the block.
+        share: query heads that read one key head; dtype: of the queries.
 
     Returns:
-        ``[B, H or 1, R, S + T]``, of the kind of ``mask``; bool ``[B, 1, R, S + T]`` without one.
+        additive ``[B, H / share or 1, share * R, S + T]`` of ``dtype``: for queries whose heads
+        are folded as :func:`attend` folds them.
     """
     batch, most = rows.shape
     past = visible.new_ones((batch, history))
     slots = torch.cat([past, visible], dim=1)[:, None, None, :]
     if mask is None:
-        return slots.expand(-1, -1, most, -1).contiguous()
-    if mask.shape[2] == 1:
+        lines = slots.expand(-1, -1, most, -1)
+    elif mask.shape[2] == 1:
         lines = mask.expand(batch, -1, most, -1)
     elif mask.shape[0] == 1:
         lines = mask[0].movedim(1, 0)[rows].movedim(2, 1)
     else:
         row = torch.arange(batch, device=rows.device).unsqueeze(1)
         lines = mask.movedim(2, 1)[row, rows].movedim(2, 1)
-    if mask.dtype == torch.bool:
-        return (lines & slots).contiguous()
-    return lines.masked_fill(~slots, torch.finfo(mask.dtype).min).contiguous()
+    if lines.dtype == torch.bool:
+        nothing = torch.zeros((), dtype=dtype, device=rows.device)
+        lines = torch.where(lines & slots, nothing, -torch.inf)
+    else:
+        lines = lines.masked_fill(~slots, torch.finfo(lines.dtype).min).to(dtype)
+    if lines.shape[1] == 1:
+        lines = lines.unsqueeze(2).expand(-1, -1, share, -1, -1)
+    return lines.reshape(batch, -1, share * most, history + visible.shape[1])
+
+
+def line_index(tokens: Tensor, inverse: Tensor, rows: Tensor) -> Tensor:
+    """Where each kept token stands in the lines ``[B, R]`` of all rows, flattened: int64 ``[N]``.
+
+    tokens, inverse, rows: tables of the kept tokens (:func:`focus_compile.packing.tables`).
+    """
+    row = tokens // inverse.shape[1]
+    flat = inverse.reshape(-1)
+    # a token's rank among its row's kept ones: its packed row minus that of the row's first
+    rank = flat[tokens] - flat[row * inverse.shape[1] + rows[:, 0][row]]
+    return row * rows.shape[1] + rank
 
 
 def attend(
@@ -65,9 +91,7 @@ def attend(
     value: Tensor,
     mask: Tensor,
     index: Tensor,
-    tokens: Tensor,
-    inverse: Tensor,
-    rows: Tensor,
+    lines: Tensor,
     scale: float,
 ) -> Tensor:
     """Attention of the kept tokens of every row.
@@ -78,31 +102,21 @@ def attend(
     Args:
         query: packed ``[1, H, N', D]``; key, value: ``[B, G, S + T, D]``, G divides H, query head h
             reads key head ``h // (H / G)``.
-        mask: ``[B, H or 1, R, S + T]``, bool (True: visible) or additive.
+        mask: additive ``[B, G or 1, H / G * R, S + T]``, from :func:`site_mask`.
         index: int64 ``[B, R]``, packed row in ``query`` of each row's r-th kept token; entries
             beyond a row's kept tokens may name any row: nobody reads what they give.
-        tokens, inverse, rows: tables of the kept tokens (:func:`focus_compile.packing.tables`).
-        scale: of the scores.
+        lines: int64 ``[N]``, from :func:`line_index`: the way back. scale: of the scores.
 
     Returns:
         packed ``[1, N, H, D]``: as the output projection reads it.
     """
     heads, groups = query.shape[1], key.shape[1]
-    batch, most = rows.shape
+    batch, most = index.shape
     share = heads // groups
-    lines = query[0].transpose(0, 1)[index]  # [B, R, H, D]
-    lines = lines.view(batch, most, groups, share, -1).permute(0, 2, 3, 1, 4)
-    folded = lines.reshape(batch, groups, share * most, -1)
-    if mask.shape[1] != 1:
-        mask = mask.reshape(batch, groups, share * most, -1)
-    elif share > 1:
-        mask = mask.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(2, 3)
-    if mask.dtype not in (torch.bool, query.dtype):
-        mask = mask.to(query.dtype)
+    flat = query[0].transpose(0, 1).reshape(query.shape[2], -1)
+    folded = flat.index_select(0, index.reshape(-1)).view(batch, most, groups, share, -1)
+    folded = folded.permute(0, 2, 3, 1, 4).reshape(batch, groups, share * most, -1)
     out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
-    out = out.view(batch, groups, share, most, -1).permute(0, 3, 1, 2, 4)  # [B, R, G, H / G, D]
-    row = tokens // inverse.shape[1]
-    flat = inverse.reshape(-1)
-    # a token's rank among its row's kept ones: its packed row minus that of the row's first
-    rank = flat[tokens] - flat[row * inverse.shape[1] + rows[:, 0][row]]
-    return out[row, rank].reshape(1, tokens.shape[0], heads, -1)
+    out = out.view(batch, groups, share, most, -1).permute(0, 3, 1, 2, 4)
+    out = out.reshape(batch * most, -1).index_select(0, lines)
+    return out.view(1, lines.shape[0], heads, -1)

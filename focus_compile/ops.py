@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from focus_compile.attention import attend, site_mask, visible
+from focus_compile.attention import attend, line_index, site_mask, visible
 from focus_compile.importance import importance
 from focus_compile.linear import linear
 from focus_compile.packing import join, pack, pack_rows, repack, restore, tables, unpack
@@ -55,9 +55,11 @@ _DEFINITIONS: dict[str, Callable[..., Any]] = {
     f"restore(Tensor x, Tensor tokens, Tensor keep, {_DIMS}) -> Tensor": restore,
     "visible(Tensor written, Tensor stored, Tensor bound, Tensor prefix) -> Tensor": visible,
     "site_index(Tensor inverse, Tensor rows) -> Tensor": site_index,
-    "site_mask(Tensor? mask, Tensor rows, Tensor visible, SymInt history) -> Tensor": site_mask,
-    "attend(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor index, Tensor tokens, "
-    "Tensor inverse, Tensor rows, float scale) -> Tensor": attend,
+    "site_mask(Tensor? mask, Tensor rows, Tensor visible, SymInt history, int share, "
+    "ScalarType dtype) -> Tensor": site_mask,
+    "line_index(Tensor tokens, Tensor inverse, Tensor rows) -> Tensor": line_index,
+    "attend(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor index, Tensor lines, "
+    "float scale) -> Tensor": attend,
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor": linear,
 }
 

@@ -171,7 +171,8 @@ class _Narrow:
         index = self.replay.once(focus.site_index.default, (source, rows))
         key, value = (self.env[self.nodes[write.keys]] for write in site.writes)
         mask = self._mask(site, rows, key)
-        args = (self.env[query], key, value, mask, index, tokens, inverse, rows, site.scale)
+        lines = self.replay.once(focus.line_index.default, (tokens, inverse, rows))
+        args = (self.env[query], key, value, mask, index, lines, site.scale)
         packed = self.replay.call(focus.attend.default, args, like=node, name=f"{node.name}_rows")
         self.env[node] = self.replay.call(aten.transpose.int, (packed, 1, 2), like=node)
 
@@ -190,7 +191,10 @@ class _Narrow:
             while tensor_of(old).dim() < 4:
                 old = self.replay.once(aten.unsqueeze.default, (old, 0))
         visible = self._visible(site.layer)
-        return self.replay.once(focus.site_mask.default, (old, rows, visible, history))
+        query = tensor_of(self.nodes[site.query])
+        share = query.shape[1] // tensor_of(key).shape[1]
+        args = (old, rows, visible, history, share, query.dtype)
+        return self.replay.once(focus.site_mask.default, args)
 
     def _visible(self, layer: int) -> Node:
         """Visible slots: layers 0 and 1 hold every fed token, later ones only retained tokens."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from focus_compile.attention import attend, site_mask, visible
+from focus_compile.attention import attend, line_index, site_mask, visible
 from focus_compile.packing import pack, tables
 
 BATCH, TOKENS, HISTORY, GROUPS, SIZE, VALUE_SIZE = 3, 7, 4, 2, 5, 6
@@ -72,9 +72,15 @@ def test_attend_equals_loops(kind: str | None, share: int) -> None:
     tokens, rows = order[:count], places[:, :most]
     fed_order, fed_inverse, _, fed_sizes = tables(fed)
     packed = pack(query, fed_order[: int(fed_sizes[0])], fed_inverse, 0, 2)
-    line = site_mask(mask, rows, seen, HISTORY)
+    line = site_mask(mask, rows, seen, HISTORY, share, query.dtype)
     out = attend(
-        packed, key, value, line, fed_inverse.gather(1, rows), tokens, inverse, rows, scale
+        packed,
+        key,
+        value,
+        line,
+        fed_inverse.gather(1, rows),
+        line_index(tokens, inverse, rows),
+        scale,
     )
     assert out.shape == (1, count, heads, VALUE_SIZE)
     for n, (b, t) in enumerate(keep.nonzero().tolist()):
@@ -101,10 +107,11 @@ def test_a_row_that_keeps_nothing() -> None:
     key = torch.randn(BATCH, GROUPS, KEYS, SIZE)
     query = torch.randn(1, GROUPS, count, SIZE)
     seen = torch.ones_like(keep)
-    line, index = site_mask(None, rows, seen, HISTORY), inverse.gather(1, rows)
-    expected = attend(query, key, key, line, index, tokens, inverse, rows, 1.0)
+    line = site_mask(None, rows, seen, HISTORY, 1, query.dtype)
+    index, lines = inverse.gather(1, rows), line_index(tokens, inverse, rows)
+    expected = attend(query, key, key, line, index, lines, 1.0)
     key[1] = math.nan
-    actual = attend(query, key, key, line, index, tokens, inverse, rows, 1.0)
+    actual = attend(query, key, key, line, index, lines, 1.0)
     assert torch.equal(actual, expected) and not actual.isnan().any()
 
 

@@ -121,6 +121,9 @@ def test_nothing_is_as_large_as_the_canvas_but_the_logits(run: Run) -> None:
     assert rows == {int(kept.sum())}
 
 
+LINES = torch.ops.focus.line_index.default
+
+
 def test_every_path_to_the_logits_gathers_retained_tokens(run: Run) -> None:
     """Without the nodes that gather by what is retained, the embedding does not reach them."""
     call = random_call(1, run.model, BATCH, TOKENS, HISTORY, "float")
@@ -131,7 +134,8 @@ def test_every_path_to_the_logits_gathers_retained_tokens(run: Run) -> None:
     flow = data_flow(gm)
     assert analysis.halves.logits is not None
     embedding, logits = nodes[analysis.plan.embedding], nodes[analysis.halves.logits.name]
-    gathers = [node for node in gm.graph.nodes if nodes["tokens"] in node.all_input_nodes]
+    index = {nodes["tokens"], *gm.graph.find_nodes(op="call_function", target=LINES)}
+    gathers = [node for node in gm.graph.nodes if index & set(node.all_input_nodes)]
     assert nx.has_path(flow, embedding, logits)
     flow.remove_nodes_from(gathers)
     assert not nx.has_path(flow, embedding, logits)
