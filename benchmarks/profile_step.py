@@ -17,9 +17,7 @@ import torch
 import typer
 from torch.profiler import profile
 
-from benchmarks.shapes import build
-from benchmarks.throughput import PROMPT, Run, Work, contestants
-from benchmarks.trace import record
+from benchmarks.throughput import Run, contestants, prepare
 from focus_compile.programs import Program
 
 PARTS = {
@@ -58,11 +56,8 @@ def main(
 ) -> None:
     """Profile one block."""
     torch.set_num_threads(threads)
-    model = build(shape)
-    mask = model.config.vocab_size - 1
-    ids = torch.randint(0, mask, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
-    work = Work(ids, mask, record(task, batch), {})
-    (contestant,) = contestants(model, mask, ["focus"]).values()
+    model, work = prepare(shape, batch, f"trace:{task}")
+    (contestant,) = contestants(model, work.mask, ["focus"]).values()
     work.run(contestant)
     with profile() as seen, _marked():
         run = work.run(contestant)

@@ -4,15 +4,18 @@
     python -m benchmarks.throughput --full          # every row of the page that is not there yet
     python -m benchmarks.throughput --quick         # a small model, about a minute
 
-A run generates one block after a prompt. Its time is that of the block: denoising steps and the
-exact commit; the prefill of the prompt is left out, as it is the same program for all. Beside it
-stand the denoising steps alone. A contestant that compiled while it was timed or broke its graph,
-and a FOCUS run in which a masked step ran dense, or fed or retained other tokens than the eager
-FOCUS of the tests did, is an error and not a result. Rows are kept in the file ``--out``.
+A run generates one block after a prompt (``tiny``, the trained model: an answer). Its time is that
+of denoising steps and exact commits; the prefill of the prompt is left out, as it is the same
+program for all. Beside it stand the denoising steps alone.
+
+A contestant that compiled while it was timed or broke its graph, and a FOCUS run in which a masked
+step ran dense, or fed or retained other tokens than the eager FOCUS of the tests did, is an error
+and not a result. Rows are kept in the file ``--out``.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import statistics
@@ -34,7 +37,7 @@ from transformers import DynamicCache
 
 import focus_compile
 from benchmarks.shapes import build
-from benchmarks.trace import BLOCK, Replay, Trace, record
+from benchmarks.trace import BLOCK, Replay, Trace, prompts, record, trained
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "throughput.json"
 PROMPT = 64
@@ -42,11 +45,10 @@ FULL = [
     ("bench-12l", batch, strategy)
     for batch in (1, 8, 16)
     for strategy in ("trace:chain", "trace:total", "trace:order", "fixed:3", "sequential:3")
-] + [
-    ("sdar-0.6b", 16, "trace:chain"),
-    ("sdar-0.6b", 32, "trace:chain"),
-    ("sdar-0.6b", 16, "trace:total"),
 ]
+FULL += [("tiny", 32, f"threshold:{task}") for task in ("total", "chain", "order")]
+FULL += [("sdar-0.6b", batch, "trace:chain") for batch in (16, 32)]
+FULL += [("sdar-0.6b", 16, "trace:total")]
 CONTESTANTS = "eager;inductor;focus;focus, no delayed cache;focus, nothing evicted;focus, disabled"
 QUICK = ("bench-3l", 8, "trace:total")
 
@@ -57,15 +59,26 @@ class Invalid(Exception):
 
 @dataclass
 class Run:
-    """Seconds of one generation: of each denoising forward, of the commit, of the whole block."""
+    """Seconds of one generation from the end of its prefill on, and of every forward after it."""
 
-    block: float
+    seconds: float
     forwards: list[float]
     result: focus_compile.Generated
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def steps_per_block(self) -> list[int]:
+        """Denoising forwards of each block; a commit follows them."""
+        return [int(rows.max()) for rows in self.result.steps_per_block]
+
+    @property
+    def commits(self) -> list[float]:
+        ends = itertools.accumulate(number + 1 for number in self.steps_per_block)
+        return [self.forwards[end - 1] for end in ends]
 
     @property
     def steps(self) -> float:
-        return sum(self.forwards[:-1])
+        return sum(self.forwards) - sum(self.commits)
 
 
 @dataclass
@@ -96,16 +109,22 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Work:
-    """What every contestant generates."""
+    """What every contestant generates.
+
+    ``arguments`` are those of ``generate``; ``trace`` is replayed; ``tokenizer`` and ``answers``
+    of the trained model tell how many texts are right.
+    """
 
     ids: Tensor
     mask: int
-    trace: Trace | None
     arguments: dict[str, Any]
+    trace: Trace | None = None
+    tokenizer: Any = None
+    answers: tuple[str, ...] = ()
 
     def run(self, contestant: Contestant) -> Run:
         timed = Timed(contestant.model)
-        arguments, signal = dict(self.arguments), None
+        arguments, signal = {"max_new_tokens": BLOCK} | self.arguments, None
         if self.trace is not None:
             replay = Replay(self.trace)
             arguments["remasking_strategy"], signal = replay.choose, replay.signal
@@ -113,7 +132,6 @@ class Work:
             result = focus_compile.generate(
                 timed,  # type: ignore[arg-type]
                 self.ids,
-                max_new_tokens=BLOCK,
                 block_length=BLOCK,
                 mask_token_id=self.mask,
                 return_dict=True,
@@ -122,23 +140,61 @@ class Work:
         end = time.perf_counter()
         assert isinstance(result, focus_compile.Generated)
         seconds = [stop - start for start, stop in timed.times]
-        return Run(end - timed.times[0][1], seconds[1:], result)
+        run = Run(end - timed.times[0][1], seconds[1:], result)
+        if self.tokenizer is not None:
+            made = result.sequences[:, self.ids.shape[1] :]
+            run.texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return run
+
+    def exact_match(self, run: Run) -> float | None:
+        """Share of right answers, where there is a right one."""
+        if not self.answers:
+            return None
+        right = [a == b for a, b in zip(run.texts, self.answers, strict=True)]
+        return sum(right) / len(right)
+
+
+def prepare(shape: str, batch: int, strategy: str) -> tuple[Any, Work]:
+    """A model, and what it has to generate."""
+    kind, _, what = strategy.partition(":")
+    if shape == "tiny":
+        return _trained(batch, what)
+    model = build(shape)
+    mask = model.config.vocab_size - 1
+    ids = torch.randint(0, mask, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+    if kind == "trace":
+        return model, Work(ids, mask, {}, record(what, batch))
+    return model, Work(ids, mask, {"remasking_strategy": kind, "tokens_per_step": int(what)})
+
+
+def _trained(batch: int, task: str) -> tuple[Any, Work]:
+    """The trained model on prompts of a task, decoded by confidence 0.9 to their ends."""
+    model, tokenizer = trained()
+    drawn = prompts(task, batch)
+    given = tokenizer(
+        [example.prompt for example in drawn],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    arguments = {
+        "attention_mask": given["attention_mask"],
+        "max_new_tokens": 3 * BLOCK,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    answers = tuple(example.answer for example in drawn)
+    mask = tokenizer.mask_token_id
+    return model, Work(given["input_ids"], mask, arguments, None, tokenizer, answers)
 
 
 def measure(
     shape: str, batch: int, strategy: str, pairs: int, names: Sequence[str], bar: Progress
 ) -> dict[str, Any]:
     """One row."""
-    kind, _, what = strategy.partition(":")
-    trace = record(what, batch) if kind == "trace" else None
     torch._dynamo.reset()
-    model = build(shape)
-    mask = model.config.vocab_size - 1
-    ids = torch.randint(0, mask, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
-    arguments = {} if trace else {"remasking_strategy": kind, "tokens_per_step": int(what)}
-    work = Work(ids, mask, trace, arguments)
-    cost = _cost(model, mask, ids)
-    called = contestants(model, mask, names)
+    model, work = prepare(shape, batch, strategy)
+    cost = _cost(model, work)
+    called = contestants(model, work.mask, names)
     runs: dict[str, list[Run]] = {name: [] for name in called}
     job = bar.add_task(f"{shape} x {batch}, {strategy}", total=len(called) * (pairs + 1))
     for turn in range(pairs + 1):
@@ -151,7 +207,7 @@ def measure(
             if _compiles() != before:
                 raise Invalid(f"{name} compiled inside the timed region")
             if contestant.focus:
-                _check(name, run, trace)
+                _check(name, run, work.trace)
             runs[name].append(run)
     if counters["graph_break"]:
         raise Invalid(f"the graph broke: {dict(counters['graph_break'])}")
@@ -159,7 +215,7 @@ def measure(
         "shape": shape,
         "batch": batch,
         "block": BLOCK,
-        "prompt": PROMPT,
+        "prompt": work.ids.shape[1],
         "strategy": strategy,
         "pairs": pairs,
         "threads": torch.get_num_threads(),
@@ -167,10 +223,10 @@ def measure(
         "machine": _machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        **{name: _figures(made) for name, made in runs.items()},
+        **{name: _figures(made, work) for name, made in runs.items()},
     }
     if {"inductor", "focus"} <= runs.keys():
-        row |= _ratios(runs["inductor"], runs["focus"], cost, batch)
+        row |= _ratios(runs["inductor"], runs["focus"], cost, work)
     return row
 
 
@@ -191,15 +247,15 @@ def contestants(model: Any, mask: int, names: Sequence[str]) -> dict[str, Contes
     return {name: makers[name]() for name in names}
 
 
-def _cost(model: Any, mask: int, ids: Tensor) -> focus_compile.Cost:
+def _cost(model: Any, work: Work) -> focus_compile.Cost:
     """FLOPs of a denoising step, as the compiler reads them off the graph."""
+    ids, mask = work.ids, work.mask
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=ids[:, :2], past_key_values=cache, use_cache=True)
     call = {
         "input_ids": torch.full((len(ids), BLOCK), mask),
         "attention_mask": torch.ones(len(ids), 1, BLOCK, 2 + BLOCK, dtype=torch.bool),
-        "position_ids": torch.arange(2, 2 + BLOCK).expand(len(ids), -1),
     }
     story = focus_compile.explain(model, **call, past_key_values=cache, use_cache=True)
     costs = [graph.cost for graph in story.graphs if graph.cost is not None]
@@ -232,44 +288,59 @@ def _compiles() -> int:
     )
 
 
-def _figures(runs: Sequence[Run]) -> dict[str, Any]:
-    rates = sorted(run.result.decoded / run.block for run in runs)
+def _figures(runs: Sequence[Run], work: Work) -> dict[str, Any]:
+    rates = sorted(run.result.decoded / run.seconds for run in runs)
     result = runs[0].result
-    return {
+    outside = [(run.seconds - sum(run.forwards)) / run.result.forwards for run in runs]
+    out = {
         "tokens_per_s": statistics.median(rates),
         "tokens_per_s_min": rates[0],
         "tokens_per_s_max": rates[-1],
         "ms_per_step": 1e3 * statistics.median(run.steps / run.result.forwards for run in runs),
-        "ms_commit": 1e3 * statistics.median(run.forwards[-1] for run in runs),
-        "ms_outside_model": 1e3
-        * statistics.median((run.block - sum(run.forwards)) / run.result.forwards for run in runs),
+        "ms_commit": 1e3 * statistics.median(statistics.mean(run.commits) for run in runs),
+        "ms_outside_model": 1e3 * statistics.median(outside),
         "steps": result.forwards,
         "fed_fraction": result.fed_fraction,
         "retained_fraction": result.retained_fraction,
     }
+    found = work.exact_match(runs[0])
+    return out if found is None else out | {"exact_match": found}
 
 
 def _ratios(
-    dense: Sequence[Run], focus: Sequence[Run], cost: focus_compile.Cost, batch: int
+    dense: Sequence[Run], focus: Sequence[Run], cost: focus_compile.Cost, work: Work
 ) -> dict[str, Any]:
     """Measured ratios, pair by pair, beside those of the FLOPs of what was fed and retained."""
-    result = focus[0].result
-    flops = [
-        cost.flops(batch, BLOCK, PROMPT, fed, int(retained.sum()))
-        for fed, retained in zip(result.fed_per_step, result.retain_masks, strict=True)
-    ]
-    whole, ours = sum(d for d, _ in flops), sum(f for _, f in flops)
-    commit = flops[0][0]
-    blocks = _spread([d.block / f.block for d, f in zip(dense, focus, strict=True)])
+    (theirs, commits), (ours, our_commits) = (
+        _flops(runs[0], cost, work) for runs in (dense, focus)
+    )
+    blocks = _spread([d.seconds / f.seconds for d, f in zip(dense, focus, strict=True)])
     steps = _spread([d.steps / f.steps for d, f in zip(dense, focus, strict=True)])
-    limit = (whole + commit) / (ours + commit)
+    limit = (theirs + commits) / (ours + our_commits)
     return {
         "ratio_focus_inductor": blocks,
         "ratio_steps_only": steps,
         "limit_ratio": limit,
-        "limit_ratio_steps_only": whole / ours,
+        "limit_ratio_steps_only": theirs / ours,
         "limit_efficiency": blocks["median"] / limit,
     }
+
+
+def _flops(run: Run, cost: focus_compile.Cost, work: Work) -> tuple[int, int]:
+    """(denoising steps, commits) of a run."""
+    result, history = run.result, work.ids.shape[1]
+    batch, steps, commits, done = len(work.ids), 0, 0, 0
+    for number in run.steps_per_block:
+        for index in range(done, done + number):
+            fed = retained = 0
+            if result.focus_steps:
+                fed = result.fed_per_step[index]
+                retained = int(result.retain_masks[index].sum())
+            dense, focus = cost.flops(batch, BLOCK, history, fed, retained)
+            steps += focus if result.focus_steps else dense
+        commits += cost.flops(batch, BLOCK, history, 0, 0)[0]
+        done, history = done + number, history + BLOCK
+    return steps, commits
 
 
 def _spread(ratios: Sequence[float]) -> dict[str, float]:

@@ -22,9 +22,9 @@ from tests.reference.generation import Decoding, generate_row
 from tests.reference.state import Config
 
 sys.path.insert(0, str(ALIGNED.parent))
-from tasks import examples
+from tasks import Example, examples
 
-__all__ = ["Replay", "Trace", "TraceStep", "record"]
+__all__ = ["Replay", "Trace", "TraceStep", "prompts", "record", "trained"]
 
 BLOCK = 32
 
@@ -64,6 +64,17 @@ class Trace:
         return sum(int(step.retained.sum()) for step in self.steps) / canvas
 
 
+def trained() -> tuple[Qwen3ForCausalLM, Any]:
+    """The aligned checkpoint and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(ALIGNED)
+    return Qwen3ForCausalLM.from_pretrained(ALIGNED).eval(), tokenizer
+
+
+def prompts(task: str, count: int) -> list[Example]:
+    """The first examples of a task, seed 1."""
+    return examples(task, count, 1)
+
+
 def record(
     task: str, batch: int, *, blocks: int = 1, alpha: float = 1.5, delayed: bool = True
 ) -> Trace:
@@ -71,10 +82,9 @@ def record(
 
     Prompts are the first ones of seed 1 whose answers fill the first ``blocks`` blocks.
     """
-    tokenizer = AutoTokenizer.from_pretrained(ALIGNED)
-    model = Qwen3ForCausalLM.from_pretrained(ALIGNED).eval()
+    model, tokenizer = trained()
     drawn = [
-        e for e in examples(task, 20 * batch, 1) if len(tokenizer.encode(e.answer)) > blocks * BLOCK
+        e for e in prompts(task, 20 * batch) if len(tokenizer.encode(e.answer)) > blocks * BLOCK
     ]
     rows = [_row(model, tokenizer, e.prompt, blocks, alpha, delayed) for e in drawn[:batch]]
     if len(rows) < batch:
