@@ -41,15 +41,16 @@ from benchmarks.trace import BLOCK, Replay, Trace, prompts, record, trained
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "throughput.json"
 PROMPT = 64
-FULL = [
-    ("bench-12l", batch, strategy)
-    for batch in (1, 8, 16)
-    for strategy in ("trace:chain", "trace:total", "trace:order", "fixed:3", "sequential:3")
-]
+FULL = [("sdar-0.6b", 16, "trace:chain"), ("bench-12l", 16, "trace:chain")]
 FULL += [("tiny", 32, f"threshold:{task}") for task in ("total", "chain", "order")]
-FULL += [("sdar-0.6b", batch, "trace:chain") for batch in (16, 32)]
-FULL += [("sdar-0.6b", 16, "trace:total")]
+FULL += [("sdar-0.6b", 32, "trace:total")]
+FULL += [("bench-12l", 16, what) for what in ("trace:total", "sequential:3", "trace:order")]
+FULL += [("bench-12l", 1, "trace:chain"), ("bench-12l", 8, "trace:chain")]
+FULL += [("bench-12l", 16, "fixed:3"), ("sdar-0.6b", 16, "trace:total")]
+FULL += [("sdar-0.6b", 32, "trace:chain")]
 CONTESTANTS = "eager;inductor;focus;focus, no delayed cache;focus, nothing evicted;focus, disabled"
+FEW = "inductor;focus"
+"""Of shapes whose dense step takes seconds."""
 QUICK = ("bench-3l", 8, "trace:total")
 
 
@@ -410,14 +411,14 @@ def main(
         wanted, pairs = [QUICK], 2
     if full:
         wanted, out = FULL, out or OUT
-    names = contestants.split(";")
     rows = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
     done = {(row["shape"], row["batch"], row["strategy"], row["threads"]) for row in rows}
     with Progress(transient=True) as bar:
         for key in wanted:
             if (*key, threads) in done:
                 continue
-            row = measure(*key, pairs, names, bar)
+            chosen = FEW if full and key[0].startswith("sdar") else contestants
+            row = measure(*key, pairs, chosen.split(";"), bar)
             rows.append(row)
             _print(row)
             if out is not None:
