@@ -17,7 +17,7 @@ import torch
 import typer
 from torch.profiler import profile
 
-from benchmarks.throughput import Run, contestants, prepare
+from benchmarks.contest import Run, contestants, prepare
 from focus_compile.programs import Program
 
 PARTS = {
