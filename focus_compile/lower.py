@@ -22,7 +22,7 @@ def lower(gm: GraphModule) -> GraphModule:
     by how much that is slower for the rows of the retained tokens.
     """
     graph = copy.deepcopy(gm.graph)
-    if torch.backends.mkldnn.is_available():
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         for node in graph.nodes:
             if node.target is torch.ops.aten.linear.default and _fits(node):
                 node.target = focus.linear.default

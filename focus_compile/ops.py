@@ -86,7 +86,7 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_FAKES = {join: _join_fake, linear: _linear_fake}
+_FAKES: dict[Callable[..., Any], Callable[..., Any]] = {join: _join_fake, linear: _linear_fake}
 _LIBRARY: Any = torch.library.Library("focus", "DEF")  # type: ignore[no-untyped-call]
 for _schema, _function in _DEFINITIONS.items():
     _name, _kernel = _schema.split("(")[0], _contiguous(_function)
