@@ -39,15 +39,16 @@ python -m benchmarks.performance_page
 ## Tokens per second
 
 Blocks of {block} after a prompt of {prompt}, {pairs} alternating pairs; median, least and largest
-of the ratios focus / inductor, pair by pair.
+of the ratios focus / inductor, pair by pair. What `--full` lists and this table lacks has not been
+run.
 
 """
 
 DETAIL = """
 ## One step, in ms
 
-Of the median run: a denoising forward, the commit, and what the loop does outside the model for
-each step (confidence, choice of tokens).
+Medians over the runs: a denoising forward, the commit, and what the loop does outside the model
+for each step (confidence, choice of tokens).
 
 """
 
@@ -72,11 +73,11 @@ NOTES = """
 ## What limits it
 
 - The commit of a block is a dense forward, and so is the prefill: the faster the steps, the more it
-  weighs. Few steps per block (`trace:order`) leave FOCUS little to save.
+  weighs. Few steps per block (`threshold:order`) leave FOCUS little to save.
 - Layers 0 and 1 compute every token that is fed, in any case.
 - Small batches: the host reads how many tokens are retained between the two programs, and some
   dozens of small operators cost the same for one row as for many.
-- A denoising step that decodes much retains much: `trace:total` decodes most of a block in its
+- A denoising step that decodes much retains much: `threshold:total` decodes most of a block in its
   first step, so that its average, and with it the number of tokens to keep, stays high.
 - Part of the gain is the backend's and not the method's: prefix and suffix call oneDNN for their
   matrix products, plain Inductor MKL, which is slower for few rows (`focus_compile/linear.py`).

@@ -34,23 +34,19 @@ class TraceStep:
     """One denoising step of a batch; tensors ``[B, T]``.
 
     ``delta`` fp32, 0 where a row has no masks left; ``decoded`` bool; ``retained`` bool, what the
-    eager FOCUS retained; ``fed`` int, the tokens that it fed; ``last``: the block ends here.
+    eager FOCUS retained; ``fed`` int, the tokens that it fed.
     """
 
     delta: Tensor
     decoded: Tensor
     retained: Tensor
     fed: int
-    last: bool
 
 
 @dataclass(frozen=True)
 class Trace:
     """Steps of a batch over all its blocks, in lockstep: a row that is done waits."""
 
-    task: str
-    alpha: float
-    delayed: bool
     steps: tuple[TraceStep, ...]
 
     @property
@@ -75,9 +71,7 @@ def prompts(task: str, count: int) -> list[Example]:
     return examples(task, count, 1)
 
 
-def record(
-    task: str, batch: int, *, blocks: int = 1, alpha: float = 1.5, delayed: bool = True
-) -> Trace:
+def record(task: str, batch: int, *, blocks: int = 1) -> Trace:
     """Decode prompts of a task, at confidence 0.9, with the eager FOCUS of the tests.
 
     Prompts are the first ones of seed 1 whose answers fill the first ``blocks`` blocks.
@@ -86,7 +80,7 @@ def record(
     drawn = [
         e for e in prompts(task, 20 * batch) if len(tokenizer.encode(e.answer)) > blocks * BLOCK
     ]
-    rows = [_row(model, tokenizer, e.prompt, blocks, alpha, delayed) for e in drawn[:batch]]
+    rows = [_row(model, tokenizer, e.prompt, blocks) for e in drawn[:batch]]
     if len(rows) < batch:
         raise ValueError(f"{task}: only {len(rows)} of {batch} prompts have long answers")
     steps: list[TraceStep] = []
@@ -98,8 +92,8 @@ def record(
                 torch.stack([line[part] for line in lines]) for part in range(3)
             )
             fed = sum(line[3] for line in lines)
-            steps.append(TraceStep(delta, decoded, retained, fed, index + 1 == number))
-    return Trace(task, alpha, delayed, tuple(steps))
+            steps.append(TraceStep(delta, decoded, retained, fed))
+    return Trace(tuple(steps))
 
 
 _Line = tuple[Tensor, Tensor, Tensor, int]
@@ -107,9 +101,7 @@ _NONE = torch.zeros(BLOCK, dtype=torch.bool)
 _IDLE: _Line = (torch.zeros(BLOCK), _NONE, _NONE, 0)
 
 
-def _row(
-    model: Qwen3ForCausalLM, tokenizer: Any, prompt: str, blocks: int, alpha: float, delayed: bool
-) -> list[list[_Line]]:
+def _row(model: Qwen3ForCausalLM, tokenizer: Any, prompt: str, blocks: int) -> list[list[_Line]]:
     """Steps of one row, block by block."""
     deltas: list[Tensor] = []
 
@@ -124,7 +116,7 @@ def _row(
         blocks=blocks,
         block_length=BLOCK,
         mask_id=tokenizer.mask_token_id,
-        config=Config(alpha=alpha, delayed_cache=delayed),
+        config=Config(),
         decoding=Decoding(confidence_threshold=0.9, ban_mask_token=True),
         signal=listen,
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.fx import Graph, GraphModule
 from torch.nn.functional import linear
 
+from focus_compile import backend
 from focus_compile.lower import lower
+from tests.harness import Run, Sizes, build_model, random_call
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
@@ -49,3 +53,19 @@ def test_only_fp32_is_replaced(dtype: torch.dtype, target: str) -> None:
     targets = [str(node.target) for node in lower(given).graph.nodes if "linear" in node.name]
     assert targets == [target]
     assert any(node.target is torch.ops.aten.linear.default for node in given.graph.nodes)
+
+
+def test_inductor_gets_it_in_prefix_and_suffix_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+
+    def compile_nothing(graph: GraphModule, _: Any, **__: Any) -> GraphModule:
+        seen.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    monkeypatch.setattr(backend, "compile_fx", compile_nothing)
+    run = Run(build_model(Sizes(layers=3)), inner=None)
+    run.logits(random_call(1, run.model, 2, 6, 4))
+    dense, *halves = seen
+    assert len(halves) == 2 and not any("focus" in target for target in dense)
+    for targets in halves:
+        assert "focus.linear.default" in targets and "aten.linear.default" not in targets
