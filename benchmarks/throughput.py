@@ -34,6 +34,7 @@ from transformers import DynamicCache
 import focus_compile
 from benchmarks.contest import Run, Work, contestants, prepare
 from benchmarks.trace import BLOCK, Trace
+from focus_compile.rows import cache_keyword
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "throughput.json"
 FULL = [("sdar-0.6b", 16, "trace:chain"), ("bench-12l", 16, "trace:chain")]
@@ -101,12 +102,12 @@ def _cost(model: Any, work: Work) -> focus_compile.Cost:
     ids, mask = work.ids, work.mask
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids[:, :2], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :2], use_cache=True, **{cache_keyword(model): cache})
     call = {
         "input_ids": torch.full((len(ids), BLOCK), mask),
         "attention_mask": torch.ones(len(ids), 1, BLOCK, 2 + BLOCK, dtype=torch.bool),
     }
-    story = focus_compile.explain(model, **call, past_key_values=cache, use_cache=True)
+    story = focus_compile.explain(model, **call, use_cache=True, **{cache_keyword(model): cache})
     costs = [graph.cost for graph in story.graphs if graph.cost is not None]
     if len(costs) != 1:
         raise Invalid(str(story))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "cache_keyword"]
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """What a model calls the argument for its K/V cache: transformers 5.24 renamed it."""
+    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 class Rows:
@@ -19,7 +26,7 @@ class Rows:
         self.sequences, self.valid = ids, valid
         self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         config: Any = model.config
-        self.cache = DynamicCache(config=config)
+        self.cache, self.keyword = DynamicCache(config=config), cache_keyword(model)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of the last ``T`` tokens of the rows; the cache must hold those before."""
@@ -29,8 +36,8 @@ class Rows:
             input_ids=ids,
             attention_mask=self.valid[:, None, None, :].expand(-1, 1, length, -1).contiguous(),
             position_ids=places.clamp_min(0)[:, -length:].contiguous(),
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.keyword: self.cache},
         )
         logits: Tensor = out.logits
         return logits

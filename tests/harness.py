@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,9 @@ from focus_compile.programs import Program
 from focus_compile.runtime import Executable
 
 VOCAB, MASK = 61, 60
+KNOWN = inspect.signature(Qwen3ForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in KNOWN else "past_key_values"
+"""What the model calls its K/V cache, as argument and as output: transformers 5.24 renamed it."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Call:
             for layer, (key, value) in enumerate(self.past):
                 if key.shape[2]:
                     cache.update(key.clone(), value.clone(), layer)
-            out["past_key_values"] = cache
+            out[CACHE] = cache
         return out
 
     def to(self, dtype: torch.dtype) -> Call:

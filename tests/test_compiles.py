@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from transformers import DynamicCache
 
-from tests.harness import MASK, Run, Sizes, build_model, random_call
+from tests.harness import CACHE, MASK, Run, Sizes, build_model, random_call
 
 ROOT = Path(__file__).parent.parent
 BLOCKS, STEPS = 4, 3
@@ -97,8 +97,8 @@ def denoise(run: Run, row: Row) -> list[int]:
             input_ids=ids,
             attention_mask=torch.ones(batch, 1, tokens, keys, dtype=torch.bool),
             position_ids=torch.arange(length, keys).expand(batch, tokens),
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
 
     if row.prompt:

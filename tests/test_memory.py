@@ -13,7 +13,7 @@ from torch import Tensor
 
 import focus_compile
 from focus_compile import PackedLogits, Session
-from tests.harness import MASK, VOCAB, Call, Run, Sizes, build_model, random_call
+from tests.harness import CACHE, MASK, VOCAB, Call, Run, Sizes, build_model, random_call
 
 BATCH, TOKENS, HISTORY = 3, 9, 7
 SIZES = Sizes(layers=3)
@@ -76,8 +76,8 @@ def test_slots_are_what_the_last_call_returned(run: Run) -> None:
     """layers x 2 x B x G x (S + T) x D numbers, and nothing else."""
     with focus_compile.session() as focus:
         out = run.compiled(**first_call(run).kwargs(run.model))
-        returned = {layer.keys.data_ptr() for layer in out.past_key_values.layers}
-        returned |= {layer.values.data_ptr() for layer in out.past_key_values.layers}
+        returned = {layer.keys.data_ptr() for layer in out[CACHE].layers}
+        returned |= {layer.values.data_ptr() for layer in out[CACHE].layers}
         held = {slot.untyped_storage().data_ptr(): slot for slot in slots(focus).values()}
         assert set(held) == returned
         total = sum(slot.untyped_storage().nbytes() for slot in held.values())

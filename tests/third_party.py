@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Qwen3ForCausalLM
 
-from tests.harness import MASK, build_model
+from tests.harness import CACHE, MASK, build_model
 from tests.reference import qwen3
 from tests.reference.state import Config, RowState, StepResult
 from tests.reference.system import focus_step
@@ -46,8 +46,8 @@ class Denoiser:
             input_ids=ids,
             attention_mask=visible.expand(-1, -1, length, -1),
             position_ids=torch.arange(past, past + length).expand(batch, -1),
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE: self.cache},
         )
         if not store_kv:
             self.cache.crop(-length)

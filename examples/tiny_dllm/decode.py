@@ -111,13 +111,8 @@ def decode(
     cache = DynamicCache()
 
     def forward(ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        return model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=visible,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
+        # the fourth is past_key_values, or cache from transformers 5.24 on
+        return model(ids, visible, positions, cache, use_cache=True).logits
 
     prompt_visible = real[:, None, :] | torch.eye(ids.shape[1], dtype=torch.bool)
     forward(ids, (real.cumsum(1) - 1).clamp(min=0), prompt_visible[:, None])
