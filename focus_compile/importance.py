@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool1d
 
 __all__ = ["compact", "importance", "rank_of"]
 
@@ -51,21 +52,17 @@ def importance(query_BHTD: Tensor, key_BGTD: Tensor, masked: Tensor, scale: floa
     """
     batch, heads, tokens, size = query_BHTD.shape
     groups = key_BGTD.shape[1]
-    order = compact(masked).view(batch, 1, tokens, 1).expand(batch, groups, tokens, size)
-    listed_BGTD = key_BGTD.gather(2, order).float()
-    query_BGND = query_BHTD.float().reshape(batch, groups, heads // groups * tokens, size)
-    scores = torch.matmul(query_BGND, listed_BGTD.transpose(-1, -2)) * scale
+    outside = torch.arange(tokens, device=masked.device) >= masked.sum(1, keepdim=True)
+    order = compact(masked)
+    order = torch.where(outside, order[:, :1], order)  # the first masked one: no other can be NaN
+    lines = torch.arange(batch * groups, device=masked.device).view(batch, groups, 1) * tokens
+    listed = (lines + order.unsqueeze(1)).view(-1)
+    key = key_BGTD.reshape(-1, size).index_select(0, listed).float().view(-1, tokens, size)
+    query = query_BHTD.float().reshape(batch * groups, -1, size)
+    scores = torch.bmm(query, key.transpose(1, 2)).view(batch, -1, tokens) * scale
 
-    index = torch.arange(tokens, device=masked.device)
-    outside = (index >= masked.sum(1, keepdim=True)).view(batch, 1, 1, tokens)
-    lowest = torch.finfo(torch.float32).min
-    scores = scores.masked_fill(outside, lowest)
-    edge = scores.new_full((*scores.shape[:-1], 1), lowest)
-    wide = torch.cat([edge, scores, edge], dim=-1)
-    pooled = torch.maximum(torch.maximum(wide[..., :-2], scores), wide[..., 2:])
-    attention = torch.softmax(pooled.masked_fill(outside, lowest), dim=-1)
-    attention = attention.view(batch, heads, tokens, tokens).masked_fill(
-        ~masked.view(batch, 1, tokens, 1), 0.0
-    )
-    listed = attention.sum((1, 2))
-    return torch.where(masked, listed.gather(1, rank_of(masked)), 0.0)
+    hidden = query.new_zeros(outside.shape).masked_fill(outside, -1e30).unsqueeze(1)
+    pooled = max_pool1d(scores + hidden, kernel_size=3, stride=1, padding=1)
+    attention = torch.softmax(pooled + hidden, dim=-1).view(batch, heads, tokens, tokens)
+    attention = attention.masked_fill(~masked.view(batch, 1, tokens, 1), 0.0)
+    return torch.where(masked, attention.sum((1, 2)).gather(1, rank_of(masked)), 0.0)

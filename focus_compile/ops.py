@@ -86,7 +86,16 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_FAKES: dict[Callable[..., Any], Callable[..., Any]] = {join: _join_fake, linear: _linear_fake}
+def _importance_fake(query: Tensor, key: Tensor, masked: Tensor, scale: float) -> Tensor:
+    """A shape for :func:`importance`, whose pooling makes a constant of a symbolic length."""
+    return query.new_empty(masked.shape, dtype=torch.float32)
+
+
+_FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
+    importance: _importance_fake,
+    join: _join_fake,
+    linear: _linear_fake,
+}
 _LIBRARY: Any = torch.library.Library("focus", "DEF")  # type: ignore[no-untyped-call]
 for _schema, _function in _DEFINITIONS.items():
     _name, _kernel = _schema.split("(")[0], _contiguous(_function)
