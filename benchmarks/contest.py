@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import focus_compile
+from benchmarks.memory import Peak, sampled
 from benchmarks.shapes import build
 from benchmarks.trace import BLOCK, Replay, Trace, prompts, record, trained
 
@@ -23,11 +24,15 @@ PROMPT = 64
 
 @dataclass
 class Run:
-    """Seconds of one generation from the end of its prefill on, and of every forward after it."""
+    """Seconds of one generation from the end of its prefill on, and of every forward after it.
+
+    ``peak``: resident memory before and at most.
+    """
 
     seconds: float
     forwards: list[float]
     result: focus_compile.Generated
+    peak: Peak
     texts: list[str] = field(default_factory=list)
 
     @property
@@ -92,7 +97,7 @@ class Work:
         if self.trace is not None:
             replay = Replay(self.trace)
             arguments["remasking_strategy"], signal = replay.choose, replay.signal
-        with focus_compile.session(signal=signal, **contestant.scope):
+        with focus_compile.session(signal=signal, **contestant.scope), sampled() as peak:
             result = focus_compile.generate(
                 timed,  # type: ignore[arg-type]
                 self.ids,
@@ -101,10 +106,10 @@ class Work:
                 return_dict=True,
                 **arguments,
             )
-        end = time.perf_counter()
+            end = time.perf_counter()
         assert isinstance(result, focus_compile.Generated)
         seconds = [stop - start for start, stop in timed.times]
-        run = Run(end - timed.times[0][1], seconds[1:], result)
+        run = Run(end - timed.times[0][1], seconds[1:], result, peak)
         if self.tokenizer is not None:
             made = result.sequences[:, self.ids.shape[1] :]
             run.texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
@@ -129,6 +134,7 @@ def contestants(model: Any, mask: int, names: Sequence[str]) -> dict[str, Contes
         "inductor": lambda: Contestant(torch.compile(model, dynamic=True), focus=False),
         "focus": lambda: Contestant(ours),
         "focus, no delayed cache": lambda: Contestant(focus(delayed_cache=False)),
+        "focus, no stale K/V": lambda: Contestant(focus(stale_kv=False)),
         "focus, nothing evicted": lambda: Contestant(ours, {"alpha": 1e9}),
         "focus, disabled": lambda: Contestant(ours, {"enabled": False}, focus=False),
     }

@@ -37,14 +37,17 @@ from benchmarks.trace import BLOCK, Trace
 from focus_compile.rows import cache_keyword
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "throughput.json"
-FULL = [("sdar-0.6b", 16, "trace:chain"), ("bench-12l", 16, "trace:chain")]
-FULL += [("tiny", 32, f"threshold:{task}") for task in ("total", "chain", "order")]
-FULL += [("sdar-0.6b", 32, "trace:total")]
+FULL = [("tiny", 32, f"threshold:{task}") for task in ("total", "chain", "order")]
+FULL += [("bench-12l", 16, "trace:chain"), ("sdar-0.6b", 32, "trace:total")]
 FULL += [("bench-12l", 16, what) for what in ("trace:total", "sequential:3", "trace:order")]
+FULL += [("sdar-0.6b", 16, "trace:chain")]
 FULL += [("bench-12l", 1, "trace:chain"), ("bench-12l", 8, "trace:chain")]
 FULL += [("bench-12l", 16, "fixed:3"), ("sdar-0.6b", 16, "trace:total")]
-FULL += [("sdar-0.6b", 32, "trace:chain")]
-CONTESTANTS = "eager;inductor;focus;focus, no delayed cache;focus, nothing evicted;focus, disabled"
+FULL += [("sdar-0.6b", 32, "trace:chain"), ("sdar-1.7b", 16, "trace:total")]
+CONTESTANTS = (
+    "eager;inductor;focus;focus, no delayed cache;focus, no stale K/V;focus, nothing evicted;"
+    "focus, disabled"
+)
 FEW = "inductor;focus"
 """Of shapes whose dense step takes seconds."""
 QUICK = ("bench-3l", 8, "trace:total")
@@ -152,6 +155,8 @@ def _figures(runs: Sequence[Run], work: Work) -> dict[str, Any]:
         "steps": result.forwards,
         "fed_fraction": result.fed_fraction,
         "retained_fraction": result.retained_fraction,
+        "peak_mib": statistics.median(run.peak.most for run in runs),
+        "peak_grown_mib": statistics.median(run.peak.most - run.peak.before for run in runs),
     }
     found = work.exact_match(runs[0])
     return out if found is None else out | {"exact_match": found}
@@ -173,6 +178,9 @@ def _ratios(
         "limit_ratio": limit,
         "limit_ratio_steps_only": theirs / ours,
         "limit_efficiency": blocks["median"] / limit,
+        "ratio_peak_memory": _spread(
+            [f.peak.most / d.peak.most for d, f in zip(dense, focus, strict=True)]
+        ),
     }
 
 

@@ -25,6 +25,8 @@ class FocusConfig:
         visibility: which block slots a retained query sees, ``"written"`` or ``"prefix"``
             (section 5.4).
         delayed_cache: whether a session stops feeding final tokens (section 6).
+        stale_kv: whether the keys and values of evicted tokens stay visible in later steps
+            (section 5.2); without, only those of this step and of final tokens are.
         strict: raise instead of falling back to the dense program when a graph is refused.
         mode: Inductor's mode, as ``torch.compile(mode=...)`` names it.
         inductor: Inductor config patches for all three programs.
@@ -34,6 +36,7 @@ class FocusConfig:
     alpha: float = 1.5
     visibility: str = "written"
     delayed_cache: bool = True
+    stale_kv: bool = True
     strict: bool = False
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -55,7 +58,7 @@ class FocusConfig:
             self.visibility in _VISIBILITIES,
             f"one of {_VISIBILITIES}",
         )
-        for name in ("delayed_cache", "strict"):
+        for name in ("delayed_cache", "stale_kv", "strict"):
             _expect(
                 name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
             )

@@ -193,6 +193,7 @@ class Executable:
             raise ValueError(f"the signal's bias has shape {shape}: expected {(batch, tokens)}")
         slots = state.slots or self._no_slots(state, values)
         reuse = session is not None and session.owns_kv and state.goes_on and bool(state.slots)
+        exact = True if self.config.stale_kv else state.final
         return slots | {
             "masked": state.masked,
             "fed": tables.fed,
@@ -204,8 +205,8 @@ class Executable:
             "alpha": torch.tensor(alpha, dtype=torch.float32, device=device),
             "signal_weights": torch.tensor(signal.weights, dtype=torch.float32, device=device),
             "signal_bias": bias.to(device, torch.float32).contiguous(),
-            "written01": state.written01,
-            "written": state.written,
+            "written01": state.written01 & exact,
+            "written": state.written & exact,
             "prefix_visibility": torch.tensor(visibility == "prefix", device=device),
             "reuse": torch.tensor(reuse),
         }

@@ -26,18 +26,22 @@ def prompts(length: int) -> Tensor:
     return torch.randint(0, MASK, (BATCH, length), generator=generator)
 
 
-@pytest.mark.parametrize("delayed_cache", [True, False], ids=["delayed", "undelayed"])
+@pytest.mark.parametrize(
+    ("delayed_cache", "stale_kv"),
+    [(True, True), (False, True), (True, False), (False, False)],
+    ids=["delayed", "undelayed", "delayed-exact", "undelayed-exact"],
+)
 @pytest.mark.parametrize("visibility", ["written", "prefix"])
 @pytest.mark.parametrize("length", [BLOCK, BLOCK + 4])
 def test_equals_the_reference(
-    run: Run, length: int, visibility: Visibility, delayed_cache: bool
+    run: Run, length: int, visibility: Visibility, delayed_cache: bool, stale_kv: bool
 ) -> None:
     """Tokens, and what every row of every step fed and retained, idle rows included.
 
     The longer prompts end inside the first block, which then starts with decoded tokens.
     """
-    run.configure(delayed_cache=delayed_cache)
-    reference = Reference(run.model, Config(1.5, visibility, delayed_cache))
+    run.configure(delayed_cache=delayed_cache, stale_kv=stale_kv)
+    reference = Reference(run.model, Config(1.5, visibility, delayed_cache, stale_kv))
     expected = reference.generate(prompts(length), blocks=2)
     retained: list[list[list[bool]]] = []
     with focus_compile.session(mask_token_id=MASK, visibility=visibility) as focus:
@@ -66,7 +70,7 @@ def test_equals_the_reference(
 
 def test_a_row_without_masks_is_fed_once(run: Run) -> None:
     """Whole, so that its keys and values are exact; then not at all until the block is stored."""
-    run.configure(delayed_cache=True)
+    run.configure(delayed_cache=True, stale_kv=True)
     reference = Reference(run.model)
     reference.generate(prompts(BLOCK), blocks=2)
     idle = {len(row.fed) for step in reference.steps for row in step if not row.masked}

@@ -22,6 +22,8 @@ class Config:
     alpha: float = 1.5
     visibility: Visibility = "written"
     delayed_cache: bool = True
+    stale_kv: bool = True
+    """Without: of earlier steps of the block, only the K/V of final tokens is visible."""
 
 
 @dataclass

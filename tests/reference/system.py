@@ -57,6 +57,9 @@ def focus_step(
         state = RowState.fresh(model, len(ids))
     if visible is None:
         visible = torch.ones(len(ids), history[0][0].shape[1] + len(ids), dtype=torch.bool)
+    if not config.stale_kv:
+        for written in (state.written01, state.written):
+            written[:] = [now and final for now, final in zip(written, state.final, strict=True)]
     fed = state.processing_list(ids, masked, config.delayed_cache)
     if not fed:
         return _skipped(model, state)

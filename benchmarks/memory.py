@@ -1,0 +1,50 @@
+"""Resident memory of this process, sampled while something runs."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Peak", "sampled"]
+
+EVERY = 0.01
+"""Seconds between samples: shorter-lived allocations may be missed."""
+
+
+@dataclass
+class Peak:
+    """MiB before, and the most seen."""
+
+    before: float
+    most: float
+
+
+@contextmanager
+def sampled() -> Iterator[Peak]:
+    """Watch resident memory; what freed memory the allocator still holds is given back first."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    peak = Peak(_resident(), 0.0)
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(EVERY):
+            peak.most = max(peak.most, _resident())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+        peak.most = max(peak.most, _resident())
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
