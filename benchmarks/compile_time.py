@@ -2,12 +2,15 @@
 
     python -m benchmarks.compile_time --out docs/compile_time.json
 
-Every run is a process of its own; "cold" has an empty Inductor cache, "warm" the one that the cold
-run of the same contestant left. Contestants alternate.
+"capture": one call of a block with masks and one of the same shape without, so that a single graph
+is captured and each of its programs is compiled. Every run is a process of its own; "cold" has an
+empty Inductor cache, "warm" the one that the cold run of the same contestant left. Contestants
+alternate.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -21,22 +24,47 @@ from typing import Any
 
 import torch
 import typer
+from torch import Tensor
+from transformers import DynamicCache
 
 import focus_compile
 from benchmarks.shapes import build
 
 SHAPES = ("bench-3l", "bench-12l")
 CONTESTANTS = ("inductor", "focus")
+WORK = ("blocks", "capture")
 
 
-def child(shape: str, contestant: str, threads: int) -> dict[str, Any]:
-    """One process: compile, and generate two blocks."""
+def child(shape: str, contestant: str, what: str, threads: int) -> dict[str, Any]:
+    """One process: compile, and generate two blocks or call one graph twice."""
     torch.set_num_threads(threads)
     model = build(shape)
     mask = model.config.vocab_size - 1
     options = {"mask_token_id": mask, "strict": True} if contestant == "focus" else None
     compiled = torch.compile(model, backend=contestant, dynamic=True, options=options)
     ids = torch.randint(0, mask, (4, 24), generator=torch.Generator().manual_seed(1))
+    found = {"blocks": _blocks, "capture": _capture}[what](model, compiled, ids, mask)
+    captures = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    if what == "capture" and captures != 1:
+        raise RuntimeError(f"{captures} graphs were captured instead of one")
+    return {"seconds": found, "captures": captures}
+
+
+@torch.no_grad()
+def _capture(model: Any, compiled: Any, ids: Tensor, mask: int) -> float:
+    start, seconds = 0.0, 0.0
+    for block in (torch.full((len(ids), 32), mask), ids.repeat(1, 2)[:, :32].contiguous()):
+        cache = DynamicCache(config=model.config)
+        model(ids, None, None, cache, use_cache=True)
+        keys = ids.shape[1] + block.shape[1]
+        visible = torch.ones(len(ids), 1, block.shape[1], keys, dtype=torch.bool)
+        start = time.perf_counter()
+        compiled(block, visible, None, cache, use_cache=True)
+        seconds += time.perf_counter() - start
+    return seconds
+
+
+def _blocks(_: Any, compiled: Any, ids: Tensor, mask: int) -> float:
     seconds: list[float] = []
     start = time.perf_counter()
 
@@ -50,7 +78,7 @@ def child(shape: str, contestant: str, threads: int) -> dict[str, Any]:
             pass
 
     focus_compile.generate(
-        compiled,  # type: ignore[arg-type]
+        compiled,
         ids,
         max_new_tokens=64,
         mask_token_id=mask,
@@ -58,11 +86,7 @@ def child(shape: str, contestant: str, threads: int) -> dict[str, Any]:
         tokens_per_step=8,
         streamer=Clock(),  # type: ignore[arg-type]
     )
-    return {"seconds": seconds[-1], "captures": _captures()}
-
-
-def _captures() -> int:
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return seconds[-1]
 
 
 def main(
@@ -72,22 +96,22 @@ def main(
     out: Path | None = None,
     as_child: str | None = None,
 ) -> None:
-    """Measure all shapes; with ``--as-child shape,contestant`` one run."""
+    """Measure all shapes; with ``--as-child shape,contestant,work`` one run."""
     if as_child is not None:
-        shape, contestant = as_child.split(",")
-        print(json.dumps(child(shape, contestant, threads)))
+        shape, contestant, what = as_child.split(",")
+        print(json.dumps(child(shape, contestant, what, threads)))
         return
     rows = []
-    for shape in SHAPES:
+    for shape, what in itertools.product(SHAPES, WORK):
         cold: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
         warm: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
         for _ in range(runs):
             for name in CONTESTANTS:
                 with tempfile.TemporaryDirectory() as cache:
                     for kind in (cold, warm):
-                        kind[name].append(_spawn(shape, name, threads, cache)["seconds"])
-                        print(shape, name, kind[name][-1], flush=True)
-        row: dict[str, Any] = {"shape": shape, "runs": runs, "threads": threads}
+                        kind[name].append(_spawn(f"{shape},{name},{what}", threads, cache))
+                        print(shape, what, name, f"{kind[name][-1]:.1f} s", flush=True)
+        row: dict[str, Any] = {"shape": shape, "work": what, "runs": runs, "threads": threads}
         row |= {"torch": torch.__version__, "machine": platform.machine()}
         for label, kind in (("cold", cold), ("warm", warm)):
             ratios = [f / d for d, f in zip(kind["inductor"], kind["focus"], strict=True)]
@@ -103,17 +127,16 @@ def main(
         out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
-def _spawn(shape: str, contestant: str, threads: int, cache: str) -> dict[str, Any]:
+def _spawn(contest: str, threads: int, cache: str) -> float:
     command = [sys.executable, "-m", "benchmarks.compile_time", "--threads", str(threads)]
     made = subprocess.run(
-        [*command, "--as-child", f"{shape},{contestant}"],
+        [*command, "--as-child", contest],
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
         check=True,
         capture_output=True,
         text=True,
     )
-    found: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
-    return found
+    return float(json.loads(made.stdout.splitlines()[-1])["seconds"])
 
 
 if __name__ == "__main__":
