@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import focus_compile
-from benchmarks.memory import Peak, sampled
 from benchmarks.shapes import build
 from benchmarks.trace import BLOCK, Replay, Trace, prompts, record, trained
 
@@ -24,15 +23,11 @@ PROMPT = 64
 
 @dataclass
 class Run:
-    """Seconds of one generation from the end of its prefill on, and of every forward after it.
-
-    ``peak``: resident memory before and at most.
-    """
+    """Seconds of one generation from the end of its prefill on, and of every forward after it."""
 
     seconds: float
     forwards: list[float]
     result: focus_compile.Generated
-    peak: Peak
     texts: list[str] = field(default_factory=list)
 
     @property
@@ -97,7 +92,7 @@ class Work:
         if self.trace is not None:
             replay = Replay(self.trace)
             arguments["remasking_strategy"], signal = replay.choose, replay.signal
-        with focus_compile.session(signal=signal, **contestant.scope), sampled() as peak:
+        with focus_compile.session(signal=signal, **contestant.scope):
             result = focus_compile.generate(
                 timed,  # type: ignore[arg-type]
                 self.ids,
@@ -109,7 +104,7 @@ class Work:
             end = time.perf_counter()
         assert isinstance(result, focus_compile.Generated)
         seconds = [stop - start for start, stop in timed.times]
-        run = Run(end - timed.times[0][1], seconds[1:], result, peak)
+        run = Run(end - timed.times[0][1], seconds[1:], result)
         if self.tokenizer is not None:
             made = result.sequences[:, self.ids.shape[1] :]
             run.texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)

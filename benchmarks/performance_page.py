@@ -48,7 +48,8 @@ DETAIL = """
 ## One step, in ms
 
 Medians over the runs: a denoising forward, the commit, and what the loop does outside the model
-for each step (confidence, choice of tokens).
+for each step (confidence, choice of tokens). Peak: resident memory of the process, weights and all
+contestants' programs included, sampled in one more run of each contestant.
 
 """
 
@@ -65,8 +66,9 @@ and {kept} retained tokens per row where nothing else is said; median of {repeat
 COMPILE = """
 ## Compile time
 
-Wall time to the end of the second block of one loop, compilation counted; "cold": empty Inductor
-cache, "warm": filled by the run before. Median over pairs of processes: {runs}.
+"blocks": wall time to the end of the second block of one loop, compilation counted. "capture": a
+call with masks and one without, of one captured graph, so that each of its programs is compiled.
+"cold": empty Inductor cache, "warm": filled by the run before. Pairs of processes: {runs}; medians.
 
 """
 NOTES = """
@@ -110,7 +112,7 @@ def _throughput(rows: list[dict[str, Any]]) -> str:
         out += _line(cells)
     out += DETAIL + _head(
         *("shape", "batch", "strategy", "contestant", "forward", "commit", "outside"),
-        *("tokens/s, least to largest", "exact match"),
+        *("tokens/s, least to largest", "peak, MiB", "exact match"),
     )
     for row in rows:
         for name, figures in row.items():
@@ -121,6 +123,7 @@ def _throughput(rows: list[dict[str, Any]]) -> str:
                 f"{figures[key]:.1f}" for key in ("ms_per_step", "ms_commit", "ms_outside_model")
             ]
             cells.append(f"{figures['tokens_per_s_min']:.1f}-{figures['tokens_per_s_max']:.1f}")
+            cells.append(f"{figures['peak_mib']:.0f}" if "peak_mib" in figures else "-")
             cells.append(f"{figures['exact_match']:.3f}" if "exact_match" in figures else "-")
             out += _line(cells)
     return out
@@ -139,12 +142,13 @@ def _scaling(report: dict[str, Any]) -> str:
 
 def _compile(rows: list[dict[str, Any]]) -> str:
     out = COMPILE.format(runs=rows[0]["runs"])
-    out += _head("shape", "cache", "inductor, s", "focus, s", "ratio")
+    out += _head("shape", "work", "cache", "inductor, s", "focus, s", "ratio")
     for row in rows:
         for kind in ("cold", "warm"):
             found = row[kind]
             ratio = {"median": found["ratio"], "min": found["ratio_min"], "max": found["ratio_max"]}
-            cells = [row["shape"], kind, f"{found['inductor']:.1f}", f"{found['focus']:.1f}"]
+            cells = [row["shape"], row["work"], kind]
+            cells += [f"{found[name]:.1f}" for name in ("inductor", "focus")]
             out += _line([*cells, _ratio(ratio)])
     return out
 

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from focus_compile.selection import last_position
 
-__all__ = ["attend", "line_index", "site_mask", "visible"]
+__all__ = ["attend", "causal", "line_index", "site_mask", "visible"]
 
 
 def visible(written: Tensor, stored: Tensor, bound: Tensor, prefix: Tensor) -> Tensor:
@@ -71,6 +71,15 @@ def site_mask(
     if lines.shape[1] == 1:
         lines = lines.unsqueeze(2).expand(-1, -1, share, -1, -1)
     return lines.reshape(batch, -1, share * most, history + visible.shape[1])
+
+
+def causal(masked: Tensor, key: Tensor) -> Tensor:
+    """The mask that ``is_causal`` stands for: query i sees keys j <= i, from the top left.
+
+    masked: ``[B, T]``; key: ``[B, G, S + T, D]``. Returns bool ``[1, 1, T, S + T]``.
+    """
+    query = torch.arange(masked.shape[1], device=key.device).unsqueeze(1)
+    return (torch.arange(key.shape[2], device=key.device) <= query).view(1, 1, *query.shape[:1], -1)
 
 
 def line_index(tokens: Tensor, inverse: Tensor, rows: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "AxisMap",
     "Dim",
     "Dims",
+    "Meaning",
     "Role",
     "Transfer",
     "expr_of",
@@ -44,13 +45,17 @@ class Role(Enum):
 
 @dataclass(eq=False, slots=True)
 class Axis:
-    """One axis; compared by identity. ``product`` or ``sum`` says how it is made of others."""
+    """One axis; compared by identity. ``product`` or ``sum`` says how it is made of others.
+
+    ``order``: it lists the elements of these axes, sorted by something.
+    """
 
     size: sympy.Expr
     role: Role | None = None
     parent: Axis | None = None
     product: Dim | None = None
     sum: tuple[Dim, ...] | None = None
+    order: Dim | None = None
 
 
 Dim = tuple[Axis, ...]
@@ -68,6 +73,15 @@ class Transfer:
 
     out: tuple[Dims, ...]
     mixed: Dims = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What integers stand for: ``position``: along axes ``of``; ``sorted``: ids, in the order of
+    the list ``of``; ``count``: of each id in that list, or running totals of these."""
+
+    kind: str
+    of: Dim
 
 
 def expr_of(size: Size) -> sympy.Expr:
@@ -89,6 +103,7 @@ class AxisMap:
 
     dims: dict[Node, tuple[Dims, ...]] = field(default_factory=dict)
     mixed: dict[Node, Dims] = field(default_factory=dict)
+    meaning: dict[Node, Meaning] = field(default_factory=dict)
     unruled: set[Node] = field(default_factory=set)
     conflicts: list[tuple[Node, Axis, Axis]] = field(default_factory=list)
     equal: dict[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
@@ -113,10 +128,11 @@ class AxisMap:
         return tuple(out)
 
     def holds(self, dim: Dim, role: Role) -> bool:
-        """Whether an axis of ``role`` is a factor of ``dim``, or a term of one."""
+        """Whether an axis of ``role`` is a factor of ``dim``, a term of one, or listed by one."""
         return any(
             axis.role is role
             or (axis.sum is not None and any(self.holds(part, role) for part in axis.sum))
+            or (axis.order is not None and self.holds(axis.order, role))
             for axis in self.resolve(dim)
         )
 
@@ -127,6 +143,10 @@ class AxisMap:
             if len(axes) == 1 and axes[0].role is role:
                 return index
         return None
+
+    def listed(self, dim: Dim) -> bool:
+        """Whether ``dim`` is a list of tokens in another order."""
+        return any(axis.order is not None for axis in self.resolve(dim))
 
     def history(self, dim: Dim) -> Dim | None:
         """The history part of a key axis (history + block), or None if ``dim`` is no key axis."""
@@ -222,6 +242,11 @@ class AxisMap:
                 self.unify(one, two)
             return
         self._equate(left, right)
+        if left.order is not None:
+            left, right = right, left
+        if right.order is not None and _is_more_than_a_size(left):
+            self._conflict(left, right)
+            return
         if left.sum is not None:
             left, right = right, left
         if left.role is not None and (right.sum is not None or right.role not in (None, left.role)):
@@ -244,13 +269,17 @@ class AxisMap:
 
     def _define_product(self, axis: Axis, factors: Dim) -> None:
         axis = self.find(axis)
-        if axis.role is not None or axis.sum is not None:
+        if _is_more_than_a_size(axis):
             self._conflict(axis, axis)
         axis.product = factors
 
     def _conflict(self, left: Axis, right: Axis) -> None:
         assert self.current is not None
         self.conflicts.append((self.current, left, right))
+
+
+def _is_more_than_a_size(axis: Axis) -> bool:
+    return axis.role is not None or axis.sum is not None or axis.order is not None
 
 
 def _is_count(value: sympy.Expr) -> bool:

@@ -20,13 +20,14 @@ from focus_compile.config import FocusConfig
 from focus_compile.cut import Halves, cut
 from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
 from focus_compile.inputs import Input
+from focus_compile.labels import token_ids
 from focus_compile.lower import lower
 from focus_compile.plan import Plan, make_plan, slot_name
 from focus_compile.programs import Inner, make_programs
 from focus_compile.report import warning_once
 from focus_compile.rewrite import rewrite
-from focus_compile.rules import token_ids
 from focus_compile.runtime import Executable, Layout
+from focus_compile.window import widen
 
 __all__ = ["Analysis", "analyze", "focus_backend", "has_attention"]
 
@@ -149,11 +150,12 @@ def analyze(gm: GraphModule) -> Analysis:
     entry = token_ids(captured)
     if entry is not None and 0 in (shape := tensor_of(entry[1]).shape):
         raise EmptyCall(tuple(shape))
-    canonical = canonicalize(captured)
+    widened, last = widen(captured)
+    canonical = canonicalize(widened)
     plan = make_plan(canonical)
     stages = tuple(rewrite(canonical.gm, plan))
     layout = _layout(canonical, plan)
-    return Analysis(captured, canonical, plan, stages, cut(stages[-1][1], plan), layout)
+    return Analysis(captured, canonical, plan, stages, cut(stages[-1][1], plan, last), layout)
 
 
 def _layout(canonical: Canonical, plan: Plan) -> Layout:

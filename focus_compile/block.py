@@ -75,10 +75,13 @@ class BlockState:
             self.ids.device,
         )
 
-    def observe(self, ids: Tensor, masked: Tensor, history: History) -> None:
+    def observe(
+        self, ids: Tensor, masked: Tensor, history: History, shifted_logits: bool = False
+    ) -> None:
         """Take in the next masked call: new blocks, and what was decoded since the last one.
 
         A mask-free call in between (a commit, or another request's prefill) ended every block.
+        ``shifted_logits``: a position is decoded by the logits of its left neighbour.
 
         Raises:
             UncommittedHistory: the history grew, but no dense call stored exact K/V for it.
@@ -90,7 +93,8 @@ class BlockState:
         changed = (~self.masked & (masked | (ids != self.ids))).any(1)
         same = torch.as_tensor(history.same_rows(self.history), device=ids.device)
         fresh = changed | ~same | self.committed
-        wrong = decoded & ~self.retained & ~fresh.unsqueeze(1)
+        known = _right_of(self.retained) if shifted_logits else self.retained
+        wrong = decoded & ~known & ~fresh.unsqueeze(1)
         if bool(wrong.any()):
             row, position = wrong.nonzero()[0].tolist()
             raise EvictedTokenDecoded(row, position)
@@ -139,6 +143,11 @@ class BlockState:
         self.written01, self.written = self.written01 | fed, self.written | retained
         self.progress = torch.maximum(self.progress, last_position(retained))
         self.retained, self.slots = retained, slots
+
+
+def _right_of(flags: Tensor) -> Tensor:
+    """Positions whose left neighbour is flagged, and the first. bool ``[B, T]``."""
+    return torch.cat([torch.ones_like(flags[:, :1]), flags[:, :-1]], dim=1)
 
 
 def _copy(value: Tensor) -> Tensor:

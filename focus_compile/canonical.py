@@ -31,8 +31,9 @@ from focus_compile.axes import (
 )
 from focus_compile.errors import Unsupported
 from focus_compile.inputs import Extent, Input, generic, static_tensor
+from focus_compile.labels import propagate
 from focus_compile.replay import Replay
-from focus_compile.rules import ARANGES, RESHAPES, propagate
+from focus_compile.rules import ARANGES, RESHAPES, argument
 
 __all__ = ["Canonical", "canonicalize"]
 
@@ -63,6 +64,7 @@ class _Canon:
     names: dict[Axis, Extent] = field(default_factory=dict)
     meaning: dict[sympy.Symbol, Extent | None] = field(default_factory=dict)
     reads: dict[str, tuple[Node, int]] = field(default_factory=dict)
+    histories: dict[sympy.Expr, Extent] = field(default_factory=dict)
 
     def name(self, axis: Axis) -> Extent:
         """The extent of an axis that is not a sum."""
@@ -107,26 +109,37 @@ class _Canon:
 
     def size(self, dim: Dim) -> Node | int:
         """The size of a dim as a graph argument."""
-        return self.replay.product(
-            *(
-                self.replay.total(*(self.size(part) for part in axis.sum))
-                if axis.sum is not None
-                else self.argument(self.name(axis))
-                for axis in self.axes.resolve(dim)
-            )
-        )
+        return self.replay.product(*(self._size(axis) for axis in self.axes.resolve(dim)))
+
+    def _size(self, axis: Axis) -> Node | int:
+        if axis.order is not None:
+            return self.size(axis.order)
+        if axis.sum is not None:
+            return self.replay.total(*(self.size(part) for part in axis.sum))
+        return self.argument(self.name(axis))
 
     def number(self, dim: Dim) -> int:
         """The generic number for the size of a dim."""
         out = 1
         for axis in self.axes.resolve(dim):
-            parts = axis.sum
-            out *= (
-                generic(self.name(axis))
-                if parts is None
-                else sum(self.number(part) for part in parts)
-            )
+            if axis.order is not None:
+                out *= self.number(axis.order)
+            elif axis.sum is not None:
+                out *= sum(self.number(part) for part in axis.sum)
+            else:
+                out *= generic(self.name(axis))
         return out
+
+    def position(self, expr: sympy.Expr, node: Node) -> Node | int:
+        """Where something starts, as a graph argument.
+
+        A number that is the length of a history when the graph is captured is that length: the
+        graph runs only where its guards hold, and there the two are the same.
+        """
+        expr = self.axes.expr(expr)
+        if expr in self.histories:
+            return self.argument(self.histories[expr])
+        return self.expression(expr, node)
 
     def expression(self, expr: sympy.Expr, node: Node) -> Node | int:
         """A size computed by the captured graph, as a graph argument."""
@@ -194,7 +207,7 @@ def _name_histories(gm: GraphModule, canon: _Canon) -> set[Axis]:
     Dynamo's guards hold the equality: it is the same symbol, or the same constant, there.
     """
     axes = canon.axes
-    groups: dict[sympy.Expr, Extent] = {}
+    groups = canon.histories
     found: set[Axis] = set()
     for node in gm.graph.nodes:
         if node.op != "call_function" or node.target is not aten.cat.default:
@@ -259,6 +272,9 @@ def _emit(node: Node, env: dict[Node, Any], canon: _Canon) -> None:
             start, step = (fx.map_arg(part, argument) for part in _progression(args))
             env[node] = _arange(node, start, step, canon)
             return
+        if node.target is aten.slice.Tensor and _is_window(node, canon):
+            env[node] = _window(node, env[args[0]], canon)
+            return
         args, kwargs = fx.map_arg((args, kwargs), argument)
     env[node] = canon.replay.once(node.target, args, kwargs, like=node)
     _check_sizes(node, env[node].meta["val"], canon)
@@ -273,13 +289,53 @@ def _arange(node: Node, start: Any, step: Any, canon: _Canon) -> Node:
     """``arange`` as long as its label says."""
     (dim,) = canon.axes.of(node)
     kwargs = dict(node.kwargs) | {"dtype": tensor_of(node).dtype}
-    out = canon.replay.once(aten.arange.default, (canon.size(dim),), kwargs, like=node)
+    # every list of tokens is an axis of its own, even where two are as long
+    make = canon.replay.call if canon.axes.listed(dim) else canon.replay.once
+    out = make(aten.arange.default, (canon.size(dim),), kwargs, like=node)
     if step != 1:
         out = canon.replay.once(aten.mul.Tensor, (out, step), like=node)
     if start != 0:
         out = canon.replay.once(aten.add.Tensor, (out, start), like=node)
     _check_sizes(node, out.meta["val"], canon)
     return out
+
+
+def _is_window(node: Node, canon: _Canon) -> bool:
+    """Whether a slice is as long as an axis with a name: its bounds depend on sizes."""
+    dim = canon.axes.of(node)[_sliced(node)]
+    return any(axis.role is not None or axis.sum is not None for axis in canon.axes.resolve(dim))
+
+
+def _sliced(node: Node) -> int:
+    return int(argument(node, 1, "dim", 0)) % tensor_of(node).dim()
+
+
+def _window(node: Node, source: Node, canon: _Canon) -> Node:
+    """A slice as long as its label says: of a table by position, or of the keys' axis.
+
+    Rows are picked instead of sliced: a table is as long as the model's longest text, which no
+    generic number fits.
+    """
+    at = _sliced(node)
+    start: Any = argument(node, 2, "start", 0) or 0
+    start = expr_of(start.meta["val"] if isinstance(start, Node) else start)
+    if start.is_negative:
+        start += expr_of(tensor_of(_operand(node)).shape[at])
+    size = canon.size(canon.axes.of(node)[at])
+    kwargs = {"device": tensor_of(node).device}
+    rows = canon.replay.once(aten.arange.default, (size,), kwargs, like=node)
+    first = canon.position(start, node)
+    if first != 0:
+        rows = canon.replay.once(aten.add.Tensor, (rows, first), like=node)
+    out = canon.replay.once(aten.index_select.default, (source, at, rows), like=node)
+    _check_sizes(node, out.meta["val"], canon)
+    return out
+
+
+def _operand(node: Node) -> Node:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source
 
 
 def _check_sizes(node: Node, made: Any, canon: _Canon) -> None:
@@ -295,7 +351,8 @@ def _check_sizes(node: Node, made: Any, canon: _Canon) -> None:
 def _is_copy(node: Node) -> bool:
     """Whether a node returns its operand unchanged: a cast to the same dtype, a full slice."""
     source = node.args[0] if node.args else None
-    if not isinstance(source, Node) or not isinstance(source.meta.get("val"), torch.Tensor):
+    values = [part.meta.get("val") for part in (source, node) if isinstance(part, Node)]
+    if not isinstance(source, Node) or not all(isinstance(v, torch.Tensor) for v in values):
         return False
     old, new = tensor_of(source), tensor_of(node)
     if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default):

@@ -1,4 +1,7 @@
-"""Dynamo's graph -> pre-dispatch ATen under the same fake mode, sizes kept symbolic."""
+"""Dynamo's graph -> pre-dispatch ATen under the same fake mode, sizes kept symbolic.
+
+Writes in place become pure operators where nobody else can see them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from focus_compile.axes import graph_inputs
 from focus_compile.errors import Unsupported
+from focus_compile.functional import functionalize
 
 __all__ = ["capture"]
 
@@ -30,4 +34,5 @@ def capture(gm: GraphModule) -> GraphModule:
         if "tensor_dict" in node.meta:
             inner.meta["tensor_dict"] = node.meta["tensor_dict"]
     graph.graph.eliminate_dead_code()
+    functionalize(graph)
     return graph

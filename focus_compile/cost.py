@@ -12,6 +12,7 @@ import sympy
 
 from focus_compile.axes import Axis, AxisMap, Dim, Role, graph_inputs
 from focus_compile.canonical import Canonical
+from focus_compile.dispatch import GROUPED
 from focus_compile.inputs import Extent
 from focus_compile.plan import Domain, Plan
 from focus_compile.rules import aten, operands
@@ -59,6 +60,7 @@ def cost_of(canonical: Canonical, plan: Plan) -> Cost:
             aten.matmul.default,
             aten.bmm.default,
             aten.mm.default,
+            *GROUPED,
         ):
             place = plan.packed.get(node.name)
             inner = axes.of(operands(node)[0])[-1]
@@ -69,7 +71,7 @@ def cost_of(canonical: Canonical, plan: Plan) -> Cost:
             dense, focus = dense + work[0], focus + work[1]
     for site in plan.sites:
         query = axes.of(nodes[site.query])
-        key, value = (axes.of(nodes[write.keys]) for write in site.writes)
+        key, value = (axes.of(nodes[name]) for name in (site.key, site.value))
         per_query = 2 * size(query[1]) * size(key[2]) * (size(query[3]) + size(value[3]))
         dense += BATCH * TOKENS * per_query
         focus += _COUNTS[plan.packed[site.out].domain] * per_query
@@ -94,6 +96,8 @@ def _size(axes: AxisMap, names: dict[Axis, Extent], dim: Dim, domain: Domain | N
             out *= 1 if domain else BATCH
         elif axis.role is Role.TOKEN:
             out *= _COUNTS[domain] if domain else TOKENS
+        elif axis.order is not None:
+            out *= _size(axes, names, axis.order, domain)
         elif axis.sum is not None:
             out *= sympy.Add(*(_size(axes, names, part, domain) for part in axis.sum))
         elif axis in names:

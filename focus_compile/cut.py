@@ -8,6 +8,7 @@ takes packed logits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import networkx as nx
@@ -15,6 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from focus_compile.axes import graph_outputs
+from focus_compile.errors import Unsupported
 from focus_compile.ops import focus
 from focus_compile.passes.retain import CONTROL
 from focus_compile.plan import Plan
@@ -37,7 +39,8 @@ class Returned:
     """A value that the model returns, by the names of the programs' values.
 
     ``tokens`` and ``keep`` are None where it is returned as it is; else it is packed, and restored
-    with these tables along ``batch_dim`` and ``token_dim`` (:func:`~.packing.restore`).
+    with these tables along ``batch_dim`` and ``token_dim`` (:func:`~.packing.restore`). ``last``:
+    the model returns that many last tokens only, or None: all.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Returned:
     keep: str | None = None
     batch_dim: int | None = None
     token_dim: int = 0
+    last: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,14 @@ class Halves:
     control: dict[str, str]
 
 
-def cut(gm: GraphModule, plan: Plan) -> Halves:
-    """FOCUS graph -> prefix and suffix."""
+def cut(gm: GraphModule, plan: Plan, last: Mapping[int, int] | None = None) -> Halves:
+    """FOCUS graph -> prefix and suffix; ``last``: outputs, by position, that are shortened."""
     own, control, kv = graph_outputs(gm)
-    returned = [_returned(node) if isinstance(node, Node) else None for node in own]
+    last = last or {}
+    returned = [
+        _returned(node, last.get(index)) if isinstance(node, Node) else None
+        for index, node in enumerate(own)
+    ]
     flow = data_flow(gm)
     nodes = {node.name: node for node in gm.graph.nodes}
     ends: list[Node] = [*control, *kv[0], *kv[1]]
@@ -103,13 +111,15 @@ def cut(gm: GraphModule, plan: Plan) -> Halves:
     )
 
 
-def _returned(node: Node) -> Returned:
+def _returned(node: Node, last: int | None) -> Returned:
     if node.target is not focus.restore.default:
+        if last is not None:
+            raise Unsupported("the model returns last tokens of a value that is not packed", node)
         return Returned(node.name)
     value, tokens, keep, batch_dim, token_dim = (
         part.name if isinstance(part, Node) else part for part in node.args
     )
-    return Returned(value, tokens, keep, batch_dim, token_dim)  # type: ignore[arg-type]
+    return Returned(value, tokens, keep, batch_dim, token_dim, last)  # type: ignore[arg-type]
 
 
 def _last(returned: list[Returned | None], gm: GraphModule) -> Returned | None:

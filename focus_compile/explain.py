@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Dim, graph_inputs, graph_outputs
 from focus_compile.backend import Analysis, analyze, has_attention
+from focus_compile.breaks import GraphBreak, graph_break
 from focus_compile.cost import Cost, cost_of
 from focus_compile.errors import Unsupported
 from focus_compile.inputs import is_generic
@@ -33,6 +34,7 @@ class GraphReport:
         refusal: why FOCUS was not applied, or None; attention: whether there is any to apply it to.
         analysis: the graph at every stage, where FOCUS was applied.
         cost: FLOPs per step as formulas, likewise.
+        broke: why Dynamo ended the graph before the model's own end, or None.
     """
 
     nodes: int
@@ -40,6 +42,7 @@ class GraphReport:
     refusal: Unsupported | None = None
     analysis: Analysis | None = None
     cost: Cost | None = None
+    broke: GraphBreak | None = None
 
 
 @dataclass
@@ -56,6 +59,11 @@ class Explanation:
     @property
     def refusals(self) -> list[Unsupported]:
         return [graph.refusal for graph in self.graphs if graph.refusal is not None]
+
+    @property
+    def breaks(self) -> list[GraphBreak]:
+        """Graph breaks, in order: the first is the one to remove."""
+        return [graph.broke for graph in self.graphs if graph.broke is not None]
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -77,6 +85,8 @@ class Explanation:
             else:
                 assert graph.cost is not None
                 _render_graph(console, graph.analysis, graph.cost)
+            if graph.broke is not None:
+                console.print(f"ended by a graph break: {graph.broke}", markup=False)
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -92,7 +102,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     story = Explanation()
 
     def record(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        story.graphs.append(_report(gm))
+        story.graphs.append(replace(_report(gm), broke=graph_break(gm)))
         outputs = [_empty(node) for node in graph_outputs(gm)]
         return lambda *_: [make() for make in outputs]
 

@@ -74,6 +74,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     eos_early_stop: bool = True,
+    shifted_logits: bool = False,
     streamer: BaseStreamer | None = None,
     logits_processor: LogitsProcessorList | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
@@ -104,6 +105,8 @@ def generate(
         eos_token_id: one id or several; ends a row; ``eos_early_stop=False`` goes on to the end of
             the last block. What follows an end of text is filled with ``pad_token_id``, by default
             the (first) end of text.
+        shifted_logits: the model predicts the token at p by the logits of p - 1 (Dream): a token
+            can be decoded where its left neighbour was retained.
         streamer: gets the prompt, then each committed block, as from transformers (whose own
             streamers take one row). progress: show a bar.
 
@@ -133,20 +136,27 @@ def generate(
     outer = current_session() or Session()
     with (
         session(
-            mask_token_id, outer.alpha, outer.visibility, outer.signal, "packed", outer.enabled
+            mask_token_id,
+            outer.alpha,
+            outer.visibility,
+            outer.signal,
+            "packed",
+            outer.enabled,
+            shifted_logits,
         ) as focus,
         Progress(disable=not progress, transient=True) as bar,
     ):
         focus.commits_exactly = focus.owns_kv = True
         focus.masked = torch.zeros_like(input_ids, dtype=torch.bool)
-        rows.prefill()
+        last = rows.prefill()
         blocks = -(-max_new_tokens // block_length)
         task = bar.add_task("blocks", total=blocks)
         for _ in range(blocks):
             block, masked = rows.open_block(block_length, mask_token_id, fill)
-            block = _denoise(rows, decoder, focus, result, block=block, masked=masked)
+            before = last if shifted_logits else None
+            block = _denoise(rows, decoder, focus, result, block=block, masked=masked, last=before)
             focus.masked = torch.zeros_like(masked)
-            rows.commit(block)
+            last = rows.commit(block)
             done = _after_end(rows.sequences, input_ids.shape[1], ends, fill)
             if streamer is not None:
                 streamer.put(done[:, -block_length:].cpu())  # type: ignore[no-untyped-call]
@@ -172,20 +182,30 @@ def _denoise(
     *,
     block: Tensor,
     masked: Tensor,
+    last: Tensor | None,
 ) -> Tensor:
-    """Decode every mask of a block; the cache is as it was."""
+    """Decode every mask of a block; the cache is as it was.
+
+    ``last``: of models with shifted logits, those of the token before the block, ``[B, V]``.
+    """
     steps = torch.zeros_like(rows.active, dtype=torch.int64)
     while bool(masked.any()):
         steps += masked.any(1)
         focus.masked, focus.logits = masked, None
         canvas = rows.peek(block)
         if focus.logits is None:
-            where, scores = masked, canvas[masked]
+            values, row = canvas.flatten(0, 1), torch.arange(masked.numel()).view(masked.shape)
         else:
             packed = focus.logits
             result.retain_masks.append(focus.retain_mask)
-            where = masked & focus.retain_mask
-            scores = packed.values[where[packed.rows, packed.positions]]
+            values, row = packed.values, torch.full(masked.shape, -1)
+            row[packed.rows, packed.positions] = torch.arange(len(values))
+        row = row.to(masked.device)
+        if last is not None:
+            start = len(values) + torch.arange(len(last), device=row.device)
+            values, row = torch.cat([values, last]), torch.cat([start[:, None], row[:, :-1]], 1)
+        where = masked & (row >= 0)
+        scores = values[row[where]]
         chosen, tokens = decoder.step(scores, where, rows.sequences)
         block = torch.where(chosen, tokens, block)
         masked = masked & ~chosen

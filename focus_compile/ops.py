@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from focus_compile.attention import attend, line_index, site_mask, visible
+from focus_compile.attention import attend, causal, line_index, site_mask, visible
 from focus_compile.importance import importance
 from focus_compile.linear import linear
 from focus_compile.packing import join, pack, pack_rows, repack, restore, tables, unpack
@@ -37,8 +37,15 @@ def site_index(inverse: Tensor, rows: Tensor) -> Tensor:
     return inverse.gather(1, rows)
 
 
+def block(key: Tensor, masked: Tensor) -> Tensor:
+    """The block's part of the keys of history and block, ``[B, G, S + T, D]``."""
+    length = masked.shape[1]
+    return key.narrow(2, key.shape[2] - length, length)
+
+
 _DIMS = "int? batch_dim, int token_dim"
 _DEFINITIONS: dict[str, Callable[..., Any]] = {
+    "block(Tensor key, Tensor masked) -> Tensor": block,
     "importance(Tensor query, Tensor key, Tensor masked, float scale) -> Tensor": importance,
     "signal(Tensor importance0, Tensor importance1, Tensor weights, Tensor bias) -> Tensor": signal,
     "retain(Tensor delta, Tensor masked, Tensor fed, Tensor progress, Tensor average, "
@@ -50,10 +57,11 @@ _DEFINITIONS: dict[str, Callable[..., Any]] = {
     ),
     "repack(Tensor x, Tensor outer_inverse, Tensor tokens, int token_dim) -> Tensor": repack,
     f"unpack(Tensor x, Tensor index, {_DIMS}) -> Tensor": unpack,
-    "join(Tensor? past, Tensor new, Tensor tokens, Tensor stale, Tensor written, Tensor reuse) "
-    "-> Tensor": join,
+    "join(Tensor? past, Tensor new, Tensor tokens, Tensor stale, Tensor written, Tensor reuse, "
+    "int token_dim) -> Tensor": join,
     f"restore(Tensor x, Tensor tokens, Tensor keep, {_DIMS}) -> Tensor": restore,
     "visible(Tensor written, Tensor stored, Tensor bound, Tensor prefix) -> Tensor": visible,
+    "causal(Tensor masked, Tensor key) -> Tensor": causal,
     "site_index(Tensor inverse, Tensor rows) -> Tensor": site_index,
     "site_mask(Tensor? mask, Tensor rows, Tensor visible, SymInt history, int share, "
     "ScalarType dtype) -> Tensor": site_mask,

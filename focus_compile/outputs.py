@@ -24,9 +24,13 @@ def returned(
             continue
         value, keep, dims = values[own.name], values[own.keep], (own.batch_dim, own.token_dim)
         if packed:
-            out.append(value.new_zeros(()).expand(canvas_shape(value, keep, *dims)))
+            canvas = value.new_zeros(()).expand(canvas_shape(value, keep, *dims))
         else:
-            out.append(restore(value, values[own.tokens], keep, *dims))
+            canvas = restore(value, values[own.tokens], keep, *dims)
+        if own.last is not None:
+            first = max(0, keep.shape[1] - own.last)
+            canvas = canvas.narrow(own.token_dim, first, keep.shape[1] - first)
+        out.append(canvas)
     return tuple(out)
 
 

@@ -79,12 +79,19 @@ def unpack(x: Tensor, index: Tensor, batch_dim: int | None, token_dim: int) -> T
 
 
 def join(
-    past: Tensor | None, new: Tensor, tokens: Tensor, stale: Tensor, written: Tensor, reuse: Tensor
+    past: Tensor | None,
+    new: Tensor,
+    tokens: Tensor,
+    stale: Tensor,
+    written: Tensor,
+    reuse: Tensor,
+    token_dim: int,
 ) -> Tensor:
     """K or V of one layer: the history, then the block, new where computed and else stale.
 
     Args:
-        past: ``[B, G, S, D]``, or None without a history.
+        past: ``[B, G, S, D]``, or None without a history; or the like, with tokens along
+            ``token_dim``, at least 1.
         new: packed ``[1, G, N, D]``; tokens: int64 ``[N]``, where its rows belong.
         stale: ``[B, G, S + T, D]``, what this gave in the step before; only its block is read.
         written: bool ``[B, T]``, which slots of the block hold any K or V. The others are not
@@ -95,16 +102,17 @@ def join(
     Returns:
         ``[B, G, S + T, D]``.
     """
-    batch, length = written.shape
-    history = 0 if past is None else past.shape[2]
+    length = written.shape[1]
+    history = 0 if past is None else past.shape[token_dim]
     out = stale if reuse else torch.empty_like(stale, memory_format=torch.contiguous_format)
-    block = out.narrow(2, history, length)
+    block = out.narrow(token_dim, history, length)
     if out is not stale:
         if past is not None:
-            out.narrow(2, 0, history).copy_(past)
-        block.copy_(stale.narrow(2, history, length))
-        block.masked_fill_(~written.view(batch, 1, length, 1), 0)
-    block.transpose(1, 2)[tokens // length, tokens % length] = new[0].transpose(0, 1)
+            out.narrow(token_dim, 0, history).copy_(past)
+        block.copy_(stale.narrow(token_dim, history, length))
+        block.movedim(token_dim, 1).movedim((0, 1), (-2, -1)).masked_fill_(~written, 0)
+    rows = new[0].movedim(token_dim - 1, 0)
+    block.movedim(token_dim, 1)[tokens // length, tokens % length] = rows
     return out
 
 

@@ -21,9 +21,11 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Dims, Role, tensor_of
 from focus_compile.canonical import Canonical
+from focus_compile.dispatch import GROUPED
 from focus_compile.errors import NothingToEvict, Unsupported
 from focus_compile.inputs import Extent, Input, runtime_inputs
-from focus_compile.rules import embedded_inputs, operands, token_ids
+from focus_compile.labels import embedded_inputs, token_ids
+from focus_compile.rules import ARANGES, operands
 from focus_compile.sites import Site, data_flow, find_sites
 
 __all__ = ["Domain", "Place", "Plan", "make_plan", "slot_name"]
@@ -40,11 +42,17 @@ class Domain(Enum):
 
 @dataclass(frozen=True)
 class Place:
-    """A packed value: its domain, and where its batch and token axes stand."""
+    """A packed value: its domain, and where its batch and token axes stand.
+
+    ``token_dim`` is None where no dim is the tokens alone: choices of experts, lists sorted by
+    expert, counts per expert. Such a value is only read by others of its domain. ``folded``: the
+    token dim holds the batch axis too; its packed form is the same, but not that on the canvas.
+    """
 
     domain: Domain
     batch_dim: int | None
-    token_dim: int
+    token_dim: int | None
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,12 +136,12 @@ def _slots(
         for part, write in enumerate(site.writes):
             value = tensor_of(nodes[write.new])
             shape: list[Extent] = [int(size) for size in value.shape]
-            shape[2] = "token"
+            shape[write.token_dim] = "token"
             if write.batch_dim is not None:
                 shape[write.batch_dim] = "batch"
             if write.past is not None:
-                history = shapes[write.past][2]
-                shape[2] = (history, "token") if history != 0 else "token"
+                history = shapes[write.past][write.token_dim]
+                shape[write.token_dim] = (history, "token") if history != 0 else "token"
             name = slot_name(site.layer, part)
             yield Input(name, tuple(shape), value.dtype, value.device, strided=True)
 
@@ -182,16 +190,18 @@ def _packed(
         if node.name in writes:
             continue
         reads = any(arg.name in packed and arg.name not in merged for arg in operands_of(node))
-        if not (reads or node is embedding or node.name in regions):
+        lists = node.target in ARANGES and any(axes.listed(dim) for dim in axes.of(node))
+        if not (reads or lists or node is embedding or node.name in regions):
             continue
         dims = axes.of(node) if isinstance(node.meta["val"], torch.Tensor) else axes.dims[node][0]
         if node.name not in regions:
             _check(node, axes)
         token_dim = _token_dim(axes, dims)
-        if token_dim is None:
-            raise Unsupported("an operator removes the token axis", node)
+        if token_dim is None and not any(axes.holds(dim, Role.TOKEN) for dim in dims):
+            _check_count(node, axes)
         domain = Domain.FED if node in prefix else Domain.RETAINED
-        packed[node.name] = Place(domain, axes.position(dims, Role.BATCH), token_dim)
+        folded = token_dim is not None and len(axes.resolve(dims[token_dim])) > 1
+        packed[node.name] = Place(domain, axes.position(dims, Role.BATCH), token_dim, folded)
     return packed
 
 
@@ -211,6 +221,18 @@ def _token_dim(axes: AxisMap, dims: Dims) -> int | None:
         if Role.TOKEN in roles and set(roles) <= {Role.TOKEN, Role.BATCH}:
             return index
     return None
+
+
+def _check_count(node: Node, axes: AxisMap) -> None:
+    """Refuse a value of all tokens together, but for counts that only tell experts their rows."""
+    known = axes.meaning.get(node)
+    if known is None or known.kind != "count":
+        raise Unsupported("an operator removes the token axis", node)
+    for user in node.users:
+        counts = axes.meaning.get(user)
+        ends = user.target in GROUPED and operands(user)[2] is node and node not in user.args[:2]
+        if not ends and (counts is None or counts.kind != "count"):
+            raise Unsupported("the number of tokens per expert is used for something else", user)
 
 
 def _check(node: Node, axes: AxisMap) -> None:

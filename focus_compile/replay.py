@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument, map_arg
 
 from focus_compile.axes import graph_outputs
+from focus_compile.errors import Unsupported
 from focus_compile.inputs import Input, static_tensor
 
 __all__ = ["Replay", "fake_mode_of"]
@@ -92,11 +93,21 @@ class Replay:
         like: Node | None = None,
         name: str | None = None,
     ) -> Node:
-        """Append ``target(*args)``; its value is computed from the values of its arguments."""
+        """Append ``target(*args)``; its value is computed from the values of its arguments.
+
+        Raises:
+            Unsupported: an operator of the model (``like``) fails on operands of these sizes.
+        """
         kwargs = dict(kwargs or {})
         values = map_arg((args, kwargs), lambda node: node.meta["val"])
         with self.fake_mode, torch.no_grad():
-            value = target(*values[0], **values[1])
+            try:
+                value = target(*values[0], **values[1])
+            except (RuntimeError, ValueError, IndexError) as error:
+                if like is None:
+                    raise
+                reason = str(error).partition("\n")[0]
+                raise Unsupported(f"this operator fails on other sizes: {reason}", like) from error
         wanted = name or (like.name if like is not None and self.keep_names else None)
         node = self.graph.create_node("call_function", target, args, kwargs, name=wanted)
         return self._finish(node, value, like)

@@ -42,16 +42,18 @@ class Rows:
         logits: Tensor = out.logits
         return logits
 
-    def prefill(self) -> None:
+    def prefill(self) -> Tensor:
         """Store the keys and values of the prompts, laid out as those of later blocks will be.
 
         Models return them transposed, and ``cat`` returns them contiguous: without this, Dynamo
-        captures the first block and all others separately.
+        captures the first block and all others separately. Returns the logits of the last tokens,
+        ``[B, V]``.
         """
-        self.forward(self.sequences)
+        logits = self.forward(self.sequences)
         layers: list[Any] = self.cache.layers
         for layer in layers:
             layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+        return logits[:, -1]
 
     def peek(self, ids: Tensor) -> Tensor:
         """Logits of a block whose keys and values are not kept.
@@ -72,7 +74,8 @@ class Rows:
         self.valid = torch.cat([self.valid, torch.ones_like(masked)], 1)
         return torch.where(masked, token, fill), masked
 
-    def commit(self, block: Tensor) -> None:
-        """Store the exact keys and values of a decoded block."""
-        self.forward(block)
+    def commit(self, block: Tensor) -> Tensor:
+        """Store the exact keys and values of a decoded block; logits of its last token."""
+        logits = self.forward(block)
         self.sequences = torch.cat([self.sequences, block], 1)
+        return logits[:, -1]

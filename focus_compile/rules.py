@@ -13,11 +13,11 @@ from typing import Any
 import sympy
 import torch
 from torch._ops import OpOverload
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from focus_compile.axes import AxisMap, Dim, Dims, Role, Transfer, expr_of, tensor_of
+from focus_compile.axes import AxisMap, Dim, Dims, Transfer, expr_of, tensor_of
 
-__all__ = ["RULES", "embedded_inputs", "operands", "propagate", "token_ids"]
+__all__ = ["ARANGES", "POINTWISE", "RESHAPES", "RULES", "argument", "operands", "transfer"]
 
 aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -65,7 +65,7 @@ def _source(node: Node) -> Node:
     return source
 
 
-def _fresh(node: Node, axes: AxisMap) -> tuple[Dims, ...]:
+def fresh(node: Node, axes: AxisMap) -> tuple[Dims, ...]:
     value = node.meta["val"]
     results = value if isinstance(value, list | tuple) else [value]
     return tuple(
@@ -95,7 +95,8 @@ POINTWISE = (
     aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default,
     aten.type_as.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
     aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default,
-    aten.dropout.default, aten.ones_like.default, aten.zeros_like.default, aten.full_like.default,
+    aten.dropout.default, aten.addcmul.default, aten.lerp.Tensor,
+    aten.ones_like.default, aten.zeros_like.default, aten.full_like.default,
 )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def _pointwise(node: Node, axes: AxisMap) -> Transfer:
 )  # fmt: skip
 def _view(node: Node, axes: AxisMap) -> Transfer:
     if 0 in _sizes(node):
-        return Transfer(_fresh(node, axes), axes.dims[_source(node)][0])
+        return Transfer(fresh(node, axes), axes.dims[_source(node)][0])
     factors = tuple(axis for dim in axes.dims[_source(node)][0] for axis in dim)
     return _one(*axes.regroup(factors, _sizes(node)))
 
@@ -222,6 +223,18 @@ def _arange(node: Node, axes: AxisMap) -> Transfer:
     return _one(*(axes.fresh(size) for size in tensor_of(node).shape))
 
 
+@transfer(aten.type_as.default, aten.to.other)
+def _cast(node: Node, axes: AxisMap) -> Transfer:
+    """To the dtype of another value, whose shape does not matter."""
+    return _one(*axes.dims[_source(node)][0])
+
+
+@transfer(aten.empty_like.default)
+def _empty_like(node: Node, axes: AxisMap) -> Transfer:
+    """No values to speak of: whoever reads them before they are written gets anything."""
+    return _one(*axes.dims[_source(node)][0])
+
+
 @transfer(aten.embedding.default)
 def _embedding(node: Node, axes: AxisMap) -> Transfer:
     weight, ids = operands(node)[:2]
@@ -245,7 +258,7 @@ def _linear(node: Node, axes: AxisMap) -> Transfer:
 def _matmul(node: Node, axes: AxisMap) -> Transfer:
     left, right = (axes.dims[operand][0] for operand in node.args)  # type: ignore[index]
     if len(left) < 2 or len(right) < 2:
-        return Transfer(_fresh(node, axes), (*left, *right))
+        return Transfer(fresh(node, axes), (*left, *right))
     axes.unify(left[-1], right[-2])
     batch: list[Dim] = []
     for index in range(3, max(len(left), len(right)) + 1):
@@ -268,10 +281,58 @@ def _reduce(node: Node, axes: AxisMap) -> Transfer:
     return _one(*out, mixed=[dims[i] for i in at])
 
 
-@transfer(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default)
+@transfer(
+    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default,
+)  # fmt: skip
 def _along(node: Node, axes: AxisMap) -> Transfer:
     dims = axes.dims[_source(node)][0]
     return _one(*dims, mixed=[dims[wrap(argument(node, 1, "dim"), len(dims))]])
+
+
+@transfer(aten.topk.default)
+def _topk(node: Node, axes: AxisMap) -> Transfer:
+    """Values and indices, fewer along one dim."""
+    dims = list(axes.dims[_source(node)][0])
+    at = wrap(argument(node, 2, "dim", -1), len(dims))
+    old, dims[at] = dims[at], axes.fresh(node.meta["val"][0].shape[at])
+    return Transfer((tuple(dims),) * 2, (old,))
+
+
+@transfer(aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
+def _indexed(node: Node, axes: AxisMap) -> Transfer:
+    """Elements at positions along one dim; all other dims of source and index are the same."""
+    x, index = (axes.dims[operand][0] for operand in operands(node)[:2])
+    at = wrap(argument(node, 1, "dim"), len(x))
+    for other in operands(node)[1:]:
+        for place, (left, right) in enumerate(zip(x, axes.dims[other][0], strict=True)):
+            if place != at:
+                axes.unify(left, right)
+    if node.target is aten.gather.default:
+        return _one(*index, mixed=[x[at]])
+    return _one(*x, mixed=[x[at], index[at]])
+
+
+@transfer(aten.index_select.default)
+def _index_select(node: Node, axes: AxisMap) -> Transfer:
+    x, index = (axes.dims[operand][0] for operand in operands(node))
+    at = wrap(argument(node, 1, "dim"), len(x))
+    return _one(*x[:at], index[0], *x[at + 1 :], mixed=[x[at]])
+
+
+@transfer(aten.one_hot.default)
+def _one_hot(node: Node, axes: AxisMap) -> Transfer:
+    return _one(*axes.dims[_source(node)][0], axes.fresh(tensor_of(node).shape[-1]))
+
+
+@transfer(aten.repeat_interleave.self_int)
+def _repeat_interleave(node: Node, axes: AxisMap) -> Transfer:
+    """Each element of a dim ``times`` in a row: the dim becomes a product."""
+    dims = list(axes.dims[_source(node)][0])
+    at = argument(node, 2, "dim")
+    if at is None:
+        return Transfer(fresh(node, axes), tuple(dims))
+    dims[wrap(at, len(dims))] += axes.fresh(argument(node, 1, "repeats"))
+    return _one(*dims)
 
 
 @transfer(aten.rms_norm.default, aten.layer_norm.default)
@@ -303,64 +364,3 @@ def _attention(node: Node, axes: AxisMap) -> Transfer:
             axes.unify(dims[-index], query[-index])
     heads = [query[-3], key[-3]] if grouped else []  # neighbouring query heads share a key head
     return _one(*query[:-1], value[-1], mixed=[key[-2], query[-1], key[-1], *heads])
-
-
-def _producers(node: Node) -> Node:
-    """The input that ``node`` is a copy or cast of."""
-    while node.op == "call_function" and node.target in (
-        aten.to.dtype, aten._to_copy.default, aten.alias.default, aten.clone.default,
-    ):  # fmt: skip
-        node = _source(node)
-    return node
-
-
-def token_ids(gm: GraphModule) -> tuple[Node, Node] | None:
-    """The (embedding node, graph input of token ids) of a graph; None if it embeds no input."""
-    found = embedded_inputs(gm)
-    return next(((node, ids) for ids, node in found.items()), None)
-
-
-def embedded_inputs(gm: GraphModule) -> dict[Node, Node]:
-    """Graph inputs that index an embedding, each with the first embedding that it indexes."""
-    found: dict[Node, Node] = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is aten.embedding.default:
-            ids = _producers(operands(node)[1])
-            if ids.op == "placeholder" and tensor_of(ids).dim() in (1, 2):
-                found.setdefault(ids, node)
-    return found
-
-
-def propagate(gm: GraphModule) -> AxisMap:
-    """Label the axes of every value of an ATen graph; labels start at the token ids.
-
-    Raises:
-        Unsupported: axes that stand for different things meet.
-    """
-    axes = AxisMap()
-    seed = token_ids(gm)
-    for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        axes.current = node
-        if node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor):
-            axes.dims[node] = _fresh(node, axes)
-            if seed is not None and node is seed[1]:
-                dims = axes.dims[node][0]
-                axes.label(dims[-1], Role.TOKEN)
-                for dim in dims[:-1]:
-                    axes.label(dim, Role.BATCH)
-        elif node.op == "call_function" and node.target.__name__ == "getitem":
-            source, index = node.args
-            if source in axes.dims and isinstance(value, torch.Tensor):
-                axes.dims[node] = (axes.dims[source][index],)
-                axes.mixed[node] = ()
-        elif node.op == "call_function" and isinstance(value, torch.Tensor | list | tuple):
-            rule = RULES.get(node.target)
-            if rule is None:
-                axes.unruled.add(node)
-                axes.dims[node] = _fresh(node, axes)
-            else:
-                result = rule(node, axes)
-                axes.dims[node], axes.mixed[node] = result.out, result.mixed
-    axes.check()
-    return axes

@@ -100,12 +100,13 @@ class Executable:
         if session is not None:
             given = session.take_masked(ids)
             if given is not None:
-                return given
+                return session.in_block(given)
             token = token if session.mask_token_id is None else session.mask_token_id
         if token is None:
             warning_once(log, NO_MASKS)
             return None
-        return (ids == token).view(-1, ids.shape[-1])
+        masked = (ids == token).view(-1, ids.shape[-1])
+        return masked if session is None else session.in_block(masked)
 
     def _focus(
         self, args: Sequence[Any], ids: Tensor, masked: Tensor, session: Session | None
@@ -159,7 +160,7 @@ class Executable:
         state = session.state(key) if key else None
         if state is None or not state.fits(ids) or not self._stores(state):
             return BlockState(ids, masked, history)
-        state.observe(ids, masked, history)
+        state.observe(ids, masked, history, session.shifted_logits)
         return state
 
     def _stores(self, state: BlockState) -> bool:

@@ -114,6 +114,10 @@ class Session:
         retain_mask: bool ``[B, T]``, what the last masked call retained; None before it.
         commits_exactly: the caller commits every block with a mask-free call, so that a row whose
             last mask has gone need not be fed again before.
+        shifted_logits: the token at p is predicted by the logits of p - 1 (Dream), so that it may
+            be decoded where p - 1 was retained; the first one by the last call before the block.
+        block: ``(start, stop)``, the positions of the block that is being decoded, where calls get
+            the whole canvas: masks outside are no candidates, and count as decoded. None: all.
         owns_kv: the caller drops the keys and values that a masked call returns, so that the next
             one may write into them instead of copying the history.
     """
@@ -126,6 +130,7 @@ class Session:
         signal: Signal | Callable[[Step], Signal] | None = None,
         logits: str = "canvas",
         enabled: bool = True,
+        shifted_logits: bool = False,
     ) -> None:
         if alpha is not None and not alpha >= 1:
             raise ValueError(f"alpha={alpha!r}: expected a number >= 1")
@@ -140,6 +145,8 @@ class Session:
         self.stats = SessionStats()
         self.retain_mask: Tensor | None = None
         self.enabled = enabled
+        self.shifted_logits = shifted_logits
+        self.block: tuple[int, int] | None = None
         self.packed = logits == "packed"
         self.logits: PackedLogits | None = None
         self.commits_exactly = False
@@ -176,6 +183,20 @@ class Session:
             raise ValueError(f"session.masked has shape {shape}: the token ids have {expected}")
         return masked.to(ids.device)
 
+    def in_block(self, masked: Tensor) -> Tensor:
+        """Masks ``[B, T]`` inside the block that is being decoded.
+
+        Raises:
+            ValueError: the block is not within the T tokens.
+        """
+        if self.block is None:
+            return masked
+        start, stop = self.block
+        if not 0 <= start < stop <= masked.shape[1]:
+            raise ValueError(f"session.block={self.block}: the call has {masked.shape[1]} tokens")
+        index = torch.arange(masked.shape[1], device=masked.device)
+        return masked & (index >= start) & (index < stop)
+
     def state(self, key: tuple[int, ...]) -> BlockState | None:
         return self._states.get(key)
 
@@ -207,11 +228,12 @@ def session(
     signal: Signal | Callable[[Step], Signal] | None = None,
     logits: str = "canvas",
     enabled: bool = True,
+    shifted_logits: bool = False,
 ) -> Iterator[Session]:
     """Scope of one generation: K/V slots, averages and progress live until it ends.
 
     Args:
-        mask_token_id, alpha, visibility, signal: see :class:`Session`.
+        mask_token_id, alpha, visibility, signal, shifted_logits: see :class:`Session`.
         logits: ``"canvas"``: ``[B, T, V]``, 0 where evicted. ``"packed"``: the model's output holds
             an expanded zero in their place, and ``session.logits`` those of the retained tokens,
             ``[N, V]``: a large vocabulary is never spread over the canvas.
@@ -220,7 +242,7 @@ def session(
     Raises:
         ValueError: a value is out of range.
     """
-    opened = Session(mask_token_id, alpha, visibility, signal, logits, enabled)
+    opened = Session(mask_token_id, alpha, visibility, signal, logits, enabled, shifted_logits)
     token = _CURRENT.set(opened)
     try:
         yield opened

@@ -2,8 +2,10 @@
 
 A *site* is where tokens mix: ``scaled_dot_product_attention``, or matmul - scale - (+ mask) -
 softmax - matmul. A *K/V write* is where a block's new keys or values join the history: ``cat``
-along the token axis, or, without a cache, the site's own operand. Both are taken before grouped
-heads are expanded: importance and attention read each key head once.
+along the token axis, or, without a cache, the site's own operand. What stands between the two, such
+as the rotary embedding of models that cache keys without it, is computed for all keys of every row.
+Operands are taken before grouped heads are expanded: importance and attention read each key head
+once.
 """
 
 from __future__ import annotations
@@ -15,15 +17,16 @@ from typing import Any
 import networkx as nx
 from torch.fx import GraphModule, Node
 
-from focus_compile.axes import AxisMap, Role, tensor_of
+from focus_compile.axes import AxisMap, Dims, Role, tensor_of
 from focus_compile.errors import Unsupported
-from focus_compile.rules import argument, aten, cat_parts
+from focus_compile.rules import argument, aten, cat_parts, operands
 
 __all__ = ["Site", "Write", "data_flow", "find_sites"]
 
 _EXPANSIONS = (
     aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default,
     aten._unsafe_view.default, aten.clone.default, aten.contiguous.default,
+    aten.repeat_interleave.self_int,
 )  # fmt: skip
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.dropout.default, aten.clone.default)
 _SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
@@ -41,20 +44,28 @@ class Write:
     cat: str | None
     past: str | None
     batch_dim: int | None
+    token_dim: int
 
     @property
-    def keys(self) -> str:
-        """What the site attends to, ``[batch, kv heads, history + token, size]``."""
+    def joined(self) -> str:
+        """Keys or values of history and block, as the cache holds them."""
         return self.cat or self.new
 
 
 @dataclass(frozen=True)
 class Site:
-    """An attention site, by node name. ``region`` holds its nodes in order, ``out`` is the last."""
+    """An attention site, by node name. ``region`` holds its nodes in order, ``out`` is the last.
+
+    ``query`` is ``[batch, heads, token, size]``; ``key`` and ``value`` are
+    ``[batch, kv heads, history + token, size]``. ``causal``: key j is hidden from query i < j.
+    """
 
     layer: int
     query: str
+    key: str
+    value: str
     mask: str | None
+    causal: bool
     scale: float
     region: tuple[str, ...]
     writes: tuple[Write, Write]
@@ -73,6 +84,7 @@ class _Match:
     value: Node
     mask: Node | None
     scale: float
+    causal: bool = False
 
 
 def data_flow(gm: GraphModule) -> nx.DiGraph:
@@ -113,14 +125,17 @@ def _site(layer: int, match: _Match, axes: AxisMap) -> Site:
         )
     if axes.position(query, Role.BATCH) not in (0, None):
         raise Unsupported("the batch axis of an attention site is not its first", node)
-    key, value = (_write(operand, axes, node) for operand in (match.key, match.value))
+    key, value = (_attended(operand, axes, node) for operand in (match.key, match.value))
     return Site(
         layer=layer,
         query=match.query.name,
+        key=key.name,
+        value=value.name,
         mask=match.mask.name if match.mask is not None else None,
+        causal=match.causal,
         scale=match.scale,
         region=tuple(part.name for part in match.region),
-        writes=(key, value),
+        writes=(_write(key, axes, node), _write(value, axes, node)),
         module=Unsupported("", node).module,
     )
 
@@ -138,15 +153,14 @@ def _match(node: Node) -> _Match | None:
 def _match_sdpa(node: Node) -> _Match:
     query, key, value = node.args[:3]
     assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
-    if argument(node, 5, "is_causal", False):
-        raise Unsupported("is_causal attention: pass an explicit block mask instead", node)
     if argument(node, 4, "dropout_p", 0.0):
         raise Unsupported("attention with dropout: call model.eval() first", node)
     mask = argument(node, 3, "attn_mask")
     scale = argument(node, 6, "scale")
     size = tensor_of(query).shape[-1]
     scale = float(size) ** -0.5 if scale is None else scale
-    return _Match((node,), query, key, value, mask, scale)
+    causal = argument(node, 5, "is_causal", False)
+    return _Match((node,), query, key, value, mask, scale, causal)
 
 
 def _match_softmax(node: Node) -> _Match | None:
@@ -199,27 +213,69 @@ def _swapped(transpose: Node) -> set[int]:
     return {first % 4, second % 4}
 
 
-def _write(operand: Node, axes: AxisMap, site: Node) -> Write:
-    """The K/V write that feeds an operand of a site, grouped heads not yet expanded."""
+def _attended(operand: Node, axes: AxisMap, site: Node) -> Node:
+    """What an operand of a site was before grouped heads were expanded."""
     node, last = operand, operand
-    while True:
+    while node.target in _EXPANSIONS and isinstance(node.args[0], Node):
+        node = node.args[0]
         dims = axes.of(node)
-        if node.target is aten.cat.default and any(axes.history(dim) for dim in dims):
-            past, new = cat_parts(node)
-            if past.op != "placeholder":
-                raise Unsupported("past keys or values are changed before they are used", past)
-            _check_groups(operand, node, axes, site)
-            return _described(new, node.name, past.name, axes, site)
-        if len(dims) == 4 and axes.position(dims, Role.TOKEN) == 2:
+        if len(dims) == 4 and _along(axes, dims) == 2:
             last = node
-        source = node.args[0] if node.args else None
-        if node.target not in _EXPANSIONS or not isinstance(source, Node):
-            break
-        node = source
-    if any(axes.history(dim) for dim in axes.of(operand)):
-        raise Unsupported("the write of new keys or values into the cache is not understood", site)
+    dims = axes.of(last)
+    if len(dims) != 4 or _along(axes, dims) is None:
+        raise Unsupported("keys or values of an attention site have no token axis", site)
+    if _along(axes, dims) != 2 or axes.position(dims, Role.BATCH) not in (0, None):
+        raise Unsupported("keys and values are not [batch, heads, token, size]", site)
     _check_groups(operand, last, axes, site)
-    return _described(last, None, None, axes, site)
+    return last
+
+
+def _along(axes: AxisMap, dims: Dims) -> int | None:
+    """Index of the dim of keys: block tokens, or the history and them."""
+    for index, dim in enumerate(dims):
+        if axes.history(dim) is not None:
+            return index
+    return axes.position(dims, Role.TOKEN)
+
+
+def _write(attended: Node, axes: AxisMap, site: Node) -> Write:
+    """The K/V write whose result, as it is or token by token changed, a site attends to."""
+    if not _holds_history(attended, axes):
+        dims = axes.of(attended)
+        return Write(attended.name, None, None, axes.position(dims, Role.BATCH), 2)
+    found: dict[Node, None] = {}
+    queue, seen = [attended], {attended}
+    while queue:
+        node = queue.pop()
+        if node.target is aten.cat.default and _joins(node, axes):
+            found[node] = None
+            continue
+        for source in operands(node):
+            if source not in seen and _holds_history(source, axes):
+                seen.add(source)
+                queue.append(source)
+    if len(found) != 1:
+        raise Unsupported("the write of new keys or values into the cache is not understood", site)
+    (cat,) = found
+    past, new = cat_parts(cat)
+    if past.op != "placeholder":
+        raise Unsupported("past keys or values are changed before they are used", past)
+    dims = axes.of(new)
+    token_dim, batch_dim = axes.position(dims, Role.TOKEN), axes.position(dims, Role.BATCH)
+    if token_dim in (0, None) or batch_dim not in (0, None):
+        raise Unsupported("new keys and values are not [batch, ..., token, ...]", site)
+    assert token_dim is not None
+    return Write(new.name, cat.name, past.name, batch_dim, token_dim)
+
+
+def _holds_history(node: Node, axes: AxisMap) -> bool:
+    return any(axes.history(dim) is not None for dim in axes.of(node))
+
+
+def _joins(cat: Node, axes: AxisMap) -> bool:
+    """Whether a ``cat`` makes the axis of history and block."""
+    at = argument(cat, 1, "dim", 0) % tensor_of(cat).dim()
+    return axes.history(axes.of(cat)[at]) is not None and len(cat_parts(cat)) == 2
 
 
 def _check_groups(operand: Node, source: Node, axes: AxisMap, site: Node) -> None:
@@ -227,13 +283,3 @@ def _check_groups(operand: Node, source: Node, axes: AxisMap, site: Node) -> Non
     expanded, stored = axes.of(operand)[1], axes.of(source)[1]
     if expanded[: len(stored)] != stored:
         raise Unsupported("neighbouring query heads do not share a key head", site)
-
-
-def _described(new: Node, cat: str | None, past: str | None, axes: AxisMap, site: Node) -> Write:
-    dims = axes.of(new)
-    if axes.position(dims, Role.TOKEN) is None:
-        raise Unsupported("keys or values of an attention site have no token axis", site)
-    batch_dim = axes.position(dims, Role.BATCH)
-    if len(dims) != 4 or axes.position(dims, Role.TOKEN) != 2 or batch_dim not in (0, None):
-        raise Unsupported("new keys and values are not [batch, heads, token, size]", site)
-    return Write(new.name, cat, past, batch_dim)

@@ -15,10 +15,11 @@ from torch.fx import GraphModule, Node
 from focus_compile.axes import AxisMap, Dim, Role, graph_outputs, tensor_of
 from focus_compile.errors import Unsupported
 from focus_compile.inputs import Extent, is_generic
+from focus_compile.labels import propagate
 from focus_compile.ops import focus
 from focus_compile.plan import Domain, Place, Plan, slot_name
 from focus_compile.replay import Replay, fake_mode_of
-from focus_compile.rules import POINTWISE, RESHAPES, aten, propagate
+from focus_compile.rules import ARANGES, POINTWISE, RESHAPES, aten
 from focus_compile.sites import Site, Write
 
 __all__ = ["narrow"]
@@ -139,9 +140,11 @@ class _Narrow:
             args = (self.env[weight], self._in_domain(ids, place, node), *rest)
         else:
             args = fx.map_arg(node.args, operand)
+        dims = self.axes.of(node) if isinstance(node.meta["val"], torch.Tensor) else ()
         if node.target in RESHAPES or node.target is aten.expand.default:
-            dims = self.axes.of(node)
             args = (args[0], [self._packed_size(dim, place.domain, node) for dim in dims])
+        if node.target in ARANGES:
+            args = (self._packed_size(dims[0], place.domain, node),)
         kwargs = fx.map_arg(node.kwargs, operand)
         self.env[node] = self.replay.call(node.target, args, kwargs, like=node)
 
@@ -150,6 +153,8 @@ class _Narrow:
         for axis in self.axes.resolve(dim):
             if axis.role is Role.TOKEN:
                 sizes.append(self._count(domain))
+            elif axis.order is not None:
+                sizes.append(self._packed_size(axis.order, domain, node))
             elif axis.role is None:
                 size = int(self.axes.expr(axis.size))
                 if is_generic(size):
@@ -169,7 +174,7 @@ class _Narrow:
         fed = self.plan.packed[site.query].domain is Domain.FED
         source = self.inverse[Domain.FED] if fed else inverse
         index = self.replay.once(focus.site_index.default, (source, rows))
-        key, value = (self.env[self.nodes[write.keys]] for write in site.writes)
+        key, value = (self._canvas(self.nodes[name]) for name in (site.key, site.value))
         mask = self._mask(site, rows, key)
         lines = self.replay.once(focus.line_index.default, (tokens, inverse, rows))
         args = (self.env[query], key, value, mask, index, lines, site.scale)
@@ -178,18 +183,21 @@ class _Narrow:
 
     def _mask(self, site: Site, rows: Node, key: Node) -> Node:
         """The mask of retained queries; one for all layers that share the model's own."""
+        past = site.writes[0].past
         history: Node | int = 0
-        if site.writes[0].cat is not None:
-            extent = self.plan.inputs[slot_name(site.layer, 0)].shape[2]
+        if past is not None:
+            extent = self.plan.inputs[slot_name(site.layer, 0)].shape[site.writes[0].token_dim]
             if extent not in self.histories:
-                length = self.replay.size(self._made("masked"), 1)
-                self.histories[extent] = self.replay.difference(self.replay.size(key, 2), length)
+                length = self.replay.size(self._made(past), site.writes[0].token_dim)
+                self.histories[extent] = length
             history = self.histories[extent]
         old: Node | None = None
         if site.mask is not None:
             old = self.env[self.nodes[site.mask]]
             while tensor_of(old).dim() < 4:
                 old = self.replay.once(aten.unsqueeze.default, (old, 0))
+        if site.causal:
+            old = self.replay.once(focus.causal.default, (self._made("masked"), key))
         visible = self._visible(site.layer)
         query = tensor_of(self.nodes[site.query])
         share = query.shape[1] // tensor_of(key).shape[1]
@@ -209,7 +217,7 @@ class _Narrow:
         tokens, _, _ = self._tables(self.plan.packed[write.new].domain)
         past = None if write.past is None else self.env[self.nodes[write.past]]
         stale, written = self.slots[layer, part], self.written[layer >= 2]
-        args = (past, new, tokens, stale, written, self.reuse)
+        args = (past, new, tokens, stale, written, self.reuse, write.token_dim)
         name = f"joined{layer}_{'kv'[part]}"
         joined = self.replay.call(focus.join.default, args, like=node, name=name)
         self.env[node] = self.kv[layer, part] = joined
@@ -229,6 +237,8 @@ class _Narrow:
             old = self.plan.packed[arg.name]
             if old.domain is place.domain:
                 return value
+            if old.token_dim is None:
+                raise Unsupported("fed tokens, in another order, meet retained ones", user)
             return self.replay.once(
                 focus.repack.default, (value, self.inverse[old.domain], tokens, old.token_dim)
             )
@@ -243,6 +253,8 @@ class _Narrow:
             raise Unsupported("packed tokens meet a value whose token axis is folded", user)
         if batch_dim is None:
             return value
+        if place.token_dim is None:
+            raise Unsupported("packed tokens meet one value per row in this operator", user)
         token_dim = len(dims) - (tensor_of(user).dim() - place.token_dim)
         if user.target not in POINTWISE or token_dim < 0 or dims[token_dim]:
             raise Unsupported("packed tokens meet one value per row in this operator", user)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from focus_compile.errors import Unsupported
 from focus_compile.ops import focus
 from focus_compile.plan import Domain, Plan
 from focus_compile.replay import Replay
@@ -28,6 +29,8 @@ def restore(gm: GraphModule, plan: Plan) -> GraphModule:
         place = plan.packed.get(node.name)
         if place is None:
             return node
+        if place.token_dim is None or place.folded:
+            raise Unsupported("the model returns tokens in another order, or folded", node)
         tokens, keep = tables[place.domain]
         return replay.call(
             focus.restore.default, (node, tokens, keep, place.batch_dim, place.token_dim)

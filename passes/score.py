@@ -1,6 +1,9 @@
 """Add the importance of every masked token at the first two attention sites.
 
 q0, k0  ->  importance0 = focus.importance(q0, k0, masked, scale)      likewise at layer 1
+
+Where keys are changed after they were joined to the history, such as by a rotary embedding, k0 are
+the block's among those that the site attends to.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ def score(gm: GraphModule, plan: Plan) -> GraphModule:
     for site in plan.sites[:2]:
         query, key = nodes[site.query], nodes[site.writes[0].new]
         with replay.before(nodes[site.region[0]]):
+            if site.key != site.writes[0].joined:
+                args = (nodes[site.key], masked)
+                key = replay.call(focus.block.default, args, name=f"block{site.layer}_k")
             replay.call(
                 focus.importance.default,
                 (query, key, masked, site.scale),

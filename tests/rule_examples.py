@@ -41,6 +41,11 @@ def _flags(*shape: int) -> Tensor:
     return _x(*shape) < 1.0
 
 
+def _index(*shape: int) -> Tensor:
+    """Numbers below 7."""
+    return torch.randint(0, 7, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
 X, Y = _x(BATCH, TOKENS, SIZE), _x(TOKENS, 1)
 ON, ROW = _flags(BATCH, TOKENS, SIZE), _flags(TOKENS, 1)
 SPECIAL: dict[OpOverload, tuple[Any, ...]] = {
@@ -56,6 +61,8 @@ SPECIAL: dict[OpOverload, tuple[Any, ...]] = {
     aten.type_as.default: (X, ON),
     aten.dropout.default: (X, 0.3, False),
     aten.full_like.default: (X, 2.0),
+    aten.addcmul.default: (X, Y, X),
+    aten.lerp.Tensor: (X, Y, X),
     aten.clamp.default: (X, 0.7, 1.2),
     aten.clamp_min.default: (X, 0.8),
     aten.clamp_max.default: (X, 0.8),
@@ -116,6 +123,8 @@ SHAPES = [
 ]
 QKV = (_x(3, 4, 5, 8), _x(3, 4, 7, 8), _x(3, 4, 7, 11))
 GROUPED = (_x(3, 6, 5, 8), _x(3, 2, 7, 8), _x(3, 2, 7, 11))
+GROUPS = (_x(5, 16).float(), _x(3, 16, 8).float())
+ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
 MIXERS = [
     Example(aten.embedding.default, (_x(61, 13), torch.tensor([[4, 0, 9, 60, 2]] * 3)), kept=3),
     Example(aten.linear.default, (X, _x(11, 7), _x(11)), kept=3),
@@ -136,6 +145,28 @@ MIXERS = [
     Example(aten._softmax.default, (X, 1, False), kept=2),
     Example(aten.log_softmax.int, (X, 2), kept=2),
     Example(aten.cumsum.default, (X, 1), kept=2),
+    Example(aten.argsort.default, (X, -1), kept=2),
+    Example(aten.argsort.stable, (X,), {"stable": True, "dim": 1}, kept=2),
+    Example(aten.topk.default, (X, 3), kept=2),
+    Example(aten.topk.default, (X, 2, 1, False), kept=2),
+    Example(aten.sort.default, (X, 1), kept=2),
+    Example(aten.sort.stable, (X,), {"stable": True, "dim": -1}, kept=2),
+    Example(aten.gather.default, (X, 2, _index(3, 5, 4)), kept=2),
+    Example(aten.scatter.value, (X, 2, _index(3, 5, 4), 1), kept=2),
+    Example(aten.scatter.src, (X, -1, _index(3, 5, 4), _x(3, 5, 4)), kept=2),
+    Example(aten.scatter_add.default, (X, 2, _index(3, 5, 4), _x(3, 5, 4)), kept=2),
+    Example(aten.index_select.default, (X, 2, torch.tensor([6, 0, 3, 3])), kept=3),
+    Example(aten.index.Tensor, (_x(7, 11, 13), [_index(3, 5)]), kept=4),
+    Example(aten.index.Tensor, (X, [None, None, torch.tensor([1, 0])]), kept=3),
+    Example(aten.sort.default, (_x(5),), kept=0),
+    Example(aten.argsort.stable, (_x(5),), {"stable": True}, kept=0),
+    Example(aten.index_add.default, (X, 1, torch.tensor([4, 0, 4]), _x(3, 3, 7)), kept=2),
+    Example(aten.index_put.default, (X, [torch.tensor([2, 0, 1])], _x(3, 5, 7)), kept=0),
+    Example(aten.histc.default, (_x(5), 4, 0, 2), kept=0),
+    Example(aten.bincount.default, (_index(5),), kept=0),
+    Example(aten._grouped_mm.default, GROUPS, {"offs": ENDS}, kept=1),
+    Example(aten.one_hot.default, (_index(3, 5), 7), kept=2),
+    Example(aten.repeat_interleave.self_int, (X, 2, 1), kept=3),
     Example(aten.rms_norm.default, (X, [7], _x(7)), kept=2),
     Example(aten.layer_norm.default, (X, [7], _x(7), _x(7)), kept=2),
     Example(aten.scaled_dot_product_attention.default, QKV, kept=4),
@@ -152,5 +183,6 @@ MAKERS = [
     Example(aten.arange.default, (5,), kept=0),
     Example(aten.arange.start, (2, 7), kept=0),
     Example(aten.arange.start_step, (2, 12, 2), kept=0),
+    Example(aten.empty_like.default, (_x(3, 0),), kept=1),
 ]
 EXAMPLES = [*POINTWISE_EXAMPLES, *SHAPES, *MIXERS, *MAKERS]

@@ -63,7 +63,10 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """Batches of 1 to 8 rows, under every combination of visibility, delayed cache and strategy."""
+    """Batches of 1 to 8 rows, under every combination of visibility, delayed cache and strategy.
+
+    Then models whose logits at p predict the token at p + 1.
+    """
     out = []
     for seed, (visibility, delayed, strategy) in enumerate(
         product(VISIBILITIES, (True, False), STRATEGIES)
@@ -72,6 +75,9 @@ def settings() -> list[Setting]:
         decoding = Decoding(strategy, 0.05, 1 + seed % 2, ban_mask_token=True)
         batch = (1, 8, 5, 6, 2, 7, 3, 8, 4, 7, 8, 6)[seed]
         out.append(Setting(seed, batch, config, decoding))
+    for seed, strategy in enumerate(STRATEGIES, start=len(out)):
+        decoding = Decoding(strategy, 0.05, 2, ban_mask_token=True, shifted=True)
+        out.append(Setting(seed, 6, Config(1.2), decoding))
     return out
 
 
@@ -112,6 +118,7 @@ def compiled_generation(
             remasking_strategy=decoding.strategy,
             confidence_threshold=decoding.confidence_threshold,
             tokens_per_step=decoding.tokens_per_step,
+            shifted_logits=decoding.shifted,
             return_dict=True,
         )
     assert isinstance(out, Generated)

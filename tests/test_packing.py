@@ -164,7 +164,7 @@ def test_join(history: int | None) -> None:
     new = pack(x, tokens, inverse, 0, 2)
     past = None if history is None else torch.randn(BATCH, HEADS, history, SIZE)
     before = stale.clone()
-    joined = join(past, new, tokens, stale, written, torch.tensor(False))
+    joined = join(past, new, tokens, stale, written, torch.tensor(False), 2)
     assert torch.equal(stale.nan_to_num(0), before.nan_to_num(0))
     if past is not None:
         assert torch.equal(joined[:, :, :length], past)
@@ -177,10 +177,27 @@ def test_join(history: int | None) -> None:
     more = keep & written
     again, more_inverse, _ = cut_tables(more)
     rows = pack(-x, again, more_inverse, 0, 2)
-    copied = join(past, rows, again, joined, written | keep, torch.tensor(False))
+    copied = join(past, rows, again, joined, written | keep, torch.tensor(False), 2)
     assert not torch.equal(copied, joined)
-    reused = join(past, rows, again, joined, written | keep, torch.tensor(True))
+    reused = join(past, rows, again, joined, written | keep, torch.tensor(True), 2)
     assert reused is joined and torch.equal(reused, copied)
+
+
+def test_join_of_keys_with_folded_heads() -> None:
+    """``[B, S, G * D]``, as some models cache them: the same numbers."""
+    keep, x = example_keep(), canvas((0, 2))
+    written = ~keep
+    stale, past = torch.randn(BATCH, HEADS, 4 + TOKENS, SIZE), torch.randn(BATCH, HEADS, 4, SIZE)
+    tokens, inverse, _ = cut_tables(keep)
+    new = pack(x, tokens, inverse, 0, 2)
+
+    def fold(value: Tensor) -> Tensor:
+        return value.transpose(1, 2).flatten(2)
+
+    rest = (tokens, fold(stale), written, torch.tensor(False), 1)
+    folded = join(fold(past), fold(new), *rest)
+    expected = join(past, new, tokens, stale, written, torch.tensor(False), 2)
+    assert torch.equal(folded, fold(expected))
 
 
 def test_nan_in_one_row_stays_there() -> None:

@@ -72,23 +72,6 @@ def single_layer() -> tuple[nn.Module, Callable[..., Any]]:
     return Attention().eval(), lambda: (torch.randn(BATCH, TOKENS, HIDDEN),)
 
 
-def causal() -> tuple[nn.Module, Callable[..., Any]]:
-    class Causal(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.site = nn.Embedding(23, HIDDEN), Causal()
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            x = self.embedding(ids).unsqueeze(1)
-            return self.site(x + self.site(x))
-
-    return Model().eval(), lambda: (torch.randint(0, 23, (BATCH, TOKENS)),)
-
-
 def flipped() -> tuple[nn.Module, Callable[..., Any]]:
     return Toy(lambda x: x.flip(1)).eval(), lambda: (torch.randint(0, 23, (BATCH, TOKENS)),)
 
@@ -119,7 +102,6 @@ REFUSED = {
     "heads in another order": (interleaved, "neighbouring query heads do not share a key head"),
     "one layer": (one_layer, "FOCUS compares the attention of two layers, and this graph has one"),
     "a single layer": (single_layer, "compile the whole model, not single layers"),
-    "causal": (causal, "is_causal attention: pass an explicit block mask instead"),
     "an operator over tokens": (flipped, "no rule says how this operator treats the token axis"),
 }
 

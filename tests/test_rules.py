@@ -15,7 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from focus_compile.axes import Axis, AxisMap, Dims, graph_inputs
-from focus_compile.rules import RULES, propagate
+from focus_compile.labels import propagate
+from focus_compile.rules import RULES
 from tests.rule_examples import EXAMPLES, Example
 
 RESIZED = {

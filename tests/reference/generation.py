@@ -35,6 +35,8 @@ class Decoding:
     tokens_per_step: int = 1
     ban_mask_token: bool = False
     """Give the mask token's logit -inf before softmax and argmax (the page leaves this open)."""
+    shifted: bool = False
+    """The token at p is predicted by row p - 1: of the block, or of what stands before it."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,19 @@ class Generated:
 
 
 def decode(
-    result: StepResult, masked: Sequence[bool], mask_id: int, decoding: Decoding, block: int
+    result: StepResult,
+    masked: Sequence[bool],
+    mask_id: int,
+    decoding: Decoding,
+    block: int,
+    before_V: Tensor,
 ) -> StepTrace:
     """Section 7: tokens for some of the masked kept positions of one step."""
-    candidates = [masked[p] for p in result.retained]
-    logits = result.logits.clone()
+    places, logits = result.retained, result.logits.clone()
+    if decoding.shifted:
+        places = [0, *(p + 1 for p in result.retained if p + 1 < len(masked))]
+        logits = torch.stack([before_V, *logits[: len(places) - 1]])
+    candidates = [masked[p] for p in places]
     if decoding.ban_mask_token:
         logits[:, mask_id] = -math.inf
     guesses = [algorithm.greedy(row) for row in logits]
@@ -98,10 +108,10 @@ def decode(
         retained=result.retained,
         retain_mask=result.retain_mask,
         k=result.k,
-        decoded={result.retained[j]: guesses[j].token for j in choice.indices},
+        decoded={places[j]: guesses[j].token for j in choice.indices},
         confidence={
             p: guess.confidence
-            for p, guess, is_candidate in zip(result.retained, guesses, candidates, strict=True)
+            for p, guess, is_candidate in zip(places, guesses, candidates, strict=True)
             if is_candidate
         },
         selection_margin=result.margin,
@@ -126,9 +136,13 @@ def generate_row(
     decoding = decoding or Decoding()
     prompt = torch.tensor([int(i) for i in prompt_ids], dtype=torch.long)
     generated = Generated(history=qwen3.no_history(model))
+    before_V = torch.zeros(model.config.vocab_size)
     if len(prompt):
-        _, stored = qwen3.dense_forward(model, prompt, generated.history, torch.arange(len(prompt)))
+        logits, stored = qwen3.dense_forward(
+            model, prompt, generated.history, torch.arange(len(prompt))
+        )
         generated.history = qwen3.extend(generated.history, stored)
+        before_V = logits[-1]
     for block in range(blocks):
         ids = torch.full((block_length,), mask_id)
         masked = [True] * block_length
@@ -146,13 +160,14 @@ def generate_row(
                 config=config,
                 signal=signal,
             )
-            trace = decode(result, masked, mask_id, decoding, block)
+            trace = decode(result, masked, mask_id, decoding, block, before_V)
             for p, token in trace.decoded.items():
                 ids[p], masked[p] = token, False
             state.record(len(trace.decoded))
             generated.steps.append(trace)
             steps += 1
-        _, stored = qwen3.dense_forward(model, ids, generated.history, position_ids)
+        logits, stored = qwen3.dense_forward(model, ids, generated.history, position_ids)
+        before_V = logits[-1]
         generated.history = qwen3.extend(generated.history, stored)
         generated.tokens += ids.tolist()
         generated.steps_per_block.append(steps)

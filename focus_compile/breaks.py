@@ -1,0 +1,57 @@
+"""Graph breaks: where Dynamo leaves a model's code, and what can be done about it.
+
+A model that breaks into several graphs is no case for FOCUS: no graph holds the tokens' way from
+the embedding to the logits. Two public modeling files do so; both have a way around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule
+
+__all__ = ["GraphBreak", "graph_break"]
+
+REMEDIES = (
+    (
+        ("data-dependent branching", "torch.all("),
+        "an `if` reads a tensor's value, such as SDAR's `if torch.all(attention_mask)`: load the "
+        "weights into transformers' Qwen3ForCausalLM (SDAR) and pass a 4D mask, or decide outside "
+        "the model",
+    ),
+    (
+        ("data dependent operator", "numpy(", "item(", "tolist("),
+        "values go to the host, such as the counts per expert of LLaDA2-MoE's `moe_infer`: compute "
+        "experts by `F.grouped_mm` or by weights picked per token (docs/models.md)",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Why Dynamo ended a graph: its words, the user's line, and a remedy where one is known."""
+
+    reason: str
+    line: str
+    remedy: str | None
+
+    def __str__(self) -> str:
+        cure = "" if self.remedy is None else f"; {self.remedy}"
+        return f"{self.line}: {self.reason}{cure}"
+
+
+def graph_break(gm: GraphModule) -> GraphBreak | None:
+    """Why the graph ended where it did, or None: at the model's own end."""
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    frames = [frame for frame in reason.user_stack if frame.line]
+    line = "?"
+    if frames:
+        last = frames[-1]
+        line = f"{last.filename}:{last.lineno} `{last.line}`"
+    told = reason.reason.strip().splitlines()[0] if reason.reason.strip() else "graph break"
+    text = f"{told} {line}".lower()
+    remedies = [cure for signs, cure in REMEDIES if any(sign in text for sign in signs)]
+    return GraphBreak(told, line, remedies[0] if remedies else None)

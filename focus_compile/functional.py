@@ -1,0 +1,92 @@
+"""Operators that write into a value of the graph -> operators that return a new one.
+
+Pre-dispatch graphs keep ``scatter_``, ``div_``, ``mul_``, ... as the model wrote them. Where only
+the written value is read afterwards, and no other view of its memory, the operator without the
+underscore computes the same. What writes into an input of the graph is left alone, and refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
+
+__all__ = ["functionalize"]
+
+KEPT = (torch.ops.aten.detach_.default,)
+
+
+def functionalize(gm: GraphModule) -> None:
+    """Replace writes in place, where that is safe."""
+    graph = gm.graph
+    for node in list(graph.nodes):
+        counterpart = _counterpart(node)
+        if counterpart is None:
+            continue
+        order = {other: index for index, other in enumerate(graph.nodes)}
+        written = node.args[0]
+        if not _only_read_through(written, node, order, graph):
+            continue
+        with graph.inserting_before(node):
+            made = graph.call_function(counterpart, node.args, node.kwargs)
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        for user in list(written.users):
+            if user is not made and order.get(user, -1) > order[node]:
+                user.replace_input_with(written, made)
+        graph.erase_node(node)
+    gm.recompile()
+
+
+def _counterpart(node: Node) -> OpOverload | None:
+    """The operator that returns what ``node`` writes into its first argument."""
+    target = node.target
+    if not isinstance(target, OpOverload) or target in KEPT or not target._schema.is_mutable:
+        return None
+    name = target._schema.name.partition("::")[2]
+    first, *others = target._schema.arguments
+    if target.namespace != "aten" or not name.endswith("_") or not isinstance(node.args[0], Node):
+        return None
+    if not _writes(first) or any(_writes(other) for other in others):
+        return None
+    packet: Any = getattr(torch.ops.aten, name[:-1], None)
+    found: OpOverload | None = getattr(packet, target._overloadname, None)
+    return found
+
+
+def _writes(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _only_read_through(written: Any, node: Node, order: dict[Node, int], graph: Graph) -> bool:
+    """Whether, after ``node``, nobody reads the written memory but through ``written``."""
+    base = written
+    while (source := _aliased(base)) is not None:
+        base = source
+    if base.op != "call_function":
+        return False
+    aliases = {base}
+    for other in graph.nodes:  # in order: an alias comes after what it is one of
+        if other is node:
+            break
+        if _aliased(other) in aliases:
+            aliases.add(other)
+    return not any(
+        order[user] > order[node] for alias in aliases - {written} for user in alias.users
+    )
+
+
+def _aliased(node: Node) -> Node | None:
+    """The operand whose memory the result of ``node`` may share."""
+    if node.op != "call_function" or not node.args:
+        return None
+    source = node.args[0]
+    if node.target is operator.getitem:
+        return _aliased(source) if isinstance(source, Node) else None
+    if not isinstance(node.target, OpOverload) or not isinstance(source, Node):
+        return None
+    shared = any(result.alias_info is not None for result in node.target._schema.returns)
+    return source if shared else None

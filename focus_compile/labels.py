@@ -1,0 +1,81 @@
+"""Axis labels of a whole graph: rules applied node by node, starting at the token ids."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from focus_compile.axes import AxisMap, Role, tensor_of
+from focus_compile.dispatch import meaning
+from focus_compile.rules import RULES, aten, fresh, operands
+
+__all__ = ["embedded_inputs", "propagate", "token_ids"]
+
+
+def _producers(node: Node) -> Node:
+    """The input that ``node`` is a copy or cast of."""
+    while node.op == "call_function" and node.target in (
+        aten.to.dtype, aten._to_copy.default, aten.alias.default, aten.clone.default,
+    ):  # fmt: skip
+        node = operands(node)[0]
+    return node
+
+
+def token_ids(gm: GraphModule) -> tuple[Node, Node] | None:
+    """The (embedding node, graph input of token ids) of a graph; None if it embeds no input."""
+    found = embedded_inputs(gm)
+    return next(((node, ids) for ids, node in found.items()), None)
+
+
+def embedded_inputs(gm: GraphModule) -> dict[Node, Node]:
+    """Graph inputs that index an embedding, each with the first embedding that it indexes."""
+    found: dict[Node, Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is aten.embedding.default:
+            ids = _producers(operands(node)[1])
+            if ids.op == "placeholder" and tensor_of(ids).dim() in (1, 2):
+                found.setdefault(ids, node)
+    return found
+
+
+def _note(node: Node, axes: AxisMap) -> None:
+    """Note what the values of a node mean, if anything follows from its operands."""
+    if isinstance(node.meta["val"], torch.Tensor) and (found := meaning(node, axes)) is not None:
+        axes.meaning[node] = found
+
+
+def propagate(gm: GraphModule) -> AxisMap:
+    """Label the axes of every value of an ATen graph; labels start at the token ids.
+
+    Raises:
+        Unsupported: axes that stand for different things meet.
+    """
+    axes = AxisMap()
+    seed = token_ids(gm)
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        axes.current = node
+        if node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor):
+            axes.dims[node] = fresh(node, axes)
+            if seed is not None and node is seed[1]:
+                dims = axes.dims[node][0]
+                axes.label(dims[-1], Role.TOKEN)
+                for dim in dims[:-1]:
+                    axes.label(dim, Role.BATCH)
+        elif node.op == "call_function" and node.target.__name__ == "getitem":
+            source, index = node.args
+            if source in axes.dims and isinstance(value, torch.Tensor):
+                axes.dims[node] = (axes.dims[source][index],)
+                axes.mixed[node] = ()
+                _note(node, axes)
+        elif node.op == "call_function" and isinstance(value, torch.Tensor | list | tuple):
+            rule = RULES.get(node.target)
+            if rule is None:
+                axes.unruled.add(node)
+                axes.dims[node] = fresh(node, axes)
+            else:
+                result = rule(node, axes)
+                axes.dims[node], axes.mixed[node] = result.out, result.mixed
+                _note(node, axes)
+    axes.check()
+    return axes

@@ -1,0 +1,223 @@
+"""Dialects of public diffusion LLMs as test subjects: a model, its calls, its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from focus_compile import focus_backend
+from focus_compile.runtime import Executable
+from tests.harness import CACHE, MASK, eager_inner
+from tests.models.dream import Dream
+from tests.models.gemma import Gemma
+from tests.models.llada import LLaDA
+from tests.models.llada2 import LLaDA2
+from tests.models.parts import randomize
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One call: ``ids``, ``masked`` ``[B, T]``; ``visible`` bool ``[B, T, S + T]``; history S."""
+
+    ids: Tensor
+    masked: Tensor
+    visible: Tensor
+    history: int
+    seed: int
+
+    def random(self, *shape: int) -> Tensor:
+        """Numbers that are the same whenever the call is made."""
+        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
+
+    def additive(self, rows: slice = slice(None)) -> Tensor:
+        """``[B, 1, T, S + T]``, 0 or the lowest number."""
+        hidden = ~self.visible[rows].unsqueeze(1)
+        return torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a model is made and called.
+
+    ``history``: whether calls have one. ``arguments`` makes keyword arguments anew for every call:
+    models may write into their caches.
+    """
+
+    build: Callable[[], nn.Module]
+    arguments: Callable[[Any, Draw], dict[str, Any]]
+    logits: Callable[[Any], Tensor]
+    history: bool = True
+    least: int = 1
+    """Of the history."""
+
+
+def _llada(model: LLaDA, draw: Draw) -> dict[str, Any]:
+    shape = (len(draw.ids), model.groups, draw.history, model.head)
+    past = [(draw.random(*shape), draw.random(*shape)) for _ in range(model.layers)]
+    return {"input_ids": draw.ids, "past_key_values": past, "use_cache": True}
+
+
+def _llada_canvas(_: LLaDA, draw: Draw) -> dict[str, Any]:
+    return {"input_ids": draw.ids, "output_hidden_states": True}
+
+
+def _dream(model: Dream, draw: Draw) -> dict[str, Any]:
+    shape = (len(draw.ids), draw.history, model.groups * model.head)
+    past = [(draw.random(*shape), draw.random(*shape)) for _ in model.layers]
+    return {
+        "input_ids": draw.ids,
+        "attention_mask": draw.visible.unsqueeze(1),
+        "past_key_values": past,
+        "use_cache": True,
+    }
+
+
+def _dream_canvas(_: Dream, draw: Draw) -> dict[str, Any]:
+    return {"input_ids": draw.ids, "attention_mask": draw.additive()}
+
+
+def _llada2(model: LLaDA2, draw: Draw) -> dict[str, Any]:
+    cache = DynamicCache()
+    shape = (len(draw.ids), model.groups, draw.history, model.head)
+    for layer in range(len(model.layers)):
+        cache.update(draw.random(*shape), draw.random(*shape), layer)
+    tokens = draw.ids.shape[1]
+    return {
+        "input_ids": draw.ids,
+        "attention_mask": draw.additive(),
+        "position_ids": (draw.history + torch.arange(tokens)).expand(len(draw.ids), tokens),
+        "past_key_values": cache,
+    }
+
+
+def _gemma(_: Gemma, draw: Draw) -> dict[str, Any]:
+    tokens = draw.ids.shape[1]
+    near = (torch.arange(tokens)[:, None] - torch.arange(tokens)).abs() < 5
+    return {
+        "input_ids": draw.ids,
+        "position_ids": torch.arange(tokens).expand(len(draw.ids), tokens),
+        "masks": {
+            "full": draw.visible.unsqueeze(1),
+            "sliding": (draw.visible & near).unsqueeze(1),
+        },
+        "output_hidden_states": True,
+    }
+
+
+def _sdar_moe(experts: str) -> Qwen3MoeForCausalLM:
+    """SDAR-MoE's weights load into this model of transformers."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=61,
+        hidden_size=40,
+        intermediate_size=72,
+        moe_intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        experts_implementation=experts,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    randomize(model, 0)
+    return model
+
+
+def _sdar(model: Qwen3MoeForCausalLM, draw: Draw) -> dict[str, Any]:
+    config, cache = model.config, DynamicCache(config=model.config)
+    shape = (len(draw.ids), config.num_key_value_heads, draw.history, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        cache.update(draw.random(*shape), draw.random(*shape), layer)
+    return {
+        "input_ids": draw.ids,
+        "attention_mask": draw.visible.unsqueeze(1),
+        "use_cache": True,
+        CACHE: cache,
+    }
+
+
+DIALECTS: dict[str, Dialect] = {
+    "llada": Dialect(lambda: LLaDA(groups=2), _llada, lambda out: out.logits),
+    "llada-canvas": Dialect(
+        lambda: LLaDA(tied=True), _llada_canvas, lambda out: out.logits, history=False
+    ),
+    "causal": Dialect(
+        lambda: LLaDA(causal=True), _llada_canvas, lambda out: out.logits, history=False
+    ),
+    "dream": Dialect(Dream, _dream, lambda out: out[-1]),
+    "dream-canvas": Dialect(
+        lambda: Dream(groups=3), _dream_canvas, lambda out: out[0], history=False
+    ),
+    "llada2-dense": Dialect(LLaDA2, _llada2, lambda out: out.logits),
+    "llada2-picked": Dialect(lambda: LLaDA2(way="picked"), _llada2, lambda out: out.logits),
+    "llada2-sorted": Dialect(lambda: LLaDA2(way="sorted"), _llada2, lambda out: out.logits),
+    "sdar-moe-grouped": Dialect(lambda: _sdar_moe("grouped_mm"), _sdar, lambda out: out.logits),
+    "sdar-moe-batched": Dialect(lambda: _sdar_moe("batched_mm"), _sdar, lambda out: out.logits),
+    "gemma": Dialect(Gemma, _gemma, lambda out: out[0], history=False),
+}
+
+
+@dataclass
+class Subject:
+    """A model of a dialect, compiled; graphs are refused with an error."""
+
+    dialect: Dialect
+    inner: Callable[..., Any] | None = eager_inner
+    options: dict[str, Any] = field(default_factory=dict)
+    executables: list[Executable] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model = self.dialect.build().eval()
+        chosen = {} if self.inner is None else {"inner": self.inner}
+
+        def backend(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
+            options = {"mask_token_id": MASK, "strict": True, **self.options}
+            program = focus_backend(gm, inputs, options=options, **chosen)
+            if isinstance(program, Executable):
+                self.executables.append(program)
+            return program
+
+        self.compiled = torch.compile(self.model, backend=backend, dynamic=True, fullgraph=True)
+
+    @torch.no_grad()
+    def eager(self, draw: Draw) -> Tensor:
+        return self.dialect.logits(self.model(**self.dialect.arguments(self.model, draw)))
+
+    @torch.no_grad()
+    def focus(self, draw: Draw) -> Tensor:
+        """Logits of a call that must run prefix and suffix once."""
+        before = self.suffixes()
+        out = self.dialect.logits(self.compiled(**self.dialect.arguments(self.model, draw)))
+        assert self.suffixes() == before + 1
+        return out
+
+    def suffixes(self) -> int:
+        return sum(program.suffix.calls for program in self.executables)
+
+
+def draw_call(dialect: Dialect, seed: int) -> Draw:
+    """Another batch, length, history and share of masks for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    batch, tokens = pick(2, 6), pick(7, 15)
+    history = pick(dialect.least + 1, 20) if dialect.history else 0
+    masked = torch.rand(batch, tokens, generator=generator) < 0.8
+    masked[0] = True
+    if pick(0, 3) == 0:
+        masked[-1] = False
+    ids = torch.randint(0, MASK, (batch, tokens), generator=generator).masked_fill(masked, MASK)
+    visible = torch.rand(batch, tokens, history + tokens, generator=generator) < 0.9
+    visible |= torch.eye(tokens, history + tokens, dtype=torch.bool).roll(history, 1)
+    return Draw(ids, masked, visible, history, seed)

@@ -1,0 +1,184 @@
+"""FOCUS on any eager model, by what its attention is given: docs/algorithm.md on whole blocks.
+
+Everything but attention treats tokens one by one, so what evicted tokens compute does not matter as
+long as nobody reads it. The model runs on the whole block, unchanged; its attention calls are
+replaced by ones in which keys and values of tokens that would not have been computed are those of
+earlier steps, or hidden. The logits of retained tokens are then those of FOCUS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from tests.models import parts
+from tests.reference import algorithm
+from tests.reference.state import Config, RowState
+
+
+@dataclass
+class Emulated:
+    """One step: ``logits`` as the model gives them; ``fed``, ``retained`` bool ``[B, T]``."""
+
+    logits: Tensor
+    fed: Tensor
+    retained: Tensor
+    margin: float
+    """The least of the rows': how near the deltas are to another selection."""
+
+
+@dataclass
+class Emulation:
+    """States of the rows of a batch over the steps of one block."""
+
+    config: Config = field(default_factory=Config)
+    rows: list[RowState] = field(default_factory=list)
+    slots: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def step(self, call: Callable[[], Tensor], ids: Tensor, masked: Tensor) -> Emulated:
+        """Run a model; ``call`` returns its logits ``[B, T, V]``."""
+        batch, tokens = masked.shape
+        if not self.rows:
+            none = [False] * tokens
+            self.rows = [RowState([], [*none], [*none], [*none]) for _ in range(batch)]
+        flags = [[bool(flag) for flag in row] for row in masked]
+        fed = [
+            row.processing_list(row_ids.tolist(), row_flags, self.config.delayed_cache)
+            for row, row_ids, row_flags in zip(self.rows, ids, flags, strict=True)
+        ]
+        one = _Step(self, flags, fed)
+        with one, mock.patch.object(parts, "softmax_attention", one.softmax_attention):
+            logits = call()
+        for b, row in enumerate(self.rows):
+            if not fed[b]:
+                continue
+            row.mark(row.written01, fed[b])
+            row.mark(row.written, one.kept[b])
+            row.progress, row.warm = one.progress[b], True
+            row.settled = None if any(flags[b]) else ids[b].tolist()
+            if self.config.delayed_cache:
+                row.final = algorithm.finalise(flags[b], fed[b], row.final)
+        return Emulated(logits, _flags(fed, tokens), _flags(one.kept, tokens), one.margin)
+
+
+class _Step(TorchFunctionMode):
+    def __init__(
+        self, emulation: Emulation, flags: Sequence[Sequence[bool]], fed: Sequence[list[int]]
+    ) -> None:
+        super().__init__()
+        self.emulation, self.flags, self.fed = emulation, flags, fed
+        self.layer = 0
+        self.first: list[Tensor] = []
+        self.kept: list[list[int]] = []
+        self.progress: list[int] = []
+        self.margin = float("inf")
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self.sdpa(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def softmax_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        return self.sdpa(query, key, value, mask, scale=scale)
+
+    def sdpa(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        assert not dropout_p
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        times = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+        tokens, keys = query.shape[2], key.shape[2]
+        layer, self.layer = self.layer, self.layer + 1
+        if layer < 2:
+            self._score(query, key[:, :, keys - tokens :], scale, layer)
+        stored = self.fed if layer < 2 else self.kept
+        key, value, written = self._merge(layer, stored, key, value, tokens)
+        bias = torch.zeros(query.shape[0], 1, tokens, keys)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            bias = bias.masked_fill(~attn_mask, float("-inf"))
+        elif attn_mask is not None:
+            bias = bias + attn_mask
+        if is_causal:
+            bias = bias.masked_fill(~torch.ones(tokens, keys).tril().bool(), float("-inf"))
+        bounds = self.fed if layer == 0 else self.kept
+        for b, row in enumerate(written):
+            last = tokens
+            if self.emulation.config.visibility == "prefix":
+                last = max(bounds[b], default=-1)
+            seen = [flag and p <= last for p, flag in enumerate(row)]
+            hidden = torch.tensor([False] * (keys - tokens) + [not flag for flag in seen])
+            bias[b] = bias[b].masked_fill(hidden, float("-inf"))
+        scores = query.float() @ key.float().transpose(2, 3) * scale + bias
+        return (torch.softmax(scores, -1).nan_to_num() @ value.float()).to(query.dtype)
+
+    def _score(self, query: Tensor, key: Tensor, scale: float, layer: int) -> None:
+        for b, row in enumerate(self.emulation.rows):
+            masked = [p for p in self.fed[b] if self.flags[b][p]]
+            found = algorithm.importance(
+                query[b][:, masked].transpose(0, 1),
+                key[b][:, masked].transpose(0, 1),
+                scale,
+                algorithm.compute_dtype(query.dtype),
+            )
+            if layer == 0:
+                self.first.append(found)
+                continue
+            if not self.fed[b]:
+                self.kept.append([])
+                self.progress.append(row.progress)
+                continue
+            made = algorithm.evict(
+                self.fed[b],
+                [self.flags[b][p] for p in self.fed[b]],
+                found - self.first[b],
+                row.avg,
+                self.emulation.config.alpha,
+                row.progress,
+            )
+            self.kept.append(made.kept)
+            self.progress.append(made.progress)
+            if len(masked) > 2:
+                self.margin = min(self.margin, made.margin)
+
+    def _merge(
+        self, layer: int, stored: Sequence[list[int]], key: Tensor, value: Tensor, tokens: int
+    ) -> tuple[Tensor, Tensor, list[list[bool]]]:
+        """Keys and values with those of other tokens as they were, and which slots hold any."""
+        slots = self.emulation.slots
+        if layer not in slots:
+            empty = torch.zeros_like(key[:, :, -tokens:])
+            slots[layer] = (empty, torch.zeros_like(value[:, :, -tokens:]))
+        written = []
+        for b, row in enumerate(self.emulation.rows):
+            for slot, new in zip(slots[layer], (key, value), strict=True):
+                slot[b][:, stored[b]] = new[b][:, -tokens:][:, stored[b]]
+            before = row.written01 if layer < 2 else row.written
+            written.append([p in stored[b] or flag for p, flag in enumerate(before)])
+        key, value = key.clone(), value.clone()
+        key[:, :, -tokens:], value[:, :, -tokens:] = slots[layer]
+        return key, value, written
+
+
+def _flags(lists: Sequence[Sequence[int]], tokens: int) -> Tensor:
+    return torch.tensor([[p in kept for p in range(tokens)] for kept in lists])

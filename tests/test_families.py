@@ -1,0 +1,162 @@
+"""Every dialect of public diffusion LLMs: equal to eager, and with eviction to eager FOCUS."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import focus_compile
+from tests.dialects import DIALECTS, Draw, Subject, draw_call
+from tests.harness import MASK, retained
+from tests.models import dream
+from tests.models.llada2 import LLaDA2
+from tests.reference.emulation import Emulation
+from tests.reference.state import Config
+
+DRAWS = 30
+TOLERANCE = 1e-4
+NEAR_TIE = 1e-5
+
+
+@pytest.fixture(scope="module", params=DIALECTS)
+def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
+    torch._dynamo.reset()
+    yield Subject(DIALECTS[request.param])
+
+
+def test_nothing_evicted_equals_eager(subject: Subject) -> None:
+    for seed in range(DRAWS):
+        draw = draw_call(subject.dialect, seed)
+        with focus_compile.session(alpha=1e9):
+            actual = subject.focus(draw)
+        torch.testing.assert_close(actual, subject.eager(draw), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_evicting_equals_the_emulation(subject: Subject) -> None:
+    """Which tokens are retained, and their logits; most calls compute fewer than were fed."""
+    evicting = ties = 0
+    for seed in range(DRAWS):
+        draw = draw_call(subject.dialect, seed)
+        config = Config(1.0 + (seed % 4) / 2, ("written", "prefix")[seed % 2])
+        found = Emulation(config).step(lambda d=draw: subject.eager(d), draw.ids, draw.masked)
+        with focus_compile.session(alpha=config.alpha, visibility=config.visibility):
+            actual = subject.focus(draw)
+        if found.margin < NEAR_TIE:
+            ties += 1
+            continue
+        assert torch.equal(retained(actual), found.retained)
+        expected = found.logits * found.retained.unsqueeze(-1)
+        torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        evicting += bool((~found.retained).any())
+    assert evicting >= DRAWS // 2
+    assert ties <= 1
+
+
+def test_a_block_equals_the_emulation(subject: Subject) -> None:
+    """Steps of one block, with what a session carries: fed tokens, stale keys, averages."""
+    draw = draw_call(subject.dialect, 3)
+    draw = dataclasses.replace(draw, ids=torch.full_like(draw.ids, MASK))
+    emulation = Emulation(Config(1.2))
+    fed = evicted = 0
+    with focus_compile.session(alpha=1.2) as focus:
+        for _ in range(6):
+            masked = draw.ids == MASK
+            if not masked.any():
+                break
+            found = emulation.step(lambda d=draw: subject.eager(d), draw.ids, masked)
+            actual = subject.focus(draw)
+            assert found.margin > NEAR_TIE
+            assert torch.equal(retained(actual), found.retained)
+            assert focus.stats.fed_per_step[-1] == int(found.fed.sum())
+            expected = found.logits * found.retained.unsqueeze(-1)
+            torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
+            fed += int((~found.fed).sum())
+            evicted += int((found.fed & ~found.retained).sum())
+            draw = decoded(draw, found.retained, emulation)
+    assert fed and evicted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dream-canvas", "dream"])
+def test_logits_of_the_last_tokens(name: str) -> None:
+    """The model is asked for fewer logits; which tokens are retained stays the same."""
+    torch._dynamo.reset()
+    subject = Subject(DIALECTS[name])
+    for seed, last in ((0, 3), (1, 3), (2, 5), (3, 40)):
+        draw = draw_call(subject.dialect, seed)
+        with focus_compile.session(alpha=1.2):
+            whole = subject.focus(draw)
+        arguments = subject.dialect.arguments(subject.model, draw)
+        with focus_compile.session(alpha=1.2):
+            out = subject.compiled(**arguments, num_logits_to_keep=last)
+        torch.testing.assert_close(subject.dialect.logits(out), whole[:, -last:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llada-canvas", "dream-canvas", "gemma"])
+def test_blocks_of_a_canvas(name: str) -> None:
+    """Prompt and all blocks in one call: only masks of the block at hand are candidates.
+
+    Everything else is fed in the first step of a block, and its keys stay as they were then.
+    """
+    torch._dynamo.reset()
+    subject = Subject(DIALECTS[name])
+    draw = draw_call(subject.dialect, 2)
+    batch, tokens = 3, 18
+    ids = torch.randint(0, MASK, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    ids[:, 6:] = MASK
+    visible = torch.ones(batch, tokens, tokens, dtype=torch.bool)
+    draw = dataclasses.replace(draw, ids=ids, visible=visible)
+    with focus_compile.session(alpha=1.2) as focus:
+        for block in ((6, 12), (12, 18)):
+            focus.block = block
+            emulation = Emulation(Config(1.2))
+            inside = torch.zeros(batch, tokens, dtype=torch.bool)
+            inside[:, slice(*block)] = True
+            fed = []
+            while (masked := (draw.ids == MASK) & inside).any():
+                found = emulation.step(lambda d=draw: subject.eager(d), draw.ids, masked)
+                actual = subject.focus(draw)
+                assert found.margin > NEAR_TIE
+                assert torch.equal(retained(actual), found.retained)
+                expected = found.logits * found.retained.unsqueeze(-1)
+                torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
+                fed.append(focus.stats.fed_per_step[-1])
+                draw = decoded(draw, found.retained & masked, emulation)
+            assert fed[0] == batch * tokens
+            assert max(fed[1:]) <= batch * 8
+        focus.block = (12, 19)
+        with pytest.raises(ValueError, match=r"session.block=\(12, 19\): the call has 18 tokens"):
+            subject.focus(draw)
+
+
+def test_graph_breaks_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of the model at fault, and a remedy, for what two public files do."""
+    monkeypatch.setattr(dream.Attention, "branches", True)
+    for dialect, line, remedy in (
+        (DIALECTS["dream"], "torch.all(mask)", "Qwen3ForCausalLM"),
+        (
+            dataclasses.replace(DIALECTS["llada2-sorted"], build=lambda: LLaDA2(way="counted")),
+            "int(count)",
+            "F.grouped_mm",
+        ),
+    ):
+        torch._dynamo.reset()
+        model = dialect.build().eval()
+        story = focus_compile.explain(model, **dialect.arguments(model, draw_call(dialect, 1)))
+        assert not story.applied
+        assert line in story.breaks[0].line
+        assert remedy in (story.breaks[0].remedy or "")
+        assert "ended by a graph break" in str(story)
+
+
+def decoded(draw: Draw, kept: torch.Tensor, emulation: Emulation) -> Draw:
+    """The leftmost two retained masks of every row become tokens."""
+    chosen = kept & (draw.ids == MASK)
+    chosen &= chosen.cumsum(1) <= 2
+    for row, count in zip(emulation.rows, chosen.sum(1).tolist(), strict=True):
+        row.record(count)
+    return dataclasses.replace(draw, ids=draw.ids.masked_fill(chosen, 7))

@@ -1,0 +1,86 @@
+"""Writes in place become pure operators where nobody else can see them, and only there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from focus_compile.functional import functionalize
+
+
+def writes(gm: GraphModule) -> list[str]:
+    return [
+        str(node.target)
+        for node in gm.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    ]
+
+
+def router(x: Tensor) -> Tensor:
+    """A mask scattered in place, weights normed in place."""
+    weights, index = x.topk(2, dim=-1)
+    chosen = torch.zeros_like(x)
+    chosen.scatter_(1, index, 1)
+    weights /= weights.sum(-1, keepdim=True)
+    return (x * chosen).sum(-1, keepdim=True) * weights
+
+
+def through_a_view(x: Tensor) -> Tensor:
+    """Written through a view, and only the view is read."""
+    made = (x + 1).view(-1)
+    made.mul_(2)
+    return made.view(x.shape) + x
+
+
+def twice(x: Tensor) -> Tensor:
+    made = x * 2
+    made.add_(1)
+    before = made.sum()
+    made.masked_fill_(made > 3, 0)
+    return made + before
+
+
+@pytest.mark.parametrize("model", [router, through_a_view, twice])
+def test_replaced(model: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    gm = make_fx(model, pre_dispatch=True)(x)
+    assert writes(gm)
+    functionalize(gm)
+    gm.graph.lint()
+    assert not writes(gm)
+    assert torch.equal(gm(x), model(x))
+
+
+def into_an_input(x: Tensor) -> Tensor:
+    x.add_(1)
+    return x * 2
+
+
+def under_a_view(x: Tensor) -> Tensor:
+    """The view was taken before, and is read after."""
+    made = x * 2
+    row = made[0]
+    made.add_(1)
+    return made + row
+
+
+def base_of_a_view(x: Tensor) -> Tensor:
+    """The view is written, and what it is a view of is read after."""
+    made = x * 2
+    made[0].add_(1)
+    return made
+
+
+@pytest.mark.parametrize("model", [into_an_input, under_a_view, base_of_a_view])
+def test_left_alone(model: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    gm = make_fx(model, pre_dispatch=True)(x.clone())
+    before = writes(gm)
+    functionalize(gm)
+    assert writes(gm) == before
+    assert torch.equal(gm(x.clone()), model(x.clone()))
