@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from focus_compile.axes import graph_inputs
 from focus_compile.errors import Unsupported
@@ -22,9 +23,15 @@ def capture(gm: GraphModule) -> GraphModule:
     """Trace Dynamo's graph to pre-dispatch ATen; module paths and input provenance are kept.
 
     Raises:
-        Unsupported: the graph has no tensor input.
+        Unsupported: the graph has no tensor input, or one that is more than a tensor.
     """
     values = [node.meta["example_value"] for node in graph_inputs(gm)]
+    for value in values:
+        if is_traceable_wrapper_subclass(value):
+            raise Unsupported(
+                f"an input is a {type(value).__name__}, a tensor made of others, such as quantised "
+                "weights"
+            )
     modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
     if not modes:
         raise Unsupported("the graph has no tensor input")

@@ -13,11 +13,11 @@ import networkx as nx
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from focus_compile.axes import Role, graph_outputs, tensor_of
+from focus_compile.axes import AxisMap, Role, graph_outputs, tensor_of
 from focus_compile.errors import Unsupported
 from focus_compile.labels import propagate, token_ids
 from focus_compile.replay import Replay, fake_mode_of
-from focus_compile.rules import RESHAPES, argument, aten
+from focus_compile.rules import RESHAPES, argument, aten, operands
 from focus_compile.sites import data_flow
 
 __all__ = ["widen"]
@@ -32,7 +32,8 @@ def widen(gm: GraphModule) -> tuple[GraphModule, dict[int, int]]:
     Raises:
         Unsupported: what is computed from the last tokens has a form that is not understood.
     """
-    slices = _last_tokens(gm)
+    axes = propagate(gm)
+    slices = _last_tokens(gm, axes)
     if not slices:
         return gm, {}
     replay = Replay(gm, fake_mode_of(gm))
@@ -46,7 +47,10 @@ def widen(gm: GraphModule) -> tuple[GraphModule, dict[int, int]]:
             env[node] = env[node.args[0]]
             shortened[node] = slices[node]  # 0: all of them, written as `[-0:]`
         elif found:
-            env[node] = _widened(node, replay, env)
+            others = [source for source in operands(node) if source not in shortened]
+            if any(axes.holds(dim, Role.TOKEN) for source in others for dim in axes.of(source)):
+                raise Unsupported("this operator mixes tokens outside attention", node)
+            env[node] = _widened(node, replay, env, any(found))
             (shortened[node],) = found
         else:
             env[node] = replay.graph.node_copy(node, lambda arg: env[arg])
@@ -57,12 +61,12 @@ def widen(gm: GraphModule) -> tuple[GraphModule, dict[int, int]]:
     return replay.finish(map_arg(outputs, lambda node: env[node])), last
 
 
-def _last_tokens(gm: GraphModule) -> dict[Node, int]:
+def _last_tokens(gm: GraphModule, axes: AxisMap) -> dict[Node, int]:
     """Slices of hidden states that keep the last tokens, and how many."""
     entry = token_ids(gm)
     if entry is None:
         return {}
-    axes, found = propagate(gm), dict[Node, int]()
+    found: dict[Node, int] = {}
     computed = nx.descendants(data_flow(gm), entry[0])
     for node in computed:
         if node.target is not aten.slice.Tensor or not isinstance(node.args[0], Node):
@@ -78,7 +82,7 @@ def _last_tokens(gm: GraphModule) -> dict[Node, int]:
 
 
 def _number(node: Node) -> int:
-    """Where a slice starts; a size among the model's arguments becomes a constant of the graph.
+    """Where a slice starts; a number among the model's arguments becomes a constant of the graph.
 
     Dynamo takes up the guard that makes it one.
     """
@@ -86,13 +90,9 @@ def _number(node: Node) -> int:
     return int(start.meta["val"] if isinstance(start, Node) else start)
 
 
-def _widened(node: Node, replay: Replay, env: dict[Node, Node]) -> Node:
-    """A node whose operands have become longer."""
-    reason = "what is computed from the last tokens alone is not understood"
-    if node.target in RESHAPES or node.target is aten.expand.default:
-        raise Unsupported(reason, node)
+def _widened(node: Node, replay: Replay, env: dict[Node, Node], longer: bool) -> Node:
+    """A node whose operands may have become longer."""
+    if longer and (node.target in RESHAPES or node.target is aten.expand.default):
+        raise Unsupported("what is computed from the last tokens alone is not understood", node)
     args, kwargs = map_arg((node.args, node.kwargs), lambda arg: env[arg])
-    try:
-        return replay.call(node.target, args, kwargs, like=node)
-    except RuntimeError as error:
-        raise Unsupported(reason, node) from error
+    return replay.call(node.target, args, kwargs, like=node)

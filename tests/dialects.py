@@ -30,15 +30,18 @@ class Draw:
     visible: Tensor
     history: int
     seed: int
+    dtype: torch.dtype = torch.float32
 
     def random(self, *shape: int) -> Tensor:
         """Numbers that are the same whenever the call is made."""
-        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(shape, generator=generator).to(self.dtype)
 
     def additive(self, rows: slice = slice(None)) -> Tensor:
         """``[B, 1, T, S + T]``, 0 or the lowest number."""
         hidden = ~self.visible[rows].unsqueeze(1)
-        return torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+        zeros = torch.zeros(hidden.shape, dtype=self.dtype)
+        return zeros.masked_fill(hidden, torch.finfo(self.dtype).min)
 
 
 @dataclass(frozen=True)
@@ -172,15 +175,16 @@ class Subject:
 
     dialect: Dialect
     inner: Callable[..., Any] | None = eager_inner
-    options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
     executables: list[Executable] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.model = self.dialect.build().eval()
+        torch._dynamo.reset()
+        self.model = self.dialect.build().to(self.dtype).eval()
         chosen = {} if self.inner is None else {"inner": self.inner}
 
         def backend(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
-            options = {"mask_token_id": MASK, "strict": True, **self.options}
+            options = {"mask_token_id": MASK, "strict": True}
             program = focus_backend(gm, inputs, options=options, **chosen)
             if isinstance(program, Executable):
                 self.executables.append(program)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
+import peft
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.testing._internal.two_tensor import TwoTensor
 
 import focus_compile
 from tests.dialects import DIALECTS, Draw, Subject, draw_call
 from tests.harness import MASK, retained
 from tests.models import dream
+from tests.models.dream import Dream
 from tests.models.llada2 import LLaDA2
 from tests.reference.emulation import Emulation
 from tests.reference.state import Config
@@ -23,7 +28,6 @@ NEAR_TIE = 1e-5
 
 @pytest.fixture(scope="module", params=DIALECTS)
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
-    torch._dynamo.reset()
     yield Subject(DIALECTS[request.param])
 
 
@@ -83,7 +87,6 @@ def test_a_block_equals_the_emulation(subject: Subject) -> None:
 @pytest.mark.parametrize("name", ["dream-canvas", "dream"])
 def test_logits_of_the_last_tokens(name: str) -> None:
     """The model is asked for fewer logits; which tokens are retained stays the same."""
-    torch._dynamo.reset()
     subject = Subject(DIALECTS[name])
     for seed, last in ((0, 3), (1, 3), (2, 5), (3, 40)):
         draw = draw_call(subject.dialect, seed)
@@ -102,7 +105,6 @@ def test_blocks_of_a_canvas(name: str) -> None:
 
     Everything else is fed in the first step of a block, and its keys stay as they were then.
     """
-    torch._dynamo.reset()
     subject = Subject(DIALECTS[name])
     draw = draw_call(subject.dialect, 2)
     batch, tokens = 3, 18
@@ -131,6 +133,67 @@ def test_blocks_of_a_canvas(name: str) -> None:
         focus.block = (12, 19)
         with pytest.raises(ValueError, match=r"session.block=\(12, 19\): the call has 18 tokens"):
             subject.focus(draw)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("name", DIALECTS)
+def test_half_precision(name: str) -> None:
+    """bf16 weights, end to end: as near to the fp32 model as the eager bf16 model is."""
+    wide, half = Subject(DIALECTS[name]), Subject(DIALECTS[name], dtype=torch.bfloat16)
+    evicted = 0
+    for seed in range(3):
+        draw = draw_call(half.dialect, seed)
+        exact = wide.eager(draw)
+        draw = dataclasses.replace(draw, dtype=torch.bfloat16)
+        with focus_compile.session(alpha=1e9):
+            actual = half.focus(draw)
+        error, usual = ((x.float() - exact).abs().mean() for x in (actual, half.eager(draw)))
+        assert error <= 1.2 * usual
+        with focus_compile.session(alpha=1.0):
+            evicted += int((~retained(half.focus(draw))).sum())
+    assert evicted
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_lora(merged: bool) -> None:
+    """Adapters beside the weights, or merged into them."""
+
+    def build() -> torch.nn.Module:
+        config = peft.LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj", "up"], init_lora_weights=False
+        )
+        model = peft.get_peft_model(Dream(), config)
+        return model.merge_and_unload() if merged else model
+
+    def arguments(model: Any, draw: Draw) -> dict[str, Any]:
+        base = model if merged else model.base_model.model
+        return DIALECTS["dream"].arguments(base, draw)
+
+    subject = Subject(dataclasses.replace(DIALECTS["dream"], build=build, arguments=arguments))
+    plain = Subject(DIALECTS["dream"])
+    for seed in range(5):
+        draw = draw_call(subject.dialect, seed)
+        expected = subject.eager(draw)
+        assert not torch.allclose(expected, plain.eager(draw), atol=0.1)
+        with focus_compile.session(alpha=1e9):
+            torch.testing.assert_close(subject.focus(draw), expected, atol=TOLERANCE, rtol=0)
+        found = Emulation(Config(1.2)).step(lambda d=draw: subject.eager(d), draw.ids, draw.masked)
+        with focus_compile.session(alpha=1.2):
+            assert torch.equal(retained(subject.focus(draw)), found.retained)
+
+
+def test_quantised_weights_are_refused_by_name() -> None:
+    """Tensor subclasses, as torchao's: plain Inductor still runs them."""
+
+    def build() -> torch.nn.Module:
+        model = Dream()
+        weight = model.lm_head.weight.detach()
+        model.lm_head.weight = torch.nn.Parameter(TwoTensor(weight, weight), requires_grad=False)
+        return model
+
+    subject = Subject(dataclasses.replace(DIALECTS["dream-canvas"], build=build))
+    with pytest.raises(BackendCompilerFailed, match="an input is a TwoTensor, a tensor made of"):
+        subject.focus(draw_call(subject.dialect, 0))
 
 
 def test_graph_breaks_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_labels_of_attention(dynamic: bool) -> None:
         for name in (site.query, *(write.new for write in site.writes)):
             dims = axes.of(nodes[name])
             assert [axes.position(dims, role) for role in (Role.BATCH, Role.TOKEN)] == [0, 2]
-        for name in (write.keys for write in site.writes):
+        for name in (write.joined for write in site.writes):
             dims = axes.of(nodes[name])
             assert axes.history(dims[2]) is not None
             assert axes.position(dims, Role.TOKEN) is None
@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[Between, str, str]] = {
     "flip": (lambda x: x.flip(1), NO_RULE, "aten.flip.default"),
     "roll": (lambda x: x.roll(1, 1), NO_RULE, "aten.roll.default"),
     "shift": (lambda x: torch.cat([x[:, :1], x[:, :-1]], 1), PART, "aten.slice.Tensor"),
-    "last token": (lambda x: x + x[:, -1:], MIXES, "aten.slice.Tensor"),
+    "last token": (lambda x: x + x[:, -1:], MIXES, "aten.add.Tensor"),
     "convolution": (
         lambda x: torch.conv1d(x.transpose(1, 2), KERNEL, padding=1, groups=12).transpose(1, 2),
         NO_RULE,

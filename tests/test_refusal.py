@@ -134,9 +134,9 @@ def test_refused_when_strict(name: str, said: Said) -> None:
 @torch.no_grad()
 def test_a_refusal_names_operator_and_module() -> None:
     with pytest.raises(BackendCompilerFailed) as refusal:
-        model, arguments = causal()
+        model, arguments = interleaved()
         Compiled(model, strict=True).call(*arguments())
-    where = "[op aten.scaled_dot_product_attention.default in module site]"
+    where = "[op aten.scaled_dot_product_attention.default in module layers.0]"
     assert where in str(refusal.value)
 
 
