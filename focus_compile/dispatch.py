@@ -116,8 +116,11 @@ def _index_add(node: Node, axes: AxisMap) -> Transfer:
     x, index, rows = operands(node)
     dims, (picked,) = axes.dims[x][0], axes.dims[index][0]
     known = axes.meaning.get(index)
-    axes.unify(axes.dims[rows][0][0], picked)
-    if node.args[1] != 0 or known is None or known.kind != "position":
+    if node.args[1] != 0:
+        return Transfer(fresh(node, axes), (*dims, *axes.dims[rows][0]))
+    for left, right in zip((picked, *dims[1:]), axes.dims[rows][0], strict=True):
+        axes.unify(left, right)
+    if known is None or known.kind != "position":
         return Transfer((dims,), (dims[0], picked))
     axes.unify(dims[0], known.of)
     return Transfer((dims,))
@@ -138,7 +141,7 @@ def _grouped_mm(node: Node, axes: AxisMap) -> Transfer:
     (list_, inner), weight = axes.dims[rows][0], axes.dims[weights][0]
     known = axes.meaning.get(ends)
     counted = known is not None and known.kind == "count" and _same(known.of, list_, axes)
-    mixed = (inner, *weight[:2])
+    mixed = (inner, *weight)
     return Transfer(((list_, weight[-1]),), mixed if counted else (*mixed, list_))
 
 

@@ -180,6 +180,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         torch._dynamo.reset()
+        torch.manual_seed(0)
         self.model = self.dialect.build().to(self.dtype).eval()
         chosen = {} if self.inner is None else {"inner": self.inner}
 

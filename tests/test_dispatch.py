@@ -57,6 +57,7 @@ def rows_added_up(experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -
 @pytest.mark.parametrize("way", [order_of_the_order, rows_put_back, rows_added_up])
 def test_way_back(way: Way) -> None:
     subject = Subject(changed(way))
+    evicted = 0
     for seed in range(6):
         draw = draw_call(subject.dialect, seed)
         with focus_compile.session(alpha=1.2):
@@ -64,7 +65,8 @@ def test_way_back(way: Way) -> None:
         with focus_compile.session(alpha=1e9):
             whole = subject.focus(draw)
         torch.testing.assert_close(whole, subject.eager(draw), atol=TOLERANCE, rtol=TOLERANCE)
-        assert (actual == 0).all(-1).any()
+        evicted += int((actual == 0).all(-1).sum())
+    assert evicted
 
 
 def never_put_back(experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -121,7 +123,6 @@ def changed(way: Way) -> Dialect:
     """The dialect with another way of computing its experts."""
 
     def build() -> LLaDA2:
-        torch._dynamo.reset()
         model = LLaDA2(layers=3, way="sorted")
         for layer in model.layers[1:]:
             experts = layer.mlp.experts

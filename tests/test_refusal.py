@@ -268,3 +268,18 @@ def test_gradients_fall_back_to_dense(said: Said) -> None:
     assert not any(isinstance(program, Executable) for program in compiled.programs)
     (warning,) = said()
     assert "torch.no_grad()" in warning
+
+
+@torch.no_grad()
+def test_autocast_falls_back_to_dense(said: Said) -> None:
+    """The numbers are those of eager under autocast, and the warning names the cure."""
+    model = build_model(LAYERS3)
+    call: Call = random_call(1, model, BATCH, TOKENS, HISTORY)
+    compiled = Compiled(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(**call.kwargs(model)).logits
+        logits = compiled.call(**call.kwargs(model)).logits
+    torch.testing.assert_close(logits, expected, atol=0.1, rtol=0.1)
+    assert not any(isinstance(program, Executable) for program in compiled.programs)
+    (warning,) = said()
+    assert "give the model its dtype with model.to(...)" in warning

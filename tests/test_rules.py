@@ -112,6 +112,9 @@ def test_gathering_commutes(example: Example) -> None:
             args = (*args[:2], wanted[0].shape[dim : dim + len(sizes)])
         actual = results(example.op(*args, **kwargs))
         for one, two in zip(actual, wanted, strict=True):
+            if example.op is torch.ops.aten.empty_like.default:
+                assert one.shape == two.shape  # it has no values
+                continue
             torch.testing.assert_close(one, two, atol=1e-12, rtol=0)
 
 
