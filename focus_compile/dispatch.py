@@ -79,8 +79,20 @@ def _index(node: Node, axes: AxisMap) -> Transfer:
     picked = axes.dims[index][0]
     out = (*dims[:at], *picked, *dims[at + 1 :])
     known = axes.meaning.get(index)
-    by_position = known is not None and known.kind == "position" and _same(known.of, dims[at], axes)
-    return Transfer((out,), () if by_position else (dims[at],))
+    if len(picked) == 1 and _tells_rows(known, picked[0], axes):
+        assert known is not None
+        return Transfer((out,), () if _same(known.of, dims[at], axes) else (dims[at],))
+    return Transfer((out,), (dims[at],))
+
+
+def _tells_rows(known: Meaning | None, picked: Dim, axes: AxisMap) -> bool:
+    """Whether integers are positions that were found by sorting.
+
+    Those of an ``arange`` over tokens are positions on the canvas, which packed rows are not at.
+    """
+    if known is None or known.kind != "position":
+        return False
+    return axes.listed(picked) or axes.listed(known.of)
 
 
 def _arguments(node: Node) -> tuple[Any, ...]:
@@ -120,8 +132,9 @@ def _index_add(node: Node, axes: AxisMap) -> Transfer:
         return Transfer(fresh(node, axes), (*dims, *axes.dims[rows][0]))
     for left, right in zip((picked, *dims[1:]), axes.dims[rows][0], strict=True):
         axes.unify(left, right)
-    if known is None or known.kind != "position":
+    if not _tells_rows(known, picked, axes):
         return Transfer((dims,), (dims[0], picked))
+    assert known is not None
     axes.unify(dims[0], known.of)
     return Transfer((dims,))
 

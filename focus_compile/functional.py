@@ -16,7 +16,10 @@ from torch.fx import Graph, GraphModule, Node
 
 __all__ = ["functionalize"]
 
-KEPT = (torch.ops.aten.detach_.default,)
+aten = torch.ops.aten
+KEPT = (aten.detach_.default,)
+SELF = (aten.dropout.default, aten.feature_dropout.default, aten.type_as.default)
+"""Operators that may return their operand itself, though their schemas do not say so."""
 
 
 def functionalize(gm: GraphModule) -> None:
@@ -52,7 +55,7 @@ def _counterpart(node: Node) -> OpOverload | None:
         return None
     if not _writes(first) or any(_writes(other) for other in others):
         return None
-    packet: Any = getattr(torch.ops.aten, name[:-1], None)
+    packet: Any = getattr(aten, name[:-1], None)
     found: OpOverload | None = getattr(packet, target._overloadname, None)
     return found
 
@@ -88,5 +91,7 @@ def _aliased(node: Node) -> Node | None:
         return _aliased(source) if isinstance(source, Node) else None
     if not isinstance(node.target, OpOverload) or not isinstance(source, Node):
         return None
+    if node.target in SELF:
+        return source
     shared = any(result.alias_info is not None for result in node.target._schema.returns)
     return source if shared else None

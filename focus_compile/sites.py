@@ -17,7 +17,7 @@ from typing import Any
 import networkx as nx
 from torch.fx import GraphModule, Node
 
-from focus_compile.axes import AxisMap, Dims, Role, tensor_of
+from focus_compile.axes import AxisMap, Dim, Dims, Role, tensor_of
 from focus_compile.errors import Unsupported
 from focus_compile.rules import argument, aten, cat_parts, operands
 
@@ -104,19 +104,20 @@ def find_sites(gm: GraphModule, axes: AxisMap) -> tuple[Site, ...]:
         Unsupported: a site has a layout or a form that the passes do not understand.
     """
     sites: list[Site] = []
+    flow = data_flow(gm)
     for node in gm.graph.nodes:
         match = _match(node)
         if match is None or not any(axes.holds(d, Role.TOKEN) for d in axes.of(match.query)):
             continue
-        sites.append(_site(len(sites), match, axes))
+        sites.append(_site(len(sites), match, axes, flow))
+    nodes = {node.name: node for node in gm.graph.nodes}
     for site, after in pairwise(sites):
-        nodes = {node.name: node for node in gm.graph.nodes}
-        if not nx.has_path(data_flow(gm), nodes[site.out], nodes[after.query]):
+        if not nx.has_path(flow, nodes[site.out], nodes[after.query]):
             raise Unsupported("two attention sites run side by side", nodes[after.out])
     return tuple(sites)
 
 
-def _site(layer: int, match: _Match, axes: AxisMap) -> Site:
+def _site(layer: int, match: _Match, axes: AxisMap, flow: nx.DiGraph) -> Site:
     node = match.region[-1]
     query = axes.of(match.query)
     if len(query) != 4 or axes.position(query, Role.TOKEN) != 2:
@@ -135,7 +136,7 @@ def _site(layer: int, match: _Match, axes: AxisMap) -> Site:
         causal=match.causal,
         scale=match.scale,
         region=tuple(part.name for part in match.region),
-        writes=(_write(key, axes, node), _write(value, axes, node)),
+        writes=(_write(key, axes, node, flow), _write(value, axes, node, flow)),
         module=Unsupported("", node).module,
     )
 
@@ -238,7 +239,7 @@ def _along(axes: AxisMap, dims: Dims) -> int | None:
     return axes.position(dims, Role.TOKEN)
 
 
-def _write(attended: Node, axes: AxisMap, site: Node) -> Write:
+def _write(attended: Node, axes: AxisMap, site: Node, flow: nx.DiGraph) -> Write:
     """The K/V write whose result, as it is or token by token changed, a site attends to."""
     if not _holds_history(attended, axes):
         dims = axes.of(attended)
@@ -257,6 +258,9 @@ def _write(attended: Node, axes: AxisMap, site: Node) -> Write:
     if len(found) != 1:
         raise Unsupported("the write of new keys or values into the cache is not understood", site)
     (cat,) = found
+    for node in nx.descendants(flow, cat) & (nx.ancestors(flow, attended) | {attended}):
+        if node in axes.unruled or any(_is_keys(dim, axes) for dim in axes.mixed.get(node, ())):
+            raise Unsupported("keys or values are mixed before they are attended to", node)
     past, new = cat_parts(cat)
     if past.op != "placeholder":
         raise Unsupported("past keys or values are changed before they are used", past)
@@ -269,7 +273,11 @@ def _write(attended: Node, axes: AxisMap, site: Node) -> Write:
 
 
 def _holds_history(node: Node, axes: AxisMap) -> bool:
-    return any(axes.history(dim) is not None for dim in axes.of(node))
+    return any(_is_keys(dim, axes) for dim in axes.of(node))
+
+
+def _is_keys(dim: Dim, axes: AxisMap) -> bool:
+    return axes.history(dim) is not None
 
 
 def _joins(cat: Node, axes: AxisMap) -> bool:

@@ -102,9 +102,17 @@ def counts_of_all(experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -
     return combined(out[order.argsort()], x, weights)
 
 
+def by_number(experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Every row by its own number: packed rows have others."""
+    numbers = torch.arange(x.shape[0])
+    x = x * (numbers >= 0).unsqueeze(-1)
+    return experts.dense(x[numbers], index, weights)
+
+
 @pytest.mark.parametrize(
     ("way", "reason"),
     [
+        (by_number, "mixes tokens outside attention"),
         (never_put_back, "the token, batch or key axis meets another axis"),
         (in_another_order, "the token, batch or key axis meets another axis"),
         (running_sum, "this operator fails on other sizes"),

@@ -16,7 +16,7 @@ import focus_compile
 from focus_compile.rules import RULES
 from tests.dialects import DIALECTS, Draw, Subject, draw_call
 from tests.harness import MASK, retained
-from tests.models import dream
+from tests.models import dream, llada
 from tests.models.dream import Dream
 from tests.models.llada2 import LLaDA2
 from tests.reference.emulation import Emulation
@@ -194,6 +194,19 @@ def test_quantised_weights_are_refused_by_name() -> None:
 
     subject = Subject(dataclasses.replace(DIALECTS["dream-canvas"], build=build))
     with pytest.raises(BackendCompilerFailed, match="an input is a TwoTensor, a tensor made of"):
+        subject.focus(draw_call(subject.dialect, 0))
+
+
+def test_keys_that_are_mixed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots that hold nothing would have a part in what other keys become."""
+    plain = llada.Rotary.forward
+
+    def centred(self: Any, query: torch.Tensor, key: torch.Tensor) -> Any:
+        return plain(self, query, key - key.mean(2, keepdim=True))
+
+    monkeypatch.setattr(llada.Rotary, "forward", centred)
+    subject = Subject(DIALECTS["llada"])
+    with pytest.raises(BackendCompilerFailed, match="mixed before they are attended to"):
         subject.focus(draw_call(subject.dialect, 0))
 
 

@@ -76,7 +76,15 @@ def base_of_a_view(x: Tensor) -> Tensor:
     return made
 
 
-@pytest.mark.parametrize("model", [into_an_input, under_a_view, base_of_a_view])
+def itself(x: Tensor) -> Tensor:
+    """What dropout and ``type_as`` return may be their operand."""
+    made = x * 2
+    same = torch.nn.functional.dropout(made, training=False).type_as(x)
+    same.add_(1)
+    return made
+
+
+@pytest.mark.parametrize("model", [into_an_input, under_a_view, base_of_a_view, itself])
 def test_left_alone(model: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     gm = make_fx(model, pre_dispatch=True)(x.clone())
