@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     def __init__(self, size: int, shift: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size).uniform_(0.5, 1.5))
+        self.weight = nn.Parameter(torch.empty(size).uniform_(0.5 - shift, 1.5 - shift))
         self.shift = shift
 
     def forward(self, x: Tensor) -> Tensor:
