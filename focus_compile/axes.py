@@ -78,7 +78,7 @@ class Transfer:
 @dataclass(frozen=True, slots=True)
 class Meaning:
     """What integers stand for: ``position``: along axes ``of``; ``sorted``: ids, in the order of
-    the list ``of``; ``count``: of each id in that list, or running totals of these."""
+    the list ``of``; ``count``: of each id in that list; ``end``: where its rows end there."""
 
     kind: str
     of: Dim

@@ -159,11 +159,13 @@ def analyze(gm: GraphModule) -> Analysis:
 
 
 def _layout(canonical: Canonical, plan: Plan) -> Layout:
+    keys = plan.sites[-1].writes[0]
     names = [slot_name(site.layer, part) for site in plan.sites for part in (0, 1)]
     return Layout(
         inputs=canonical.inputs,
         arguments=canonical.arguments,
         ids=plan.ids,
         slots=tuple(plan.inputs[name] for name in names),
-        past=plan.sites[-1].writes[0].past,
+        past=keys.past,
+        past_dim=keys.token_dim,
     )

@@ -23,7 +23,8 @@ REMEDIES = (
     (
         ("data dependent operator", "numpy(", "item(", "tolist("),
         "values go to the host, such as the counts per expert of LLaDA2-MoE's `moe_infer`: compute "
-        "experts by `F.grouped_mm` or by weights picked per token (docs/models.md)",
+        "experts as transformers' grouped_mm and batched_mm do (docs/models.md; on a CPU "
+        "`F.grouped_mm` itself traces in bf16 only)",
     ),
 )
 
@@ -43,7 +44,7 @@ class GraphBreak:
 
 def graph_break(gm: GraphModule) -> GraphBreak | None:
     """Why the graph ended where it did, or None: at the model's own end."""
-    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    reason: Any = gm.compile_subgraph_reason  # Dynamo sets it on every graph
     if reason is None or not reason.graph_break:
         return None
     frames = [frame for frame in reason.user_stack if frame.line]

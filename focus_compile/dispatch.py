@@ -153,9 +153,9 @@ def _grouped_mm(node: Node, axes: AxisMap) -> Transfer:
     rows, weights, ends = operands(node)[:3]
     (list_, inner), weight = axes.dims[rows][0], axes.dims[weights][0]
     known = axes.meaning.get(ends)
-    counted = known is not None and known.kind == "count" and _same(known.of, list_, axes)
+    ended = known is not None and known.kind == "end" and _same(known.of, list_, axes)
     mixed = (inner, *weight)
-    return Transfer(((list_, weight[-1]),), mixed if counted else (*mixed, list_))
+    return Transfer(((list_, weight[-1]),), mixed if ended else (*mixed, list_))
 
 
 def meaning(node: Node, axes: AxisMap) -> Meaning | None:
@@ -205,6 +205,11 @@ def _of_count(node: Node, axes: AxisMap) -> Meaning | None:
     return Meaning("count", known.of) if known is not None and known.kind == "sorted" else None
 
 
+def _of_running_total(node: Node, axes: AxisMap) -> Meaning | None:
+    known = _known(node, axes)
+    return Meaning("end", known.of) if known is not None and known.kind == "count" else None
+
+
 def _of_division(node: Node, axes: AxisMap) -> Meaning | None:
     """Positions of (token, choice), divided by the number of choices: positions of tokens."""
     known, by = _known(node, axes), node.args[1]
@@ -221,7 +226,7 @@ _TELLERS: dict[Any, Callable[[Node, AxisMap], Meaning | None]] = {
     aten.arange.default: _of_arange,
     aten.arange.start: _of_arange,
     aten.index_put.default: lambda node, axes: _known(node, axes, 2),
-    aten.cumsum.default: _known,
+    aten.cumsum.default: _of_running_total,
     **dict.fromkeys(ARGSORTS, _of_argsort),
     **dict.fromkeys((aten.histc.default, aten.bincount.default), _of_count),
     **dict.fromkeys(CASTS, _known),

@@ -194,13 +194,14 @@ def _denoise(
         focus.masked, focus.logits = masked, None
         canvas = rows.peek(block)
         if focus.logits is None:
-            values, row = canvas.flatten(0, 1), torch.arange(masked.numel()).view(masked.shape)
+            values, row = canvas.flatten(0, 1), torch.arange(masked.numel(), device=masked.device)
+            row = row.view(masked.shape)
         else:
             packed = focus.logits
             result.retain_masks.append(focus.retain_mask)
-            values, row = packed.values, torch.full(masked.shape, -1)
-            row[packed.rows, packed.positions] = torch.arange(len(values))
-        row = row.to(masked.device)
+            values = packed.values
+            row = torch.full(masked.shape, -1, device=masked.device)
+            row[packed.rows, packed.positions] = torch.arange(len(values), device=masked.device)
         if last is not None:
             start = len(values) + torch.arange(len(last), device=row.device)
             values, row = torch.cat([values, last]), torch.cat([start[:, None], row[:, :-1]], 1)

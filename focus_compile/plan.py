@@ -31,6 +31,7 @@ from focus_compile.sites import Site, data_flow, find_sites
 __all__ = ["Domain", "Place", "Plan", "make_plan", "slot_name"]
 
 _MIN_LAYERS = 2
+_COUNTS = ("count", "end")
 
 
 class Domain(Enum):
@@ -226,12 +227,12 @@ def _token_dim(axes: AxisMap, dims: Dims) -> int | None:
 def _check_count(node: Node, axes: AxisMap) -> None:
     """Refuse a value of all tokens together, but for counts that only tell experts their rows."""
     known = axes.meaning.get(node)
-    if known is None or known.kind != "count":
+    if known is None or known.kind not in _COUNTS:
         raise Unsupported("an operator removes the token axis", node)
     for user in node.users:
         counts = axes.meaning.get(user)
         ends = user.target in GROUPED and operands(user)[2] is node and node not in user.args[:2]
-        if not ends and (counts is None or counts.kind != "count"):
+        if not ends and (counts is None or counts.kind not in _COUNTS):
             raise Unsupported("the number of tokens per expert is used for something else", user)
 
 

@@ -136,9 +136,6 @@ class Replay:
     def total(self, *sizes: Node | int) -> Node | int:
         return self._fold(operator.add, 0, sizes)
 
-    def difference(self, left: Node | int, right: Node | int) -> Node | int:
-        return self._arithmetic(operator.sub, left, right)
-
     def finish(self, outputs: Argument) -> GraphModule:
         """Close the graph; nothing may be added after."""
         self.graph.output(outputs)

@@ -40,7 +40,7 @@ class Layout:
         inputs: the canonical graph's own inputs; arguments: the argument that each comes from.
         ids: name of the token ids.
         slots: inputs for the K/V of the step before, layer by layer.
-        past: name of the last layer's past keys, whose dim before the last is the history.
+        past: name of the last layer's past keys; past_dim: their dim that is the history.
     """
 
     inputs: tuple[Input, ...]
@@ -48,6 +48,7 @@ class Layout:
     ids: str
     slots: tuple[Input, ...]
     past: str | None
+    past_dim: int
 
 
 class Executable:
@@ -154,8 +155,9 @@ class Executable:
         history = History(0, None)
         if self.layout.past is not None:
             past = values[self.layout.past]
-            length = past.shape[-2]
-            history = History(length, past[..., -1, :].clone() if length else None)
+            dim = self.layout.past_dim
+            length = past.shape[dim]
+            history = History(length, past.select(dim, -1).clone() if length else None)
         key = self._key(args)
         state = session.state(key) if key else None
         if state is None or not state.fits(ids) or not self._stores(state):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 import networkx as nx
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -21,6 +22,8 @@ from focus_compile.rules import RESHAPES, argument, aten, operands
 from focus_compile.sites import data_flow
 
 __all__ = ["widen"]
+
+UNKNOWN = "what is computed from the last tokens alone is not understood"
 
 
 def widen(gm: GraphModule) -> tuple[GraphModule, dict[int, int]]:
@@ -50,6 +53,8 @@ def widen(gm: GraphModule) -> tuple[GraphModule, dict[int, int]]:
             others = [source for source in operands(node) if source not in shortened]
             if any(axes.holds(dim, Role.TOKEN) for source in others for dim in axes.of(source)):
                 raise Unsupported("this operator mixes tokens outside attention", node)
+            if len(found) > 1:
+                raise Unsupported(UNKNOWN, node)
             env[node] = _widened(node, replay, env, any(found))
             (shortened[node],) = found
         else:
@@ -93,6 +98,9 @@ def _number(node: Node) -> int:
 def _widened(node: Node, replay: Replay, env: dict[Node, Node], longer: bool) -> Node:
     """A node whose operands may have become longer."""
     if longer and (node.target in RESHAPES or node.target is aten.expand.default):
-        raise Unsupported("what is computed from the last tokens alone is not understood", node)
+        raise Unsupported(UNKNOWN, node)
     args, kwargs = map_arg((node.args, node.kwargs), lambda arg: env[arg])
-    return replay.call(node.target, args, kwargs, like=node)
+    made = replay.call(node.target, args, kwargs, like=node)
+    if isinstance(node.meta["val"], Tensor) and tensor_of(made).dim() != tensor_of(node).dim():
+        raise Unsupported(UNKNOWN, node)  # a squeeze of one token, which is no longer one
+    return made

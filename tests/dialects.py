@@ -71,7 +71,8 @@ def _llada_canvas(_: LLaDA, draw: Draw) -> dict[str, Any]:
 
 
 def _dream(model: Dream, draw: Draw) -> dict[str, Any]:
-    shape = (len(draw.ids), draw.history, model.groups * model.head)
+    heads = (model.groups * model.head,) if model.folded else (model.groups, model.head)
+    shape = (len(draw.ids), draw.history, *heads)
     past = [(draw.random(*shape), draw.random(*shape)) for _ in model.layers]
     return {
         "input_ids": draw.ids,
@@ -157,6 +158,7 @@ DIALECTS: dict[str, Dialect] = {
         lambda: LLaDA(causal=True), _llada_canvas, lambda out: out.logits, history=False
     ),
     "dream": Dialect(Dream, _dream, lambda out: out[-1]),
+    "dream-heads": Dialect(lambda: Dream(folded=False), _dream, lambda out: out[-1]),
     "dream-canvas": Dialect(
         lambda: Dream(groups=3), _dream_canvas, lambda out: out[0], history=False
     ),

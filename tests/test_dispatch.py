@@ -102,6 +102,21 @@ def counts_of_all(experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -
     return combined(out[order.argsort()], x, weights)
 
 
+def ends_left_out(experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Counts, not where they end: the rows of an expert depend on how many others there are."""
+    ids, order = torch.sort(index.reshape(-1))
+    counts = torch.histc(ids.float(), bins=len(experts.down), min=0, max=len(experts.down) - 1)
+    rows = x[order // index.shape[-1]]
+    out = grouped_mm(rows, experts.gate_up.transpose(1, 2), counts.int()).chunk(2, dim=-1)[0]
+    return combined(torch.cat([out, out], -1)[..., : x.shape[-1]][order.argsort()], x, weights)
+
+
+def summed_positions(experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Running totals of positions are no positions."""
+    out, order, _ = listed(experts, x, index)
+    return combined(out[order.argsort().cumsum(0) % len(out)], x, weights)
+
+
 def by_number(experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Every row by its own number: packed rows have others."""
     numbers = torch.arange(x.shape[0])
@@ -112,6 +127,8 @@ def by_number(experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Te
 @pytest.mark.parametrize(
     ("way", "reason"),
     [
+        (ends_left_out, "mixes tokens outside attention"),
+        (summed_positions, "mixes tokens outside attention"),
         (by_number, "mixes tokens outside attention"),
         (never_put_back, "the token, batch or key axis meets another axis"),
         (in_another_order, "the token, batch or key axis meets another axis"),

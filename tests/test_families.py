@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
@@ -198,6 +198,38 @@ def test_quantised_weights_are_refused_by_name() -> None:
     subject = Subject(dataclasses.replace(DIALECTS["dream-canvas"], build=build))
     with pytest.raises(BackendCompilerFailed, match="an input is a TwoTensor, a tensor made of"):
         subject.focus(draw_call(subject.dialect, 0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llada", "dream", "dream-heads"])
+def test_a_history_that_grows_without_a_commit(name: str) -> None:
+    """Its length is found wherever the cache has its tokens."""
+    subject = Subject(DIALECTS[name])
+    draw = draw_call(subject.dialect, 1)
+    tokens, keys = draw.ids.shape[1], draw.history + 2
+    visible = torch.ones(len(draw.ids), tokens, keys + tokens, dtype=torch.bool)
+    longer = dataclasses.replace(draw, history=keys, visible=visible)
+    with focus_compile.session():
+        subject.focus(draw)
+        with pytest.raises(focus_compile.UncommittedHistory) as error:
+            subject.focus(longer)
+    assert str(draw.history) in str(error.value) and str(keys) in str(error.value)
+
+
+def test_last_tokens_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the last token's axis is dropped, nothing can be cut off what comes back."""
+    monkeypatch.setattr(Dream, "forward", last_token_alone(Dream.forward))
+    subject = Subject(DIALECTS["dream-canvas"])
+    with pytest.raises(BackendCompilerFailed, match="last tokens alone is not understood"):
+        subject.focus(draw_call(subject.dialect, 0))
+
+
+def last_token_alone(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def alone(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        (logits,) = forward(self, input_ids, **kwargs)
+        return (logits[:, -1:].squeeze(1),)
+
+    return alone
 
 
 def test_keys_that_are_mixed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ def repeat_kv(x: Tensor, times: int) -> Tensor:
 class Attention(nn.Module):
     branches = False
     """Whether the mask's values are looked at, as SDAR's public file does: it breaks the graph."""
+    folded = True
+    """Whether the cache holds heads folded, or ``[B, S, G, D]``."""
 
     def __init__(self, size: int, heads: int, groups: int, head: int) -> None:
         super().__init__()
@@ -47,9 +49,11 @@ class Attention(nn.Module):
             mask = None
         batch, length, _ = x.shape
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if not self.folded:
+            key, value = (x.unflatten(-1, (self.groups, self.head)) for x in (key, value))
         if past is not None:
-            key = torch.cat([past[0], key], dim=-2)
-            value = torch.cat([past[1], value], dim=-2)
+            key = torch.cat([past[0], key], dim=1)
+            value = torch.cat([past[1], value], dim=1)
         present = (key, value)
         query = query.view(batch, length, self.heads, self.head).transpose(1, 2)
         key = key.view(batch, -1, self.groups, self.head).transpose(1, 2)
@@ -94,6 +98,7 @@ class Dream(nn.Module):
         groups: int = 2,
         head: int = 16,
         inner: int = 72,
+        folded: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -102,7 +107,9 @@ class Dream(nn.Module):
         self.norm = RMSNorm(size)
         self.lm_head = nn.Linear(size, vocab, bias=False)
         self.register_buffer("inv_freq", inverse_frequencies(head), persistent=False)
-        self.groups, self.head = groups, head
+        self.groups, self.head, self.folded = groups, head, folded
+        for layer in self.layers:
+            layer.self_attn.folded = folded
         randomize(self, seed)
 
     def rotary(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
