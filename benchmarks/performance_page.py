@@ -40,7 +40,7 @@ python -m benchmarks.performance_page
 
 Blocks of {block} after a prompt of {prompt}, {pairs} alternating pairs; median, least and largest
 of the ratios focus / inductor, pair by pair. What `--full` lists and this table lacks has not been
-run.
+run. Rows were measured on different commits, as a row takes up to half an hour.
 
 """
 
@@ -57,7 +57,7 @@ SCALING = """
 ## What a step costs
 
 {shape}, {layers} layers; the first step of a block, batch {batch}, block {block}, history {history}
-and {kept} retained tokens per row where nothing else is said; median of {repeats}.
+and {kept} retained tokens per row where nothing else is said; median of {repeats}; commit {commit}.
 
 ![seconds per step](performance_scaling.png)
 
@@ -68,7 +68,8 @@ COMPILE = """
 
 "blocks": wall time to the end of the second block of one loop, compilation counted. "capture": a
 call with masks and one without, of one captured graph, so that each of its programs is compiled.
-"cold": empty Inductor cache, "warm": filled by the run before. Pairs of processes: {runs}; medians.
+"cold": empty Inductor cache, "warm": filled by the run before. Pairs of processes: {runs}; medians;
+commit {commit}.
 
 """
 NOTES = """
@@ -97,7 +98,7 @@ def _throughput(rows: list[dict[str, Any]]) -> str:
     out = HEAD.format(alignment=ALIGNED, **first)
     out += _head(
         *("shape", "batch", "strategy", "fed", "retained", "eager", "inductor", "focus"),
-        *("blocks: ratio", "by FLOPs", "reached", "steps: ratio", "by FLOPs"),
+        *("blocks: ratio", "by FLOPs", "reached", "steps: ratio", "by FLOPs", "commit"),
     )
     for row in rows:
         cells = [row["shape"], row["batch"], f"`{row['strategy']}`"]
@@ -108,7 +109,7 @@ def _throughput(rows: list[dict[str, Any]]) -> str:
         ]
         cells += [_ratio(row["ratio_focus_inductor"]), f"{row['limit_ratio']:.2f}"]
         cells += [f"{row['limit_efficiency']:.0%}", _ratio(row["ratio_steps_only"])]
-        cells += [f"{row['limit_ratio_steps_only']:.2f}"]
+        cells += [f"{row['limit_ratio_steps_only']:.2f}", row["commit"]]
         out += _line(cells)
     out += DETAIL + _head(
         *("shape", "batch", "strategy", "contestant", "forward", "commit", "outside"),
@@ -141,7 +142,7 @@ def _scaling(report: dict[str, Any]) -> str:
 
 
 def _compile(rows: list[dict[str, Any]]) -> str:
-    out = COMPILE.format(runs=rows[0]["runs"])
+    out = COMPILE.format(**rows[0])
     out += _head("shape", "work", "cache", "inductor, s", "focus, s", "ratio")
     for row in rows:
         for kind in ("cold", "warm"):

@@ -21,6 +21,7 @@ import torch
 import typer
 from rich.progress import Progress
 
+from benchmarks.provenance import commit
 from benchmarks.shapes import build
 from focus_compile import Signal, session
 from focus_compile.rows import Rows
@@ -62,6 +63,7 @@ def main(
         "dtype": str(model.dtype),
         "torch": torch.__version__,
         "machine": platform.machine(),
+        "commit": commit(),
         **asdict(Point()),
         "curves": {},
     }

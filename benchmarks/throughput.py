@@ -34,6 +34,7 @@ from transformers import DynamicCache
 import focus_compile
 from benchmarks.contest import Run, Work, contestants, prepare
 from benchmarks.memory import sampled
+from benchmarks.provenance import commit
 from benchmarks.trace import BLOCK, Trace
 from focus_compile.rows import cache_keyword
 
@@ -98,6 +99,7 @@ def measure(
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype),
         "machine": _machine(),
+        "commit": commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         **{name: _figures(made, work) | peaks[name] for name, made in runs.items()},
