@@ -124,8 +124,8 @@ def main(
             }
         rows.append(row)
         print(row)
-    if out is not None:
-        out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        if out is not None:
+            out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def _spawn(contest: str, threads: int, cache: str) -> float:

@@ -17,8 +17,9 @@ from focus_compile.axes import tensor_of
 from focus_compile.canonical import Canonical, canonicalize
 from focus_compile.capture import capture
 from focus_compile.config import FocusConfig
-from focus_compile.cut import Halves, cut
+from focus_compile.cut import Halves, cut, part
 from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
+from focus_compile.grow import grow, last_index
 from focus_compile.inputs import Input
 from focus_compile.labels import token_ids
 from focus_compile.lower import lower
@@ -146,20 +147,21 @@ def analyze(gm: GraphModule) -> Analysis:
         Unsupported: FOCUS cannot be applied soundly.
         EmptyCall: there are no token ids.
     """
-    captured = capture(gm)
+    captured, written = capture(gm)
     entry = token_ids(captured)
     if entry is not None and 0 in (shape := tensor_of(entry[1]).shape):
         raise EmptyCall(tuple(shape))
-    widened, last = widen(captured)
+    widened, last = widen(grow(captured))
     canonical = canonicalize(widened)
     plan = make_plan(canonical)
     stages = tuple(rewrite(canonical.gm, plan))
-    layout = _layout(canonical, plan)
+    layout = _layout(canonical, plan, written)
     return Analysis(captured, canonical, plan, stages, cut(stages[-1][1], plan, last), layout)
 
 
-def _layout(canonical: Canonical, plan: Plan) -> Layout:
+def _layout(canonical: Canonical, plan: Plan, written: tuple[int, ...]) -> Layout:
     keys = plan.sites[-1].writes[0]
+    index = last_index(canonical.gm)
     names = [slot_name(site.layer, part) for site in plan.sites for part in (0, 1)]
     return Layout(
         inputs=canonical.inputs,
@@ -168,4 +170,6 @@ def _layout(canonical: Canonical, plan: Plan) -> Layout:
         slots=tuple(plan.inputs[name] for name in names),
         past=keys.past,
         past_dim=keys.token_dim,
+        index=None if index is None else part(canonical.gm, index),
+        written=written,
     )

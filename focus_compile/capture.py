@@ -1,6 +1,7 @@
 """Dynamo's graph -> pre-dispatch ATen under the same fake mode, sizes kept symbolic.
 
-Writes in place become pure operators where nobody else can see them.
+Writes in place become pure operators where nobody else can see them, and what is written into an
+input becomes an output.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from focus_compile.axes import graph_inputs
+from focus_compile.axes import graph_inputs, graph_outputs
 from focus_compile.errors import Unsupported
 from focus_compile.functional import functionalize
 
 __all__ = ["capture"]
 
 
-def capture(gm: GraphModule) -> GraphModule:
+def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     """Trace Dynamo's graph to pre-dispatch ATen; module paths and input provenance are kept.
+
+    Returns:
+        the graph, and which of its inputs the model writes into. Their new values are its last
+        outputs.
 
     Raises:
         Unsupported: the graph has no tensor input, or one that is more than a tensor.
@@ -41,5 +46,9 @@ def capture(gm: GraphModule) -> GraphModule:
         if "tensor_dict" in node.meta:
             inner.meta["tensor_dict"] = node.meta["tensor_dict"]
     graph.graph.eliminate_dead_code()
-    functionalize(graph)
-    return graph
+    written = functionalize(graph)
+    if written:
+        graph.graph.output_node().args = ((*graph_outputs(graph), *written.values()),)
+        graph.recompile()
+    places = {node: index for index, node in enumerate(graph_inputs(graph))}
+    return graph, tuple(places[node] for node in written)

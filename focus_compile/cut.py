@@ -22,7 +22,7 @@ from focus_compile.passes.retain import CONTROL
 from focus_compile.plan import Plan
 from focus_compile.sites import data_flow
 
-__all__ = ["Half", "Halves", "Returned", "cut"]
+__all__ = ["Half", "Halves", "Returned", "cut", "part"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,12 @@ def cut(gm: GraphModule, plan: Plan, last: Mapping[int, int] | None = None) -> H
     )
 
 
+def part(gm: GraphModule, node: Node) -> Half:
+    """What computes one value of a graph."""
+    members = {found for found in {node} | nx.ancestors(data_flow(gm), node) if _computes(found)}
+    return _half(gm, members, [node])
+
+
 def _returned(node: Node, last: int | None) -> Returned:
     if node.target is not focus.restore.default:
         if last is not None:
@@ -161,7 +167,8 @@ def _half(
     graph = Graph()
     env: dict[Node, Node] = {}
     members = members | _sizes_of(members)
-    reads = {source for node in members for source in node.all_input_nodes} - members
+    reads = {source for node in members for source in node.all_input_nodes} | set(outputs)
+    reads -= members
     inputs = [
         node
         for node in gm.graph.nodes

@@ -2,7 +2,8 @@
 
 Pre-dispatch graphs keep ``scatter_``, ``div_``, ``mul_``, ... as the model wrote them. Where only
 the written value is read afterwards, and no other view of its memory, the operator without the
-underscore computes the same. What writes into an input of the graph is left alone, and refused.
+underscore computes the same. An input that is written as a whole (a cache of fixed length) gets its
+last value after the call; what writes into a view of one is left alone, and refused.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import sympy
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
+
+from focus_compile.axes import expr_of, tensor_of
 
 __all__ = ["functionalize"]
 
@@ -22,9 +26,15 @@ SELF = (aten.dropout.default, aten.feature_dropout.default, aten.type_as.default
 """Operators that may return their operand itself, though their schemas do not say so."""
 
 
-def functionalize(gm: GraphModule) -> None:
-    """Replace writes in place, where that is safe."""
+def functionalize(gm: GraphModule) -> dict[Node, Node]:
+    """Replace writes in place, where that is safe.
+
+    Returns:
+        inputs that the graph wrote into, with the value that each of them is to have.
+    """
     graph = gm.graph
+    _drop_whole_slices(graph)
+    inputs: dict[Node, Node] = {}
     for node in list(graph.nodes):
         counterpart = _counterpart(node)
         if counterpart is None:
@@ -41,7 +51,28 @@ def functionalize(gm: GraphModule) -> None:
             if user is not made and order.get(user, -1) > order[node]:
                 user.replace_input_with(written, made)
         graph.erase_node(node)
+        if written.op == "placeholder":
+            inputs[written] = made
+        for given, value in inputs.items():
+            if value is written:
+                inputs[given] = made
     gm.recompile()
+    return inputs
+
+
+def _drop_whole_slices(graph: Graph) -> None:
+    """``x[:]`` is ``x``: with it, an assignment to ``x[:, :, index]`` writes into ``x`` itself."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not aten.slice.Tensor:
+            continue
+        source = node.args[0]
+        if isinstance(source, Node) and _shape(source) == _shape(node):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _shape(node: Node) -> list[sympy.Expr]:
+    return [expr_of(size) for size in tensor_of(node).shape]
 
 
 def _counterpart(node: Node) -> OpOverload | None:
@@ -69,7 +100,7 @@ def _only_read_through(written: Any, node: Node, order: dict[Node, int], graph: 
     base = written
     while (source := _aliased(base)) is not None:
         base = source
-    if base.op != "call_function":
+    if base.op != "call_function" and (base.op != "placeholder" or base is not written):
         return False
     aliases = {base}
     for other in graph.nodes:  # in order: an alias comes after what it is one of

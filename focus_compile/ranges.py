@@ -41,7 +41,10 @@ def is_window(node: Node, sizes: Sizes) -> bool:
     if node.target is not aten.slice.Tensor:
         return False
     dim = sizes.axes.of(node)[_sliced(node)]
-    return any(axis.role is not None or axis.sum is not None for axis in sizes.axes.resolve(dim))
+    return any(
+        axis.role is not None or axis.sum is not None or isinstance(sizes.names.get(axis), str)
+        for axis in sizes.axes.resolve(dim)
+    )
 
 
 def _sliced(node: Node) -> int:

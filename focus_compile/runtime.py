@@ -12,7 +12,7 @@ from torch import Tensor
 
 from focus_compile.block import BlockState, History
 from focus_compile.config import FocusConfig
-from focus_compile.cut import Halves
+from focus_compile.cut import Half, Halves
 from focus_compile.errors import EmptyCall
 from focus_compile.feed import Feed, feed
 from focus_compile.inputs import Input, length
@@ -41,6 +41,9 @@ class Layout:
         ids: name of the token ids.
         slots: inputs for the K/V of the step before, layer by layer.
         past: name of the last layer's past keys; past_dim: their dim that is the history.
+        index: computes which slots of a cache of fixed length the block takes, int64 ``[T]``; None
+            where the block follows the history.
+        written: arguments that the model writes into; their values are the last ones returned.
     """
 
     inputs: tuple[Input, ...]
@@ -49,6 +52,8 @@ class Layout:
     slots: tuple[Input, ...]
     past: str | None
     past_dim: int
+    index: Half | None
+    written: tuple[int, ...]
 
 
 class Executable:
@@ -135,7 +140,11 @@ class Executable:
         packed = session is not None and session.packed
         if session is not None and packed:
             session.logits = packed_logits(self.halves, values)
-        return returned(self.halves, values, packed)
+        made = returned(self.halves, values, packed)
+        own = len(made) - len(self.layout.written)
+        for argument, value in zip(self.layout.written, made[own:], strict=True):
+            args[argument].copy_(value)
+        return made[:own]
 
     def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
         """What tells one model from another: its parameters."""
@@ -157,7 +166,10 @@ class Executable:
             past = values[self.layout.past]
             dim = self.layout.past_dim
             length = past.shape[dim]
-            history = History(length, past.select(dim, -1).clone() if length else None)
+            if (index := self.layout.index) is not None:
+                (places,) = index.gm(*(values[name] for name in index.inputs))
+                length = int(places.min())
+            history = History(length, past.select(dim, length - 1).clone() if length else None)
         key = self._key(args)
         state = session.state(key) if key else None
         if state is None or not state.fits(ids) or not self._stores(state):

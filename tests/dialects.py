@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DynamicCache,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    StaticCache,
+)
 
 from focus_compile import focus_backend
 from focus_compile.runtime import Executable
@@ -64,6 +71,15 @@ def _llada(model: LLaDA, draw: Draw) -> dict[str, Any]:
     shape = (len(draw.ids), model.groups, draw.history, model.head)
     past = [(draw.random(*shape), draw.random(*shape)) for _ in range(model.layers)]
     return {"input_ids": draw.ids, "past_key_values": past, "use_cache": True}
+
+
+def _llada_dual(model: LLaDA, draw: Draw) -> dict[str, Any]:
+    """A cache of the whole canvas: the block, and four tokens to its right."""
+    tokens = draw.ids.shape[1]
+    shape = (len(draw.ids), model.groups, draw.history + tokens + 4, model.head)
+    past = [(draw.random(*shape), draw.random(*shape)) for _ in range(model.layers)]
+    places = draw.history + torch.arange(tokens)
+    return {"input_ids": draw.ids, "past_key_values": past, "replace_position": places}
 
 
 def _llada_canvas(_: LLaDA, draw: Draw) -> dict[str, Any]:
@@ -149,11 +165,44 @@ def _sdar(model: Qwen3MoeForCausalLM, draw: Draw) -> dict[str, Any]:
     }
 
 
+def _static(model: Qwen3ForCausalLM, draw: Draw) -> dict[str, Any]:
+    """transformers' StaticCache: slots of fixed number, the first of them filled."""
+    config, (batch, tokens) = model.config, draw.ids.shape
+    slots = draw.history + tokens + 5
+    cache = StaticCache(config, max_cache_len=slots)
+    heads = config.num_key_value_heads
+    cache.early_initialization(batch, heads, config.head_dim, draw.dtype, draw.ids.device)
+    shape = (batch, heads, draw.history, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        cache.update(draw.random(*shape), draw.random(*shape), layer)
+    visible = torch.nn.functional.pad(draw.visible, (0, 5))
+    return {"input_ids": draw.ids, "attention_mask": visible.unsqueeze(1), CACHE: cache}
+
+
+def _qwen3(attention: str) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=61,
+        hidden_size=40,
+        intermediate_size=72,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        attn_implementation=attention,
+    )
+    model = Qwen3ForCausalLM(config)
+    randomize(model, 0)
+    return model
+
+
 DIALECTS: dict[str, Dialect] = {
     "llada": Dialect(lambda: LLaDA(groups=2), _llada, lambda out: out.logits),
     "llada-canvas": Dialect(
         lambda: LLaDA(tied=True), _llada_canvas, lambda out: out.logits, history=False
     ),
+    "llada-dual": Dialect(lambda: LLaDA(groups=2), _llada_dual, lambda out: out.logits),
+    "sdar-static": Dialect(lambda: _qwen3("sdpa"), _static, lambda out: out.logits),
     "causal": Dialect(
         lambda: LLaDA(causal=True), _llada_canvas, lambda out: out.logits, history=False
     ),

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+import focus_compile.grow  # noqa: F401  registers rules
+from focus_compile.ops import focus
 from focus_compile.rules import POINTWISE
 
 aten = torch.ops.aten
@@ -125,6 +127,7 @@ QKV = (_x(3, 4, 5, 8), _x(3, 4, 7, 8), _x(3, 4, 7, 11))
 GROUPED = (_x(3, 6, 5, 8), _x(3, 2, 7, 8), _x(3, 2, 7, 11))
 GROUPS = (_x(5, 16).float(), _x(3, 16, 8).float())
 ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
+SLOTS = torch.tensor([1, 0, 4, 2])
 MIXERS = [
     Example(aten.embedding.default, (_x(61, 13), torch.tensor([[4, 0, 9, 60, 2]] * 3)), kept=3),
     Example(aten.linear.default, (X, _x(11, 7), _x(11)), kept=3),
@@ -162,6 +165,11 @@ MIXERS = [
     Example(aten.argsort.stable, (_x(5),), {"stable": True}, kept=0),
     Example(aten.index_add.default, (X, 0, torch.tensor([2, 0, 2]), X), kept=2),
     Example(aten.index_put.default, (X, [torch.tensor([2, 0, 1])], _x(3, 5, 7)), kept=0),
+    Example(aten.index_copy.default, (X, 1, SLOTS, _x(3, 4, 7)), kept=2),
+    Example(focus.extend.default, (X, SLOTS, 1), kept=2),
+    Example(focus.extend_mask.default, (_x(3, 1, 4, 5), X, SLOTS, 1), kept=2),
+    Example(focus.extend_mask.default, (None, X, SLOTS, 1), kept=0),
+    Example(focus.replace.default, (X, _x(3, 9, 7), SLOTS, 1), kept=2),
     Example(aten.histc.default, (_x(5), 4, 0, 2), kept=0),
     Example(aten.bincount.default, (_index(5),), kept=0),
     Example(aten._grouped_mm.default, GROUPS, {"offs": ENDS}, kept=0),

@@ -46,7 +46,7 @@ def test_evicting_equals_the_emulation(subject: Subject) -> None:
     for seed in range(DRAWS):
         draw = draw_call(subject.dialect, seed)
         config = Config(1.0 + (seed % 4) / 2, ("written", "prefix")[seed % 2])
-        found = Emulation(config).step(lambda d=draw: subject.eager(d), draw.ids, draw.masked)
+        found = Emulation(config).step(lambda d=draw: subject.eager(d), draw.ids, draw.masked, draw.history)
         with focus_compile.session(alpha=config.alpha, visibility=config.visibility):
             actual = subject.focus(draw)
         if found.margin < NEAR_TIE:
@@ -71,7 +71,7 @@ def test_a_block_equals_the_emulation(subject: Subject) -> None:
             masked = draw.ids == MASK
             if not masked.any():
                 break
-            found = emulation.step(lambda d=draw: subject.eager(d), draw.ids, masked)
+            found = emulation.step(lambda d=draw: subject.eager(d), draw.ids, masked, draw.history)
             actual = subject.focus(draw)
             assert found.margin > NEAR_TIE
             assert torch.equal(retained(actual), found.retained)
@@ -121,7 +121,7 @@ def test_blocks_of_a_canvas(name: str) -> None:
             inside[:, slice(*block)] = True
             fed = []
             while (masked := (draw.ids == MASK) & inside).any():
-                found = emulation.step(lambda d=draw: subject.eager(d), draw.ids, masked)
+                found = emulation.step(lambda d=draw: subject.eager(d), draw.ids, masked, draw.history)
                 actual = subject.focus(draw)
                 assert found.margin > NEAR_TIE
                 assert torch.equal(retained(actual), found.retained)
@@ -181,7 +181,7 @@ def test_lora(merged: bool) -> None:
         assert not torch.allclose(expected, plain.eager(draw), atol=0.1)
         with focus_compile.session(alpha=1e9):
             torch.testing.assert_close(subject.focus(draw), expected, atol=TOLERANCE, rtol=0)
-        found = Emulation(Config(1.2)).step(lambda d=draw: subject.eager(d), draw.ids, draw.masked)
+        found = Emulation(Config(1.2)).step(lambda d=draw: subject.eager(d), draw.ids, draw.masked, draw.history)
         with focus_compile.session(alpha=1.2):
             assert torch.equal(retained(subject.focus(draw)), found.retained)
 

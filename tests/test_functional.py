@@ -56,9 +56,17 @@ def test_replaced(model: Callable[[Tensor], Tensor]) -> None:
     assert torch.equal(gm(x), model(x))
 
 
-def into_an_input(x: Tensor) -> Tensor:
-    x.add_(1)
+def into_a_row(x: Tensor) -> Tensor:
+    """A view of an input is written."""
+    x[0].add_(1)
     return x * 2
+
+
+def read_by_a_view(x: Tensor) -> Tensor:
+    """An input is written, and a view of it is read after."""
+    row = x[0]
+    x.add_(1)
+    return x * row
 
 
 def under_a_view(x: Tensor) -> Tensor:
@@ -84,7 +92,7 @@ def itself(x: Tensor) -> Tensor:
     return made
 
 
-@pytest.mark.parametrize("model", [into_an_input, under_a_view, base_of_a_view, itself])
+@pytest.mark.parametrize("model", [into_a_row, read_by_a_view, under_a_view, base_of_a_view, itself])
 def test_left_alone(model: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     gm = make_fx(model, pre_dispatch=True)(x.clone())
@@ -92,3 +100,33 @@ def test_left_alone(model: Callable[[Tensor], Tensor]) -> None:
     functionalize(gm)
     assert writes(gm) == before
     assert torch.equal(gm(x.clone()), model(x.clone()))
+
+
+def whole_input(x: Tensor, rows: Tensor) -> Tensor:
+    x.add_(1)
+    made = x * 2
+    x.index_copy_(0, rows, made[:2])
+    return made + x
+
+
+def slots_of_an_input(x: Tensor, rows: Tensor) -> Tensor:
+    x[:, rows] = x.new_ones(5, 2)
+    return x * 2
+
+
+@pytest.mark.parametrize("model", [whole_input, slots_of_an_input])
+def test_inputs_that_are_written(model: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The graph leaves its input alone, and says what its value would be."""
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([2, 0])
+    gm = make_fx(model, tracing_mode="symbolic", pre_dispatch=True)(x.clone(), rows)
+    assert writes(gm)
+    ((given, value),) = functionalize(gm).items()
+    assert given.op == "placeholder" and not writes(gm)
+    gm.graph.output_node().args = ((*gm.graph.output_node().args, value),)
+    gm.graph.lint()
+    gm.recompile()
+    left, written = x.clone(), x.clone()
+    result, last = gm(left, rows)
+    assert torch.equal(result, model(written, rows))
+    assert torch.equal(left, x) and torch.equal(last, written)

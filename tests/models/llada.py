@@ -2,7 +2,9 @@
 
 Keys are cached before the rotary embedding; its tables are buffers for the longest text, sliced by
 length; halves are rotated by ``view`` and ``unbind``; the cache is a list of tuples, or there is
-none and the whole canvas is fed; SDPA is called with positional arguments and no mask.
+none and the whole canvas is fed; SDPA is called with positional arguments and no mask. With
+``replace_position``, as in Fast-dLLM's dual cache, the cache holds the whole canvas, and the keys of
+the block are written over those that stand at these positions.
 """
 
 from __future__ import annotations
@@ -36,18 +38,21 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin()[None, None], persistent=False)
         self.register_buffer("cos", angles.cos()[None, None], persistent=False)
 
-    def turn(self, x: Tensor, start: int, end: int) -> Tensor:
+    def turn(self, x: Tensor, places: slice | Tensor) -> Tensor:
         batch, heads, length, size = x.shape
         left, right = x.view(batch, heads, length, 2, size // 2).unbind(dim=-2)
         turned = torch.cat((-right, left), dim=-1)
-        sin, cos = self.sin[:, :, start:end], self.cos[:, :, start:end]
+        sin, cos = self.sin[:, :, places], self.cos[:, :, places]
         return (x * cos.type_as(x) + turned * sin.type_as(x)).to(x.dtype)
 
-    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, replaced: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         with torch.autocast(query.device.type, enabled=False):
             length, keys = query.shape[-2], key.shape[-2]
             wide_query, wide_key = query.float(), key.float()
-            turned = self.turn(wide_query, keys - length, keys), self.turn(wide_key, 0, keys)
+            places = slice(keys - length, keys) if replaced is None else replaced
+            turned = self.turn(wide_query, places), self.turn(wide_key, slice(0, keys))
         return turned[0].type_as(query), turned[1].type_as(key)
 
 
@@ -67,18 +72,26 @@ class Block(nn.Module):
         self.ff_out = nn.Linear(inner, size, bias=False)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        replaced: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         batch, length, size = q.shape
         head = size // self.heads
         q = q.view(batch, length, self.heads, head).transpose(1, 2)
         k = k.view(batch, length, self.groups, head).transpose(1, 2)
         v = v.view(batch, length, self.groups, head).transpose(1, 2)
-        if past is not None:
+        if past is not None and replaced is not None:
+            past[0][:, :, replaced], past[1][:, :, replaced] = k, v
+            k, v = past
+        elif past is not None:
             k = torch.cat((past[0], k), dim=-2)
             v = torch.cat((past[1], v), dim=-2)
         present = (k, v)
-        q, k = self.rotary_emb(q, k)
+        q, k = self.rotary_emb(q, k, replaced)
         if self.heads != self.groups:
             times = self.heads // self.groups
             k = k.repeat_interleave(times, dim=1, output_size=self.heads)
@@ -87,11 +100,11 @@ class Block(nn.Module):
         return self.attn_out(out.transpose(1, 2).contiguous().view(batch, length, size)), present
 
     def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor] | None
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None, replaced: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         normed = self.attn_norm(x)
         out, present = self.attention(
-            self.q_proj(normed), self.k_proj(normed), self.v_proj(normed), past
+            self.q_proj(normed), self.k_proj(normed), self.v_proj(normed), past, replaced
         )
         x = x + out
         normed = self.ff_norm(x)
@@ -99,7 +112,7 @@ class Block(nn.Module):
 
 
 class LLaDA(nn.Module):
-    """``forward(input_ids [B, T], past_key_values, use_cache)``."""
+    """``forward(input_ids [B, T], past_key_values, use_cache, ..., replace_position [T])``."""
 
     def __init__(
         self,
@@ -130,13 +143,15 @@ class LLaDA(nn.Module):
         past_key_values: Past | None = None,
         use_cache: bool = False,
         output_hidden_states: bool = False,
+        replace_position: Tensor | None = None,
     ) -> Output:
         x = self.wte(input_ids)
         presents: Past = []
         hidden = []
         for index, block in enumerate(self.blocks):
             hidden.append(x)
-            x, present = block(x, None if past_key_values is None else past_key_values[index])
+            past = None if past_key_values is None else past_key_values[index]
+            x, present = block(x, past, replace_position)
             presents.append(present)
         x = self.ln_f(x)
         hidden.append(x)

@@ -43,8 +43,10 @@ class Emulation:
     slots: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def step(self, call: Callable[[], Tensor], ids: Tensor, masked: Tensor) -> Emulated:
-        """Run a model; ``call`` returns its logits ``[B, T, V]``."""
+    def step(
+        self, call: Callable[[], Tensor], ids: Tensor, masked: Tensor, history: int
+    ) -> Emulated:
+        """Run a model; ``call`` returns its logits ``[B, T, V]``; ``history``: keys before them."""
         batch, tokens = masked.shape
         if not self.rows:
             none = [False] * tokens
@@ -54,7 +56,7 @@ class Emulation:
             row.processing_list(row_ids.tolist(), row_flags, self.config.delayed_cache)
             for row, row_ids, row_flags in zip(self.rows, ids, flags, strict=True)
         ]
-        one = _Step(self, flags, fed)
+        one = _Step(self, flags, fed, history)
         with one, mock.patch.object(parts, "softmax_attention", one.softmax_attention):
             logits = call()
         for b, row in enumerate(self.rows):
@@ -71,9 +73,14 @@ class Emulation:
 
 class _Step(TorchFunctionMode):
     def __init__(
-        self, emulation: Emulation, flags: Sequence[Sequence[bool]], fed: Sequence[list[int]]
+        self,
+        emulation: Emulation,
+        flags: Sequence[Sequence[bool]],
+        fed: Sequence[list[int]],
+        history: int,
     ) -> None:
         super().__init__()
+        self.history = history
         self.emulation, self.flags, self.fed = emulation, flags, fed
         self.layer = 0
         self.first: list[Tensor] = []
@@ -109,11 +116,12 @@ class _Step(TorchFunctionMode):
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
         tokens, keys = query.shape[2], key.shape[2]
+        block = slice(self.history, self.history + tokens)
         layer, self.layer = self.layer, self.layer + 1
         if layer < 2:
-            self._score(query, key[:, :, keys - tokens :], scale, layer)
+            self._score(query, key[:, :, block], scale, layer)
         stored = self.fed if layer < 2 else self.kept
-        key, value, written = self._merge(layer, stored, key, value, tokens)
+        key, value, written = self._merge(layer, stored, key, value, block)
         bias = torch.zeros(query.shape[0], 1, tokens, keys)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             bias = bias.masked_fill(~attn_mask, float("-inf"))
@@ -127,7 +135,8 @@ class _Step(TorchFunctionMode):
             if self.emulation.config.visibility == "prefix":
                 last = max(bounds[b], default=-1)
             seen = [flag and p <= last for p, flag in enumerate(row)]
-            hidden = torch.tensor([False] * (keys - tokens) + [not flag for flag in seen])
+            hidden = torch.zeros(keys, dtype=torch.bool)
+            hidden[block] = torch.tensor([not flag for flag in seen])
             bias[b] = bias[b].masked_fill(hidden, float("-inf"))
         scores = query.float() @ key.float().transpose(2, 3) * scale + bias
         return (torch.softmax(scores, -1).nan_to_num() @ value.float()).to(query.dtype)
@@ -162,21 +171,21 @@ class _Step(TorchFunctionMode):
                 self.margin = min(self.margin, made.margin)
 
     def _merge(
-        self, layer: int, stored: Sequence[list[int]], key: Tensor, value: Tensor, tokens: int
+        self, layer: int, stored: Sequence[list[int]], key: Tensor, value: Tensor, block: slice
     ) -> tuple[Tensor, Tensor, list[list[bool]]]:
         """Keys and values with those of other tokens as they were, and which slots hold any."""
         slots = self.emulation.slots
         if layer not in slots:
-            empty = torch.zeros_like(key[:, :, -tokens:])
-            slots[layer] = (empty, torch.zeros_like(value[:, :, -tokens:]))
+            empty = torch.zeros_like(key[:, :, block])
+            slots[layer] = (empty, torch.zeros_like(value[:, :, block]))
         written = []
         for b, row in enumerate(self.emulation.rows):
             for slot, new in zip(slots[layer], (key, value), strict=True):
-                slot[b][:, stored[b]] = new[b][:, -tokens:][:, stored[b]]
+                slot[b][:, stored[b]] = new[b][:, block][:, stored[b]]
             before = row.written01 if layer < 2 else row.written
             written.append([p in stored[b] or flag for p, flag in enumerate(before)])
         key, value = key.clone(), value.clone()
-        key[:, :, -tokens:], value[:, :, -tokens:] = slots[layer]
+        key[:, :, block], value[:, :, block] = slots[layer]
         return key, value, written
 
 

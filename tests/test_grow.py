@@ -1,0 +1,140 @@
+"""Caches of fixed length, whose slots are replaced: transformers' StaticCache, the dual cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+from transformers import DynamicCache, StaticCache
+
+import focus_compile
+from focus_compile.slots import extend, extend_mask, replace
+from tests.dialects import DIALECTS, Subject, draw_call
+from tests.harness import CACHE, MASK
+
+STATIC = DIALECTS["sdar-static"]
+
+
+def test_replaced_slots_by_hand() -> None:
+    """Three slots, two new keys: for the last slot and for the first."""
+    index = torch.tensor([2, 0])
+    table = torch.tensor([[10.0, 11.0, 12.0]])
+    assert extend(table, index, 1).tolist() == [[10, 11, 12, 12, 10]]
+    mask = torch.tensor([[[[True, True, False]], [[False, False, True]]]])
+    past = torch.zeros(1, 1, 3, 1)
+    wide = extend_mask(mask, past, index, 2)
+    assert wide.flatten(0, 2).int().tolist() == [[0, 1, 0, 0, 1], [0, 0, 0, 1, 0]]
+    added = extend_mask(torch.tensor([[[[0.5, 1.5, 2.5]]]]), past, index, 2)
+    assert added.flatten().tolist() == [-torch.inf, 1.5, -torch.inf, 2.5, 0.5]
+    assert extend_mask(None, past, index, 2).flatten().int().tolist() == [0, 1, 0, 1, 1]
+    joined = torch.arange(5.0).view(1, 1, 5, 1)
+    assert replace(past, joined, index, 2).flatten().tolist() == [4, 0, 3]
+
+
+@torch.no_grad()
+def test_the_cache_is_written() -> None:
+    """As eager execution writes it; with eviction, no slot outside the block changes."""
+    subject, gone = Subject(STATIC), 0
+    for seed in range(4):
+        draw = draw_call(STATIC, seed)
+        expected, actual, evicted = (STATIC.arguments(subject.model, draw) for _ in range(3))
+        subject.model(**expected)
+        with focus_compile.session(alpha=1e9):
+            subject.compiled(**actual)
+        with focus_compile.session(alpha=1.0) as focus:
+            subject.compiled(**evicted)
+            gone += focus.stats.canvas - focus.stats.retained
+        inside = slice(draw.history, draw.history + draw.ids.shape[1])
+        for one, two, three in zip(
+            expected[CACHE].layers, actual[CACHE].layers, evicted[CACHE].layers, strict=True
+        ):
+            assert int(one.cumulative_length) == inside.stop
+            assert int(two.cumulative_length) == int(three.cumulative_length) == inside.stop
+            for name in ("keys", "values"):
+                want, got, some = (getattr(layer, name) for layer in (one, two, three))
+                torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+                some[:, :, inside] = want[:, :, inside]
+                assert torch.equal(some, want)
+    assert gone
+
+
+@torch.no_grad()
+def test_blocks_in_a_cache_of_fixed_length() -> None:
+    """Two blocks, each committed: the same logits as with a cache that grows."""
+    subject = Subject(STATIC)
+    batch, tokens, prompt = 3, 8, 5
+    ids = torch.randint(0, MASK, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    config = subject.model.config
+    static = StaticCache(config, max_cache_len=prompt + 2 * tokens)
+    heads = config.num_key_value_heads
+    static.early_initialization(batch, heads, config.head_dim, torch.float32, ids.device)
+    grows = DynamicCache(config=config)
+    seen: dict[str, list[Tensor]] = {"static": [], "grows": []}
+    for name, cache in (("static", static), ("grows", grows)):
+        slots = prompt + 2 * tokens
+
+        def call(block: Tensor, start: int, cache: Any = cache, slots: int = slots) -> Tensor:
+            keys = slots if isinstance(cache, StaticCache) else start + block.shape[1]
+            mask = (torch.arange(keys) < start + block.shape[1]).expand(
+                batch, 1, block.shape[1], keys
+            )
+            places = torch.arange(start, start + block.shape[1]).expand(batch, -1)
+            arguments = {"attention_mask": mask, "position_ids": places, CACHE: cache}
+            return subject.compiled(input_ids=block, use_cache=True, **arguments).logits
+
+        with focus_compile.session(alpha=1.2) as focus:
+            call(ids, 0)
+            start = prompt
+            for _ in range(2):
+                block = torch.full((batch, tokens), MASK)
+                while (masked := block == MASK).any():
+                    logits = call(block, start)
+                    rewind(cache, start)
+                    assert focus.retain_mask is not None
+                    seen[name].append(logits)
+                    chosen = masked & focus.retain_mask
+                    chosen &= chosen.cumsum(1) <= 2
+                    block = block.masked_fill(chosen, 7)
+                call(block, start)
+                start += tokens
+        assert focus.stats.fed < focus.stats.canvas
+    assert len(seen["static"]) == len(seen["grows"]) >= 2 * tokens // 2
+    for one, two in zip(seen["static"], seen["grows"], strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+def rewind(cache: Any, length: int) -> None:
+    """Forget the block that a denoising step has stored."""
+    if isinstance(cache, StaticCache):
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(length)
+    else:
+        cache.crop(length - cache.get_seq_length())
+
+
+@torch.no_grad()
+def test_a_block_without_a_commit_in_between() -> None:
+    """The slots that a block takes say how long its history is."""
+    subject = Subject(STATIC)
+    draw = draw_call(STATIC, 1)
+    arguments = STATIC.arguments(subject.model, draw)
+    wide = torch.ones(len(draw.ids), 1, draw.ids.shape[1], draw.history + draw.ids.shape[1] + 5)
+    arguments["attention_mask"] = wide.bool()
+    with focus_compile.session():
+        subject.compiled(**arguments)
+        rewind(arguments[CACHE], draw.history + 2)
+        with pytest.raises(focus_compile.UncommittedHistory) as error:
+            subject.compiled(**arguments)
+    assert str(draw.history + 2) in str(error.value)
+
+
+def test_slots_that_no_mask_hides_are_refused() -> None:
+    """Eager attention without a mask, and ``is_causal``, which counts slots and not positions."""
+    dual = DIALECTS["llada-dual"]
+    causal = dataclasses.replace(dual, build=lambda: type(dual.build())(groups=2, causal=True))
+    with pytest.raises(BackendCompilerFailed, match="over the slots of a cache: give a mask"):
+        Subject(causal).focus(draw_call(causal, 0))
