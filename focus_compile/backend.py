@@ -144,9 +144,19 @@ def analyze(gm: GraphModule) -> Analysis:
     """Capture, label, plan, rewrite and cut one Dynamo graph.
 
     Raises:
-        Unsupported: FOCUS cannot be applied soundly.
+        Unsupported: FOCUS cannot be applied soundly, or the analysis itself fails.
         EmptyCall: there are no token ids.
     """
+    try:
+        return _analyze(gm)
+    except (Unsupported, EmptyCall):
+        raise
+    except Exception as error:
+        reason = f"internal error, please report it: {type(error).__name__}: {error}"
+        raise Unsupported(reason) from error
+
+
+def _analyze(gm: GraphModule) -> Analysis:
     captured, written = capture(gm)
     entry = token_ids(captured)
     if entry is not None and 0 in (shape := tensor_of(entry[1]).shape):

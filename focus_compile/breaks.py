@@ -1,7 +1,7 @@
 """Graph breaks: where Dynamo leaves a model's code, and what can be done about it.
 
 A model that breaks into several graphs is no case for FOCUS: no graph holds the tokens' way from
-the embedding to the logits. Two public modeling files do so; both have a way around it.
+the embedding to the logits. Some public modeling files do so; these have a way around it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from torch.fx import GraphModule
 __all__ = ["GraphBreak", "graph_break"]
 
 REMEDIES = (
+    (
+        ("expert_hit",),
+        "experts are computed in a loop over those that are hit: load the model with "
+        "experts_implementation='grouped_mm' or 'batched_mm'",
+    ),
     (
         ("data-dependent branching", "torch.all("),
         "an `if` reads a tensor's value, such as SDAR's `if torch.all(attention_mask)`: load the "

@@ -7,6 +7,7 @@ input becomes an output.
 from __future__ import annotations
 
 from torch import fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -28,7 +29,8 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         outputs.
 
     Raises:
-        Unsupported: the graph has no tensor input, or one that is more than a tensor.
+        Unsupported: the graph has no tensor input, or one that is more than a tensor, or an
+            operator that holds a graph of its own.
     """
     values = [node.meta["example_value"] for node in graph_inputs(gm)]
     for value in values:
@@ -37,6 +39,9 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
                 f"an input is a {type(value).__name__}, a tensor made of others, such as quantised "
                 "weights"
             )
+    for node in gm.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            raise Unsupported(_graphs_inside(node.target.name()), node)
     modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
     if not modes:
         raise Unsupported("the graph has no tensor input")
@@ -52,3 +57,12 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         graph.recompile()
     places = {node: index for index, node in enumerate(graph_inputs(graph))}
     return graph, tuple(places[node] for node in written)
+
+
+def _graphs_inside(name: str) -> str:
+    if name.startswith("flex_attention"):
+        return (
+            "attention by flex_attention, whose masks are functions: load the model with "
+            "attn_implementation='sdpa' or 'eager'"
+        )
+    return "an operator holds a graph of its own, into which the passes do not look"

@@ -175,7 +175,7 @@ def _match_softmax(node: Node) -> _Match | None:
     mask: Node | None = None
     scale = 1.0
     while scores.target is not aten.matmul.default:
-        first, other = (*scores.args, None)[:2]
+        first, other = (*scores.args, None, None)[:2]
         if not isinstance(first, Node):
             return None
         if scores.target is aten.add.Tensor and isinstance(other, Node) and mask is None:

@@ -17,6 +17,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
     StaticCache,
 )
+from transformers.models.diffusion_gemma import (
+    DiffusionGemmaConfig,
+    DiffusionGemmaForBlockDiffusion,
+    DiffusionGemmaTextConfig,
+)
 
 from focus_compile import focus_backend
 from focus_compile.runtime import Executable
@@ -130,7 +135,7 @@ def _gemma(_: Gemma, draw: Draw) -> dict[str, Any]:
     }
 
 
-def _sdar_moe(experts: str) -> Qwen3MoeForCausalLM:
+def sdar_moe(experts: str) -> Qwen3MoeForCausalLM:
     """SDAR-MoE's weights load into this model of transformers."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
@@ -179,7 +184,7 @@ def _static(model: Qwen3ForCausalLM, draw: Draw) -> dict[str, Any]:
     return {"input_ids": draw.ids, "attention_mask": visible.unsqueeze(1), CACHE: cache}
 
 
-def _qwen3(attention: str) -> Qwen3ForCausalLM:
+def qwen3(attention: str) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=61,
@@ -196,13 +201,59 @@ def _qwen3(attention: str) -> Qwen3ForCausalLM:
     return model
 
 
+def _build_diffusion_gemma() -> DiffusionGemmaForBlockDiffusion:
+    """transformers' own model, small; the eager experts read their counts on the host."""
+    text = DiffusionGemmaTextConfig(
+        vocab_size=61,
+        hidden_size=40,
+        intermediate_size=72,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=24,
+        num_global_key_value_heads=1,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_experts=8,
+        top_k_experts=2,
+        moe_intermediate_size=24,
+    )
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    vision |= {"num_attention_heads": 2, "num_key_value_heads": 2, "position_embedding_size": 8}
+    config = DiffusionGemmaConfig(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    made = DiffusionGemmaForBlockDiffusion._from_config(
+        config, experts_implementation="grouped_mm"
+    )
+    randomize(made, 0)
+    return made
+
+
+def _diffusion_gemma(model: DiffusionGemmaForBlockDiffusion, draw: Draw) -> dict[str, Any]:
+    """A step of its decoder: the encoder's cache, which it does not write, and logits before."""
+    batch, tokens = draw.ids.shape
+    cache = DynamicCache(config=model.config.text_config)
+    for index, layer in enumerate(model.model.decoder.layers):
+        size = layer.self_attn.head_dim
+        shape = (batch, layer.self_attn.k_proj.out_features // size, draw.history, size)
+        cache.update(draw.random(*shape), draw.random(*shape), index)
+    mask = draw.visible.unsqueeze(1)
+    return {
+        "decoder_input_ids": draw.ids,
+        "decoder_attention_mask": {"full_attention": mask, "sliding_attention": mask},
+        "decoder_position_ids": (draw.history + torch.arange(tokens)).expand(batch, tokens),
+        "self_conditioning_logits": draw.random(batch, tokens, 61),
+        "past_key_values": cache,
+    }
+
+
 DIALECTS: dict[str, Dialect] = {
     "llada": Dialect(lambda: LLaDA(groups=2), _llada, lambda out: out.logits),
     "llada-canvas": Dialect(
         lambda: LLaDA(tied=True), _llada_canvas, lambda out: out.logits, history=False
     ),
     "llada-dual": Dialect(lambda: LLaDA(groups=2), _llada_dual, lambda out: out.logits),
-    "sdar-static": Dialect(lambda: _qwen3("sdpa"), _static, lambda out: out.logits),
+    "sdar-static": Dialect(lambda: qwen3("sdpa"), _static, lambda out: out.logits),
     "causal": Dialect(
         lambda: LLaDA(causal=True), _llada_canvas, lambda out: out.logits, history=False
     ),
@@ -214,8 +265,9 @@ DIALECTS: dict[str, Dialect] = {
     "llada2-dense": Dialect(LLaDA2, _llada2, lambda out: out.logits),
     "llada2-picked": Dialect(lambda: LLaDA2(way="picked"), _llada2, lambda out: out.logits),
     "llada2-sorted": Dialect(lambda: LLaDA2(way="sorted"), _llada2, lambda out: out.logits),
-    "sdar-moe-grouped": Dialect(lambda: _sdar_moe("grouped_mm"), _sdar, lambda out: out.logits),
-    "sdar-moe-batched": Dialect(lambda: _sdar_moe("batched_mm"), _sdar, lambda out: out.logits),
+    "sdar-moe-grouped": Dialect(lambda: sdar_moe("grouped_mm"), _sdar, lambda out: out.logits),
+    "sdar-moe-batched": Dialect(lambda: sdar_moe("batched_mm"), _sdar, lambda out: out.logits),
+    "diffusion-gemma": Dialect(_build_diffusion_gemma, _diffusion_gemma, lambda out: out.logits),
     "gemma": Dialect(Gemma, _gemma, lambda out: out[0], history=False),
 }
 

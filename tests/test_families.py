@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.testing._internal.two_tensor import TwoTensor
 
 import focus_compile
 from focus_compile.rules import RULES
-from tests.dialects import DIALECTS, Draw, Subject, draw_call
+from tests.dialects import DIALECTS, Dialect, Draw, Subject, draw_call, sdar_moe
 from tests.harness import MASK, retained
 from tests.models import dream, llada
 from tests.models.dream import Dream
@@ -245,8 +248,45 @@ def test_keys_that_are_mixed_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         subject.focus(draw_call(subject.dialect, 0))
 
 
+def test_flex_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its masks are functions; what to load the model with instead is said."""
+    functions = SimpleNamespace(**{name: getattr(F, name) for name in ("silu", "linear")})
+    functions.scaled_dot_product_attention = lambda q, k, v, *_: flex_attention(q, k, v)
+    monkeypatch.setattr(llada, "F", functions)
+    subject = Subject(DIALECTS["llada-canvas"])
+    with pytest.raises(BackendCompilerFailed, match="flex_attention.*attn_implementation='sdpa'"):
+        subject.focus(draw_call(subject.dialect, 0))
+
+
+@torch.no_grad()
+def test_a_model_without_a_mask_token(caplog: pytest.LogCaptureFixture) -> None:
+    """DiffusionGemma's canvas holds random tokens: FOCUS runs where it is told the open ones."""
+    dialect = DIALECTS["diffusion-gemma"]
+    torch._dynamo.reset()
+    model = dialect.build().eval()
+    draw = draw_call(dialect, 1)
+    compiled = torch.compile(model, backend="focus", options={"strict": True})
+    with focus_compile.session(alpha=1.2) as focus, caplog.at_level("WARNING"):
+        dense = dialect.logits(compiled(**dialect.arguments(model, draw)))
+        assert (focus.stats.steps, focus.stats.dense_calls) == (0, 1)
+        focus.masked = draw.masked
+        actual = dialect.logits(compiled(**dialect.arguments(model, draw)))
+        assert focus.stats.steps == 1
+    assert "does not know which tokens are masked" in caplog.text
+    expected = dialect.logits(model(**dialect.arguments(model, draw)))
+    torch.testing.assert_close(dense, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    found = Emulation(Config(1.2)).step(
+        lambda: subject_logits(dialect, model, draw), draw.ids, draw.masked, draw.history
+    )
+    assert torch.equal(retained(actual), found.retained)
+
+
+def subject_logits(dialect: Dialect, model: torch.nn.Module, draw: Draw) -> torch.Tensor:
+    return dialect.logits(model(**dialect.arguments(model, draw)))
+
+
 def test_graph_breaks_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line of the model at fault, and a remedy, for what two public files do."""
+    """The line of the model at fault, and a remedy, for what public files do."""
     monkeypatch.setattr(dream.Attention, "branches", True)
     for dialect, line, remedy in (
         (DIALECTS["dream"], "torch.all(mask)", "Qwen3ForCausalLM"),
@@ -254,6 +294,13 @@ def test_graph_breaks_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
             dataclasses.replace(DIALECTS["llada2-sorted"], build=lambda: LLaDA2(way="counted")),
             "int(count)",
             "F.grouped_mm",
+        ),
+        (
+            dataclasses.replace(
+                DIALECTS["sdar-moe-grouped"], build=lambda: sdar_moe("eager")
+            ),
+            "expert_hit",
+            "experts_implementation='grouped_mm'",
         ),
     ):
         torch._dynamo.reset()
