@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from focus_compile.decoding import Decoder, Strategy, count_per_step, warpers
-from focus_compile.rows import Rows
+from focus_compile.rows import Canvas, Rows
 from focus_compile.session import Session, current_session, session
 
 __all__ = ["Generated", "generate"]
@@ -28,11 +28,12 @@ class Generated:
         steps_per_block: for each block, int64 ``[B]``: denoising steps of each row.
         forwards: denoising forwards of the batch, commits and prefill not counted.
         decoded: tokens decoded by these.
-        fed_fraction, retained_fraction: of the block's tokens, over all denoising forwards; 1 for
+        fed_fraction, retained_fraction: of the model's tokens, over all denoising forwards; 1 for
             a model that computes every token.
         fed_per_step: tokens of the batch that layers 0 and 1 computed, of each denoising forward
             that ran FOCUS's prefix and suffix.
-        retain_masks: bool ``[B, T]`` of each denoising forward that ran FOCUS's prefix and suffix.
+        retain_masks: bool ``[B, T]`` of each denoising forward that ran FOCUS's prefix and suffix;
+            T is that of the block, or, without a cache, of the whole canvas, as in the fractions.
     """
 
     sequences: Tensor
@@ -75,6 +76,7 @@ def generate(
     pad_token_id: int | None = None,
     eos_early_stop: bool = True,
     shifted_logits: bool = False,
+    use_cache: bool = True,
     streamer: BaseStreamer | None = None,
     logits_processor: LogitsProcessorList | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
@@ -107,6 +109,11 @@ def generate(
             the (first) end of text.
         shifted_logits: the model predicts the token at p by the logits of p - 1 (Dream): a token
             can be decoded where its left neighbour was retained.
+        use_cache: False for models without a cache (LLaDA, Dream as published): they are called
+            with the prompt and all blocks, ``input_ids`` ``[B, P + new]`` alone, or, where prompts
+            are padded, with a bool ``attention_mask`` ``[B, 1, P + new, P + new]`` and
+            ``position_ids`` too. With FOCUS, what is not in the block at hand keeps the keys and
+            values that it had when the block began (docs/models.md).
         streamer: gets the prompt, then each committed block, as from transformers (whose own
             streamers take one row). progress: show a bar.
 
@@ -129,7 +136,13 @@ def generate(
     pad = int(ends[0]) if pad_token_id is None and len(ends) else pad_token_id
     fill = mask_token_id if pad is None else pad
     valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    rows = Rows(model, input_ids, valid.bool())
+    blocks = -(-max_new_tokens // block_length)
+    rows: Rows | Canvas
+    if use_cache:
+        rows = Rows(model, input_ids, valid.bool())
+    else:
+        masks = input_ids.new_full((len(input_ids), blocks * block_length), mask_token_id)
+        rows = Canvas(model, input_ids, valid.bool(), masks)
     result = Generated(input_ids)
     if streamer is not None:
         streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
@@ -146,21 +159,21 @@ def generate(
         ) as focus,
         Progress(disable=not progress, transient=True) as bar,
     ):
-        focus.commits_exactly = focus.owns_kv = True
+        focus.commits_exactly, focus.owns_kv = use_cache, True
         focus.masked = torch.zeros_like(input_ids, dtype=torch.bool)
         last = rows.prefill()
-        blocks = -(-max_new_tokens // block_length)
         task = bar.add_task("blocks", total=blocks)
         for _ in range(blocks):
             block, masked = rows.open_block(block_length, mask_token_id, fill)
-            before = last if shifted_logits else None
-            block = _denoise(rows, decoder, focus, result, block=block, masked=masked, last=before)
+            focus.block = rows.block
+            block = _denoise(rows, decoder, focus, result, block=block, masked=masked, last=last)
             focus.masked = torch.zeros_like(masked)
             last = rows.commit(block)
             done = _after_end(rows.sequences, input_ids.shape[1], ends, fill)
             if streamer is not None:
                 streamer.put(done[:, -block_length:].cpu())  # type: ignore[no-untyped-call]
-            _stop(rows, block, ends if eos_early_stop else ends[:0], stopping_criteria)
+            made = rows.sequences[:, -block_length:]
+            _stop(rows, made, ends if eos_early_stop else ends[:0], stopping_criteria)
             bar.advance(task)
             if not bool(rows.active.any()):
                 break
@@ -175,7 +188,7 @@ def generate(
 
 
 def _denoise(
-    rows: Rows,
+    rows: Rows | Canvas,
     decoder: Decoder,
     focus: Session,
     result: Generated,
@@ -186,7 +199,8 @@ def _denoise(
 ) -> Tensor:
     """Decode every mask of a block; the cache is as it was.
 
-    ``last``: of models with shifted logits, those of the token before the block, ``[B, V]``.
+    ``block``, ``masked``: what the model is fed, ``[B, T]``; ``last``: logits of the token before
+    the block, ``[B, V]``, or None where it is fed with the block.
     """
     steps = torch.zeros_like(rows.active, dtype=torch.int64)
     while bool(masked.any()):
@@ -202,9 +216,12 @@ def _denoise(
             values = packed.values
             row = torch.full(masked.shape, -1, device=masked.device)
             row[packed.rows, packed.positions] = torch.arange(len(values), device=masked.device)
-        if last is not None:
-            start = len(values) + torch.arange(len(last), device=row.device)
-            values, row = torch.cat([values, last]), torch.cat([start[:, None], row[:, :-1]], 1)
+        if focus.shifted_logits:
+            edge = torch.full_like(row[:, :1], -1)
+            if last is not None:
+                edge[:, 0] = len(values) + torch.arange(len(last), device=row.device)
+                values = torch.cat([values, last])
+            row = torch.cat([edge, row[:, :-1]], 1)
         where = masked & (row >= 0)
         scores = values[row[where]]
         chosen, tokens = decoder.step(scores, where, rows.sequences)
@@ -247,7 +264,9 @@ def _ends(eos: int | Sequence[int] | None, device: torch.device) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
-def _stop(rows: Rows, block: Tensor, ends: Tensor, criteria: StoppingCriteriaList | None) -> None:
+def _stop(
+    rows: Rows | Canvas, block: Tensor, ends: Tensor, criteria: StoppingCriteriaList | None
+) -> None:
     """Mark rows that have ended."""
     rows.active = rows.active & ~torch.isin(block, ends).any(1)
     if criteria:

@@ -1,4 +1,4 @@
-"""The batch that a generation works on: its sequences, and the cache that holds their K/V."""
+"""The batch that a generation works on: its sequences, and what a model is fed of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-__all__ = ["Rows", "cache_keyword"]
+__all__ = ["Canvas", "Rows", "cache_keyword"]
 
 
 def cache_keyword(model: nn.Module) -> str:
@@ -19,7 +19,12 @@ def cache_keyword(model: nn.Module) -> str:
 
 
 class Rows:
-    """The growing batch: sequences ``[B, L]``, validity of their tokens, rows that go on."""
+    """The growing batch: sequences ``[B, L]``, validity of their tokens, rows that go on.
+
+    A cache holds the keys and values of what is decoded: the model is fed one block.
+    """
+
+    block: None = None
 
     def __init__(self, model: nn.Module, ids: Tensor, valid: Tensor) -> None:
         self.model = model
@@ -79,3 +84,46 @@ class Rows:
         logits = self.forward(block)
         self.sequences = torch.cat([self.sequences, block], 1)
         return logits[:, -1]
+
+
+class Canvas:
+    """A batch of a model without a cache: every call gets the prompt and all blocks.
+
+    Attributes:
+        sequences: what is decoded so far, ``[B, L]``; active: rows that go on.
+        block: ``(start, stop)``, positions of the block at hand.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, valid: Tensor, masks: Tensor) -> None:
+        self.model = model
+        self.sequences = ids
+        self.ids = torch.cat([ids, masks], 1)
+        self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self.block = (ids.shape[1], ids.shape[1])
+        self.arguments: dict[str, Tensor] = {}
+        if not bool(valid.all()):
+            seen = torch.cat([valid, torch.ones_like(masks, dtype=torch.bool)], 1)
+            places = (seen.long().cumsum(1) - 1).clamp_min(0)
+            visible = seen[:, None, None, :].expand(-1, 1, seen.shape[1], -1).contiguous()
+            self.arguments = {"attention_mask": visible, "position_ids": places}
+
+    def prefill(self) -> None:
+        """Nothing is stored."""
+
+    def peek(self, ids: Tensor) -> Tensor:
+        """Logits of the canvas, ``[B, L, V]``."""
+        logits: Tensor = self.model(input_ids=ids, **self.arguments).logits
+        return logits
+
+    def open_block(self, length: int, _: int, fill: int) -> tuple[Tensor, Tensor]:
+        """The canvas, and the masks of the next block in it; idle rows are filled to their ends."""
+        start = self.block[1]
+        self.block = (start, start + length)
+        place = torch.arange(self.ids.shape[1], device=self.ids.device)
+        idle = ~self.active.unsqueeze(1) & (place >= start)
+        inside = (place >= start) & (place < start + length)
+        return self.ids.masked_fill(idle, fill), self.active.unsqueeze(1) & inside
+
+    def commit(self, ids: Tensor) -> None:
+        """Keep a canvas whose block is decoded."""
+        self.ids, self.sequences = ids, ids[:, : self.block[1]]
