@@ -15,6 +15,11 @@ __all__ = ["GraphBreak", "graph_break"]
 
 REMEDIES = (
     (
+        ("accelerate/hooks.py",),
+        "accelerate's hooks run outside of graphs: load the model on one device, without "
+        "device_map, or call accelerate.hooks.remove_hook_from_submodules(model)",
+    ),
+    (
         ("expert_hit",),
         "experts are computed in a loop over those that are hit: load the model with "
         "experts_implementation='grouped_mm' or 'batched_mm'",

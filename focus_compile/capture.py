@@ -41,7 +41,7 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
             )
     for node in gm.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
-            raise Unsupported(_graphs_inside(node.target.name()), node)
+            raise Unsupported(_graphs_inside(str(node.target)), node)
     modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
     if not modes:
         raise Unsupported("the graph has no tensor input")

@@ -230,7 +230,9 @@ class _Growth:
                 sizes = [longer if i == at else s for i, s in enumerate(sizes)]  # type: ignore
             return map_arg((self.env[source], sizes), lambda arg: self.env.get(arg, arg)), {}
         if node.target is aten.add.Tensor and self._is_scores(node):
-            masks = [a for a in operands(node) if a not in self.grown and self._along(a) is not None]
+            masks = [
+                a for a in operands(node) if a not in self.grown and self._along(a) is not None
+            ]
             if masks:
                 self.hidden.add(node)
             env = {arg: self._mask(arg, index) for arg in masks}

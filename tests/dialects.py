@@ -222,9 +222,7 @@ def _build_diffusion_gemma() -> DiffusionGemmaForBlockDiffusion:
     vision |= {"num_attention_heads": 2, "num_key_value_heads": 2, "position_embedding_size": 8}
     config = DiffusionGemmaConfig(text_config=text, vision_config=vision)
     torch.manual_seed(0)
-    made = DiffusionGemmaForBlockDiffusion._from_config(
-        config, experts_implementation="grouped_mm"
-    )
+    made = DiffusionGemmaForBlockDiffusion._from_config(config, experts_implementation="grouped_mm")
     randomize(made, 0)
     return made
 

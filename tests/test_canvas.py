@@ -65,9 +65,7 @@ def reference(model: Any, ids: Tensor, shifted: bool, alpha: float | None) -> Te
             if alpha is None:
                 logits, retained = model(input_ids=canvas).logits, torch.ones_like(masked)
             else:
-                step = emulation.step(
-                    lambda c=canvas: model(input_ids=c).logits, canvas, masked, 0
-                )
+                step = emulation.step(lambda c=canvas: model(input_ids=c).logits, canvas, masked, 0)
                 logits, retained = step.logits, step.retained
             if shifted:
                 logits, retained = logits.roll(1, 1), retained.roll(1, 1)

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
@@ -49,7 +50,9 @@ def test_evicting_equals_the_emulation(subject: Subject) -> None:
     for seed in range(DRAWS):
         draw = draw_call(subject.dialect, seed)
         config = Config(1.0 + (seed % 4) / 2, ("written", "prefix")[seed % 2])
-        found = Emulation(config).step(lambda d=draw: subject.eager(d), draw.ids, draw.masked, draw.history)
+        found = Emulation(config).step(
+            lambda d=draw: subject.eager(d), draw.ids, draw.masked, draw.history
+        )
         with focus_compile.session(alpha=config.alpha, visibility=config.visibility):
             actual = subject.focus(draw)
         if found.margin < NEAR_TIE:
@@ -124,7 +127,9 @@ def test_blocks_of_a_canvas(name: str) -> None:
             inside[:, slice(*block)] = True
             fed = []
             while (masked := (draw.ids == MASK) & inside).any():
-                found = emulation.step(lambda d=draw: subject.eager(d), draw.ids, masked, draw.history)
+                found = emulation.step(
+                    lambda d=draw: subject.eager(d), draw.ids, masked, draw.history
+                )
                 actual = subject.focus(draw)
                 assert found.margin > NEAR_TIE
                 assert torch.equal(retained(actual), found.retained)
@@ -184,9 +189,43 @@ def test_lora(merged: bool) -> None:
         assert not torch.allclose(expected, plain.eager(draw), atol=0.1)
         with focus_compile.session(alpha=1e9):
             torch.testing.assert_close(subject.focus(draw), expected, atol=TOLERANCE, rtol=0)
-        found = Emulation(Config(1.2)).step(lambda d=draw: subject.eager(d), draw.ids, draw.masked, draw.history)
+        found = Emulation(Config(1.2)).step(
+            lambda d=draw: subject.eager(d), draw.ids, draw.masked, draw.history
+        )
         with focus_compile.session(alpha=1.2):
             assert torch.equal(retained(subject.focus(draw)), found.retained)
+
+
+@pytest.mark.parametrize("name", ["sdar-moe-grouped", "llada", "sdar-static"])
+def test_inference_mode(name: str) -> None:
+    """As under ``no_grad``, also on tensors that were made in inference mode."""
+    subject = Subject(DIALECTS[name])
+    for seed in range(3):
+        draw = draw_call(subject.dialect, seed)
+        with focus_compile.session(alpha=1.2):
+            expected = subject.focus(draw)
+        arguments = subject.dialect.arguments
+        with torch.inference_mode(), focus_compile.session(alpha=1.2) as focus:
+            out = subject.compiled(**arguments(subject.model, draw))
+            assert focus.stats.steps == 1
+            torch.testing.assert_close(subject.dialect.logits(out), expected)
+
+
+def test_accelerate_hooks() -> None:
+    """They break graphs by their own choice: what to do is said, and helps."""
+    dialect = DIALECTS["sdar-moe-grouped"]
+    draw = draw_call(dialect, 1)
+    model = dialect.build().eval()
+    for layer in model.model.layers:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    stories = []
+    for undo in (False, True):
+        torch._dynamo.reset()
+        if undo:
+            remove_hook_from_submodules(model)
+        stories.append(focus_compile.explain(model, **dialect.arguments(model, draw)))
+    assert not stories[0].applied and stories[1].applied
+    assert "remove_hook_from_submodules(model)" in (stories[0].breaks[0].remedy or "")
 
 
 def test_quantised_weights_are_refused_by_name() -> None:
@@ -254,7 +293,7 @@ def test_flex_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     functions.scaled_dot_product_attention = lambda q, k, v, *_: flex_attention(q, k, v)
     monkeypatch.setattr(llada, "F", functions)
     subject = Subject(DIALECTS["llada-canvas"])
-    with pytest.raises(BackendCompilerFailed, match="flex_attention.*attn_implementation='sdpa'"):
+    with pytest.raises(BackendCompilerFailed, match=r"flex_attention.*='sdpa' or 'eager'"):
         subject.focus(draw_call(subject.dialect, 0))
 
 
@@ -296,9 +335,7 @@ def test_graph_breaks_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
             "F.grouped_mm",
         ),
         (
-            dataclasses.replace(
-                DIALECTS["sdar-moe-grouped"], build=lambda: sdar_moe("eager")
-            ),
+            dataclasses.replace(DIALECTS["sdar-moe-grouped"], build=lambda: sdar_moe("eager")),
             "expert_hit",
             "experts_implementation='grouped_mm'",
         ),

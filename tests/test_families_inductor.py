@@ -24,7 +24,9 @@ def test_through_inductor(name: str) -> None:
         with focus_compile.session(alpha=1e9):
             actual = subject.focus(draw)
         torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
-        found = Emulation(Config(1.2)).step(lambda d=draw: subject.eager(d), draw.ids, draw.masked, draw.history)
+        found = Emulation(Config(1.2)).step(
+            lambda d=draw: subject.eager(d), draw.ids, draw.masked, draw.history
+        )
         with focus_compile.session(alpha=1.2):
             actual = subject.focus(draw)
         assert found.margin > NEAR_TIE

@@ -92,7 +92,9 @@ def itself(x: Tensor) -> Tensor:
     return made
 
 
-@pytest.mark.parametrize("model", [into_a_row, read_by_a_view, under_a_view, base_of_a_view, itself])
+@pytest.mark.parametrize(
+    "model", [into_a_row, read_by_a_view, under_a_view, base_of_a_view, itself]
+)
 def test_left_alone(model: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     gm = make_fx(model, pre_dispatch=True)(x.clone())

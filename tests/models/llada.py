@@ -3,8 +3,8 @@
 Keys are cached before the rotary embedding; its tables are buffers for the longest text, sliced by
 length; halves are rotated by ``view`` and ``unbind``; the cache is a list of tuples, or there is
 none and the whole canvas is fed; SDPA is called with positional arguments and no mask. With
-``replace_position``, as in Fast-dLLM's dual cache, the cache holds the whole canvas, and the keys of
-the block are written over those that stand at these positions.
+``replace_position``, as in Fast-dLLM's dual cache, the cache holds the whole canvas, and the keys
+of the block are written over those that stand at these positions.
 """
 
 from __future__ import annotations
