@@ -241,7 +241,7 @@ def _diffusion_gemma(model: DiffusionGemmaForBlockDiffusion, draw: Draw) -> dict
         "decoder_attention_mask": {"full_attention": mask, "sliding_attention": mask},
         "decoder_position_ids": (draw.history + torch.arange(tokens)).expand(batch, tokens),
         "self_conditioning_logits": draw.random(batch, tokens, 61),
-        "past_key_values": cache,
+        CACHE: cache,
     }
 
 
