@@ -5,7 +5,7 @@
 "capture": one call of a block with masks and one of the same shape without, so that a single graph
 is captured and each of its programs is compiled. Every run is a process of its own; "cold" has an
 empty Inductor cache, "warm" the one that the cold run of the same contestant left. Contestants
-alternate.
+alternate. Rows that the file ``--out`` has are not run again.
 """
 
 from __future__ import annotations
@@ -102,8 +102,11 @@ def main(
         shape, contestant, what = as_child.split(",")
         print(json.dumps(child(shape, contestant, what, threads)))
         return
-    rows = []
+    rows = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
+    done = {(row["shape"], row["work"]) for row in rows}
     for shape, what in itertools.product(SHAPES, WORK):
+        if (shape, what) in done:
+            continue
         cold: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
         warm: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
         for _ in range(runs):

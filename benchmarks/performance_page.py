@@ -1,4 +1,4 @@
-"""docs/{throughput,scaling,compile_time}.json -> docs/performance.md and its pictures."""
+"""docs/{throughput,profile,scaling,compile_time}.json -> docs/performance.md and its pictures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 HEAD = """# Performance
 
-Written by `benchmarks/performance_page.py` from `throughput.json`, `scaling.json` and
-`compile_time.json`. {machine}, {threads} threads, {dtype}, torch {torch}, transformers
+Written by `benchmarks/performance_page.py` from `throughput.json`, `profile.json`, `scaling.json`
+and `compile_time.json`. {machine}, {threads} threads, {dtype}, torch {torch}, transformers
 {transformers}. No GPU has been measured.
 
 The same model object and the same loop (`focus_compile.generate`) run eagerly, through plain
@@ -31,6 +31,7 @@ for FOCUS than for the dense model. Blocks count the exact dense commit, steps d
 
 ```
 python -m benchmarks.throughput --full
+python -m benchmarks.profile_step --out docs/profile.json
 python -m benchmarks.scaling --out docs/scaling.json
 python -m benchmarks.compile_time --out docs/compile_time.json
 python -m benchmarks.performance_page
@@ -53,6 +54,15 @@ contestants' programs included, sampled in one more run of each contestant.
 
 """
 
+PROFILE = """
+## Where a step's time goes
+
+{shape}, batch {batch}, `{strategy}`, {threads} threads, commit {commit}; by PyTorch's profiler, the
+mean of the denoising steps of one block. "keys and values": the new rows put beside those of
+history and block, which the dense model does by `cat`.
+
+"""
+
 SCALING = """
 ## What a step costs
 
@@ -68,8 +78,7 @@ COMPILE = """
 
 "blocks": wall time to the end of the second block of one loop, compilation counted. "capture": a
 call with masks and one without, of one captured graph, so that each of its programs is compiled.
-"cold": empty Inductor cache, "warm": filled by the run before. Pairs of processes: {runs}; medians;
-commit {commit}.
+"cold": empty Inductor cache, "warm": filled by the run before. Medians over pairs of processes.
 
 """
 NOTES = """
@@ -130,6 +139,14 @@ def _throughput(rows: list[dict[str, Any]]) -> str:
     return out
 
 
+def _profile(report: dict[str, Any]) -> str:
+    out = PROFILE.format(**report) + _head("part", "ms", "share")
+    seconds = report["seconds"]
+    for part, spent in seconds.items():
+        out += _line([part, f"{1e3 * spent:.1f}", f"{spent / seconds['step']:.1%}"])
+    return out
+
+
 def _scaling(report: dict[str, Any]) -> str:
     _plot(report)
     out = SCALING.format(**report) + _head("against", "slope, ms", "intercept, ms", "R2")
@@ -142,15 +159,15 @@ def _scaling(report: dict[str, Any]) -> str:
 
 
 def _compile(rows: list[dict[str, Any]]) -> str:
-    out = COMPILE.format(**rows[0])
-    out += _head("shape", "work", "cache", "inductor, s", "focus, s", "ratio")
+    columns = ("shape", "work", "cache", "pairs", "inductor, s", "focus, s", "ratio", "commit")
+    out = COMPILE + _head(*columns)
     for row in rows:
         for kind in ("cold", "warm"):
             found = row[kind]
             ratio = {"median": found["ratio"], "min": found["ratio_min"], "max": found["ratio_max"]}
-            cells = [row["shape"], row["work"], kind]
+            cells = [row["shape"], row["work"], kind, row["runs"]]
             cells += [f"{found[name]:.1f}" for name in ("inductor", "focus")]
-            out += _line([*cells, _ratio(ratio)])
+            out += _line([*cells, _ratio(ratio), row["commit"]])
     return out
 
 
@@ -178,6 +195,7 @@ def main() -> None:
     """Write the page from the JSON files that are there."""
     mpl.use("Agg")
     page = _throughput(_load("throughput")["rows"])
+    page += _profile(_load("profile"))
     page += _scaling(_load("scaling"))
     page += _compile(_load("compile_time")["rows"])
     (DOCS / "performance.md").write_text(page + NOTES)

@@ -18,6 +18,7 @@ import typer
 from torch.profiler import profile
 
 from benchmarks.contest import Run, contestants, prepare
+from benchmarks.provenance import commit
 from focus_compile.programs import Program
 
 PARTS = {
@@ -63,7 +64,8 @@ def main(
         run = work.run(contestant)
     totals = {event.key: event.cpu_time_total / 1e6 for event in seen.key_averages()}
     report: dict[str, Any] = {"shape": shape, "batch": batch, "strategy": f"trace:{task}"}
-    report |= {"threads": threads, "torch": torch.__version__, "seconds": shares(run, totals)}
+    report |= {"threads": threads, "torch": torch.__version__, "commit": commit()}
+    report["seconds"] = shares(run, totals)
     for part, seconds in report["seconds"].items():
         share = seconds / report["seconds"]["step"]
         print(f"{part:32}{1e3 * seconds:10.2f} ms {share:7.1%}")

@@ -41,6 +41,7 @@ from focus_compile.rows import cache_keyword
 OUT = Path(__file__).resolve().parent.parent / "docs" / "throughput.json"
 FULL = [("tiny", 32, f"threshold:{task}") for task in ("total", "chain", "order")]
 FULL += [("bench-12l", 16, "trace:chain"), ("sdar-0.6b", 32, "trace:total")]
+FULL += [("moe-mini", 16, "trace:chain")]
 FULL += [("bench-12l", 16, what) for what in ("trace:total", "sequential:3", "trace:order")]
 FULL += [("sdar-0.6b", 16, "trace:chain")]
 FULL += [("bench-12l", 1, "trace:chain"), ("bench-12l", 8, "trace:chain")]

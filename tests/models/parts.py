@@ -41,8 +41,8 @@ def rotate_half(x: Tensor) -> Tensor:
 def softmax_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """Eager attention with a softmax in fp32; key heads already expanded."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    """Eager attention with a softmax in fp32; key heads already expanded; ``/ sqrt(size)``."""
+    scores = torch.matmul(query, key.transpose(2, 3)) / (1.0 / scale)
     if mask is not None:
         scores = scores + mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
