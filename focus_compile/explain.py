@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +16,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch.fx import GraphModule, Node
 
-from focus_compile.axes import AxisMap, Dim, graph_inputs, graph_outputs
-from focus_compile.backend import Analysis, analyze, has_attention
+from focus_compile.analysis import Analysis, analyze
+from focus_compile.axes import graph_outputs
+from focus_compile.backend import has_attention
 from focus_compile.breaks import GraphBreak, graph_break
 from focus_compile.cost import Cost, cost_of
+from focus_compile.describe import code, describe, difference
 from focus_compile.errors import Unsupported
-from focus_compile.inputs import is_generic
-from focus_compile.plan import Place, Plan
 
 __all__ = ["Explanation", "GraphReport", "explain"]
 
@@ -44,10 +46,24 @@ class GraphReport:
     cost: Cost | None = None
     broke: GraphBreak | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; ``flops`` are formulas in the symbols of :mod:`focus_compile.cost`."""
+        refusal, broke, cost = self.refusal, self.broke, self.cost
+        return {
+            "nodes": self.nodes,
+            "attention": self.attention,
+            "refusal": None
+            if refusal is None
+            else {"reason": refusal.reason, "op": refusal.op, "module": refusal.module},
+            "break": None if broke is None else asdict(broke),
+            "flops": None if cost is None else {"dense": str(cost.dense), "focus": str(cost.focus)},
+            "analysis": None if self.analysis is None else describe(self.analysis),
+        }
+
 
 @dataclass
 class Explanation:
-    """The whole story of one call of a model; ``print`` it, or read its parts."""
+    """The whole story of one call of a model; ``print`` it, ``save`` it, or read its parts."""
 
     graphs: list[GraphReport] = field(default_factory=list)
 
@@ -73,6 +89,29 @@ class Explanation:
     def print(self) -> None:
         """Print to the terminal."""
         self._render(Console())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data: one entry of ``graphs`` for each graph, in order."""
+        return {"applied": self.applied, "graphs": [graph.to_dict() for graph in self.graphs]}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``explanation.txt``, ``explanation.json``, and, for graphs that FOCUS was applied
+        to, ``graph<i>_before.py``, ``graph<i>_after.py`` and their difference ``graph<i>.diff``.
+        """
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "explanation.txt").write_text(str(self))
+        (root / "explanation.json").write_text(self.to_json() + "\n")
+        for index, graph in enumerate(self.graphs):
+            if graph.analysis is not None:
+                name, analysis = f"graph{index}", graph.analysis
+                (root / f"{name}_before.py").write_text(code(analysis.canonical.gm))
+                (root / f"{name}_after.py").write_text(code(analysis.stages[-1][1]))
+                (root / f"{name}.diff").write_text(difference(analysis))
+        return root
 
     def _render(self, console: Console) -> None:
         console.print(f"Dynamo captured {len(self.graphs)} graph(s)", markup=False)
@@ -145,59 +184,28 @@ def _empty(node: Any) -> Callable[[], Any]:
 
 
 def _render_graph(console: Console, analysis: Analysis, cost: Cost) -> None:
-    plan, canonical = analysis.plan, analysis.canonical
+    found = describe(analysis)
     sites = Table("layer", "module", "queries", "mask", "K/V write", title="attention sites")
-    nodes = {node.name: node for node in canonical.gm.graph.nodes}
-    for site in plan.sites:
-        query = labels(canonical.axes, nodes[site.query])
-        write = "cat with the history" if site.writes[0].cat else "none: keys are the block's own"
-        mask = "yes" if site.mask else "none"
-        sites.add_row(str(site.layer), site.module, escape(query), mask, write)
+    for site in found["sites"]:
+        mask = "yes" if site["mask"] else "causal" if site["causal"] else "none"
+        sites.add_row(
+            str(site["layer"]), site["module"], escape(site["query"]), mask, site["write"]
+        )
     console.print(sites)
     inputs = Table("input", "labels", title="labelled inputs")
-    for node in graph_inputs(canonical.gm):
-        text = labels(canonical.axes, node)
-        if any(name in text for name in ("batch", "token")):
-            inputs.add_row(node.name, escape(text))
+    for name, text in found["inputs"].items():
+        inputs.add_row(name, escape(text))
     console.print(inputs)
-    console.print(_cut_line(analysis), markup=False)
+    places = ", ".join(f"{name} ({place})" for name, place in found["live"].items())
+    console.print(
+        f"the cut: inside layer 1, after its q, k and v; live values: {places}", markup=False
+    )
     passes = Table("pass", "nodes", "focus operators", title="passes")
-    passes.add_row("canonical", str(len(canonical.gm.graph.nodes)), "0")
-    for name, gm in analysis.stages:
-        focus = sum(str(node.target).startswith("focus.") for node in gm.graph.nodes)
-        passes.add_row(name, str(len(gm.graph.nodes)), str(focus))
+    for stage in found["passes"]:
+        passes.add_row(stage["name"], str(stage["nodes"]), str(stage["focus_operators"]))
     console.print(passes)
     console.print(
         "FLOPs per step (B rows, T block, S history, F fed and N retained tokens of the batch)\n"
         f"  dense: {cost.dense}\n  focus: {cost.focus}",
         markup=False,
     )
-
-
-def _cut_line(analysis: Analysis) -> str:
-    plan, halves = analysis.plan, analysis.halves
-    live = [name for name in halves.suffix.inputs if name in halves.prefix.outputs]
-    places = [f"{name} ({_place(plan, name)})" for name in live]
-    return f"the cut: inside layer 1, after its q, k and v; live values: {', '.join(places)}"
-
-
-def _place(plan: Plan, name: str) -> str:
-    place: Place | None = plan.packed.get(name)
-    return place.domain.value if place is not None else "canvas"
-
-
-def labels(axes: AxisMap, node: Node) -> str:
-    """Axis labels of a value, as text: ``[batch, token, 48]``."""
-    return f"[{', '.join(_dim(axes, dim) for dim in axes.of(node))}]"
-
-
-def _dim(axes: AxisMap, dim: Dim) -> str:
-    parts = []
-    for axis in axes.resolve(dim):
-        if axis.role is not None:
-            parts.append(axis.role.value)
-        elif axis.sum is not None and axes.history(dim) is not None:
-            parts.append("history+token")
-        else:
-            parts.append("history" if is_generic(int(axis.size)) else str(axis.size))
-    return "*".join(parts) or "1"

@@ -278,8 +278,8 @@ def test_keys_that_are_mixed_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     """Slots that hold nothing would have a part in what other keys become."""
     plain = llada.Rotary.forward
 
-    def centred(self: Any, query: torch.Tensor, key: torch.Tensor) -> Any:
-        return plain(self, query, key - key.mean(2, keepdim=True))
+    def centred(self: Any, query: torch.Tensor, key: torch.Tensor, *rest: Any) -> Any:
+        return plain(self, query, key - key.mean(2, keepdim=True), *rest)
 
     monkeypatch.setattr(llada.Rotary, "forward", centred)
     subject = Subject(DIALECTS["llada"])

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
+from focus_compile.analysis import Analysis, analyze
 from focus_compile.axes import Role
-from focus_compile.backend import Analysis, analyze, focus_backend
+from focus_compile.backend import focus_backend
 from tests.harness import Run, Sizes, build_model, eager_inner, random_call, retained
 from tests.reference.state import Config
 from tests.reference.system import standalone_batch

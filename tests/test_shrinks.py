@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 from torch.nn.functional import scaled_dot_product_attention
 
-from focus_compile.backend import Analysis, analyze
+from focus_compile.analysis import Analysis, analyze
 from focus_compile.runtime import Executable
 from focus_compile.sites import data_flow
 from tests.harness import VOCAB, Call, Run, Sizes, build_model, random_call, retained

@@ -1,0 +1,84 @@
+"""One Dynamo graph, from its capture to the cut: every stage in one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from focus_compile.axes import tensor_of
+from focus_compile.canonical import Canonical, canonicalize
+from focus_compile.capture import capture
+from focus_compile.cut import Halves, cut, part
+from focus_compile.errors import EmptyCall, Unsupported
+from focus_compile.grow import grow, last_index
+from focus_compile.inputs import Input
+from focus_compile.labels import token_ids
+from focus_compile.plan import Plan, make_plan, slot_name
+from focus_compile.rewrite import rewrite
+from focus_compile.runtime import Layout
+from focus_compile.window import widen
+
+__all__ = ["Analysis", "analyze"]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that is known of one captured graph: its stages from capture to the cut."""
+
+    captured: GraphModule
+    canonical: Canonical
+    plan: Plan
+    stages: tuple[tuple[str, GraphModule], ...]
+    halves: Halves
+    layout: Layout
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Every input that the programs may have, live values at the cut excepted."""
+        return (*self.canonical.inputs, *self.plan.inputs.values())
+
+
+def analyze(gm: GraphModule) -> Analysis:
+    """Capture, label, plan, rewrite and cut one Dynamo graph.
+
+    Raises:
+        Unsupported: FOCUS cannot be applied soundly, or the analysis itself fails.
+        EmptyCall: there are no token ids.
+    """
+    try:
+        return _analyze(gm)
+    except (Unsupported, EmptyCall):
+        raise
+    except Exception as error:
+        reason = f"internal error, please report it: {type(error).__name__}: {error}"
+        raise Unsupported(reason) from error
+
+
+def _analyze(gm: GraphModule) -> Analysis:
+    captured, written = capture(gm)
+    entry = token_ids(captured)
+    if entry is not None and 0 in (shape := tensor_of(entry[1]).shape):
+        raise EmptyCall(tuple(shape))
+    widened, last = widen(grow(captured))
+    canonical = canonicalize(widened)
+    plan = make_plan(canonical)
+    stages = tuple(rewrite(canonical.gm, plan))
+    layout = _layout(canonical, plan, written)
+    return Analysis(captured, canonical, plan, stages, cut(stages[-1][1], plan, last), layout)
+
+
+def _layout(canonical: Canonical, plan: Plan, written: tuple[int, ...]) -> Layout:
+    keys = plan.sites[-1].writes[0]
+    index = last_index(canonical.gm)
+    names = [slot_name(site.layer, part) for site in plan.sites for part in (0, 1)]
+    return Layout(
+        inputs=canonical.inputs,
+        arguments=canonical.arguments,
+        ids=plan.ids,
+        slots=tuple(plan.inputs[name] for name in names),
+        past=keys.past,
+        past_dim=keys.token_dim,
+        index=None if index is None else part(canonical.gm, index),
+        written=written,
+    )

@@ -1,0 +1,103 @@
+"""An analysis as plain data and text: what explain prints and saves, and what traces carry."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from focus_compile.analysis import Analysis
+from focus_compile.axes import AxisMap, Dim, graph_inputs
+from focus_compile.grow import last_index
+from focus_compile.inputs import is_generic
+from focus_compile.plan import Place, Plan
+from focus_compile.sites import Site
+
+__all__ = ["code", "describe", "difference"]
+
+
+def describe(analysis: Analysis) -> dict[str, Any]:
+    """What the passes found and did, ready for JSON.
+
+    ``sites``: attention sites in layer order; ``inputs``: labelled inputs of the canonical graph;
+    ``live``: values that pass from prefix to suffix, with their domain; ``packed``: domain of every
+    packed value; ``passes``: nodes of the graph, and ``focus::`` operators among them, after each.
+    """
+    plan, canonical = analysis.plan, analysis.canonical
+    nodes = {node.name: node for node in canonical.gm.graph.nodes}
+    inputs = {node.name: labels(canonical.axes, node) for node in graph_inputs(canonical.gm)}
+    fixed = last_index(canonical.gm) is not None
+    halves = analysis.halves
+    live = [name for name in halves.suffix.inputs if name in halves.prefix.outputs]
+    stages = [("canonical", canonical.gm), *analysis.stages]
+    return {
+        "sites": [
+            {
+                "layer": site.layer,
+                "module": site.module,
+                "query": labels(canonical.axes, nodes[site.query]),
+                "mask": site.mask,
+                "causal": site.causal,
+                "scale": site.scale,
+                "write": _write(site, fixed),
+            }
+            for site in plan.sites
+        ],
+        "inputs": {
+            name: text for name, text in inputs.items() if "batch" in text or "token" in text
+        },
+        "live": {name: _place(plan, name) for name in live},
+        "packed": {name: place.domain.value for name, place in plan.packed.items()},
+        "passes": [
+            {"name": name, "nodes": len(gm.graph.nodes), "focus_operators": _operators(gm)}
+            for name, gm in stages
+        ],
+    }
+
+
+def code(gm: GraphModule) -> str:
+    """A graph as the Python that it stands for, with shapes."""
+    text: str = gm.print_readable(print_output=False, include_stride=False, include_device=False)
+    return text
+
+
+def difference(analysis: Analysis) -> str:
+    """What the passes changed: unified diff of the canonical graph and the last stage's."""
+    before, after = code(analysis.canonical.gm), code(analysis.stages[-1][1])
+    lines = difflib.unified_diff(
+        before.splitlines(), after.splitlines(), "canonical", analysis.stages[-1][0], lineterm=""
+    )
+    return "\n".join(lines) + "\n"
+
+
+def labels(axes: AxisMap, node: Node) -> str:
+    """Axis labels of a value, as text: ``[batch, token, 48]``."""
+    return f"[{', '.join(_dim(axes, dim) for dim in axes.of(node))}]"
+
+
+def _dim(axes: AxisMap, dim: Dim) -> str:
+    parts = []
+    for axis in axes.resolve(dim):
+        if axis.role is not None:
+            parts.append(axis.role.value)
+        elif axis.sum is not None and axes.history(dim) is not None:
+            parts.append("history+token")
+        else:
+            parts.append("history" if is_generic(int(axis.size)) else str(axis.size))
+    return "*".join(parts) or "1"
+
+
+def _operators(gm: GraphModule) -> int:
+    return sum(str(node.target).startswith("focus.") for node in gm.graph.nodes)
+
+
+def _write(site: Site, fixed: bool) -> str:
+    if site.writes[0].cat is None:
+        return "none: keys are the block's own"
+    return "replaces slots" if fixed else "cat with the history"
+
+
+def _place(plan: Plan, name: str) -> str:
+    place: Place | None = plan.packed.get(name)
+    return place.domain.value if place is not None else "canvas"
