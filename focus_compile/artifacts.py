@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from focus_compile.analysis import Analysis
 from focus_compile.describe import code, describe
