@@ -11,7 +11,7 @@ from focus_compile.canonical import Canonical, canonicalize
 from focus_compile.capture import capture
 from focus_compile.cut import Halves, cut, part
 from focus_compile.errors import EmptyCall, Unsupported
-from focus_compile.grow import grow, last_index
+from focus_compile.grow import grow
 from focus_compile.inputs import Input
 from focus_compile.labels import token_ids
 from focus_compile.plan import Plan, make_plan, slot_name
@@ -65,12 +65,16 @@ def _analyze(gm: GraphModule) -> Analysis:
     plan = make_plan(canonical)
     stages = tuple(rewrite(canonical.gm, plan))
     layout = _layout(canonical, plan, written)
-    return Analysis(captured, canonical, plan, stages, cut(stages[-1][1], plan, last), layout)
+    halves = cut(stages[-1][1], plan, last)
+    own = len(halves.own) - len(written)
+    if any(value is not None and value.tokens is not None for value in halves.own[own:]):
+        raise Unsupported("the model writes what it computes of tokens into an input")
+    return Analysis(captured, canonical, plan, stages, halves, layout)
 
 
 def _layout(canonical: Canonical, plan: Plan, written: tuple[int, ...]) -> Layout:
     keys = plan.sites[-1].writes[0]
-    index = last_index(canonical.gm)
+    nodes = {node.name: node for node in canonical.gm.graph.nodes}
     names = [slot_name(site.layer, part) for site in plan.sites for part in (0, 1)]
     return Layout(
         inputs=canonical.inputs,
@@ -79,6 +83,6 @@ def _layout(canonical: Canonical, plan: Plan, written: tuple[int, ...]) -> Layou
         slots=tuple(plan.inputs[name] for name in names),
         past=keys.past,
         past_dim=keys.token_dim,
-        index=None if index is None else part(canonical.gm, index),
+        index=None if keys.index is None else part(canonical.gm, nodes[keys.index]),
         written=written,
     )

@@ -21,16 +21,27 @@ __all__ = ["BlockState", "History"]
 class History:
     """What tells one history from another.
 
-    ``length``: keys before the block. ``mark``: the last key of the last layer, ``[B, ...]``, or
-    None without a cache or with an empty one.
+    ``length``: keys before the block. ``mark``: the last of them in the last layer, ``[B, ...]``,
+    or None without a cache or with an empty one. ``keys``: keys that the cache holds; ``places``:
+    the slots that the block takes in a cache of fixed length, int64 ``[T]``, else None.
     """
 
     length: int
     mark: Tensor | None
+    keys: int = 0
+    places: Tensor | None = None
+
+    def same_slots(self, other: History) -> bool:
+        """Whether the block stands where it stood, among as many keys."""
+        if (self.length, self.keys) != (other.length, other.keys):
+            return False
+        if self.places is None or other.places is None:
+            return self.places is other.places
+        return torch.equal(self.places, other.places)
 
     def same_rows(self, other: History) -> Tensor | bool:
         """bool ``[B]``, or False: which rows have the same history."""
-        if self.length != other.length:
+        if not self.same_slots(other):
             return False
         if self.mark is None or other.mark is None:
             return self.mark is other.mark
@@ -84,11 +95,15 @@ class BlockState:
         ``shifted_logits``: a position is decoded by the logits of its left neighbour.
 
         Raises:
-            UncommittedHistory: the history grew, but no dense call stored exact K/V for it.
+            UncommittedHistory: the history grew, or the block moved within a cache of fixed
+                length, but no dense call stored exact K/V.
             EvictedTokenDecoded: a position was decoded that the last call had evicted.
         """
-        if history.length > self.history.length and not self.committed:
-            raise UncommittedHistory(self.history.length, history.length)
+        before = self.history
+        moved = before.places is not None and history.keys == before.keys
+        moved = moved and not history.same_slots(before)
+        if (history.length > before.length or moved) and not self.committed:
+            raise UncommittedHistory(before.length, history.length)
         decoded = self.masked & ~masked
         changed = (~self.masked & (masked | (ids != self.ids))).any(1)
         same = torch.as_tensor(history.same_rows(self.history), device=ids.device)
@@ -106,7 +121,7 @@ class BlockState:
         self.final, self.retained = self.final & line, self.retained & line
         self.written01, self.written = self.written01 & line, self.written & line
         self.warm, self.settled = self.warm & ~fresh, self.settled & ~fresh
-        if history.length != self.history.length:
+        if not history.same_slots(before):
             self.slots = {}
         self.ids, self.masked, self.history = _copy(ids), _copy(masked), history
         self.goes_on = not bool(fresh.any())

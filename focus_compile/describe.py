@@ -9,7 +9,6 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.analysis import Analysis
 from focus_compile.axes import AxisMap, Dim, graph_inputs
-from focus_compile.grow import last_index
 from focus_compile.inputs import is_generic
 from focus_compile.plan import Place, Plan
 from focus_compile.sites import Site
@@ -27,7 +26,6 @@ def describe(analysis: Analysis) -> dict[str, Any]:
     plan, canonical = analysis.plan, analysis.canonical
     nodes = {node.name: node for node in canonical.gm.graph.nodes}
     inputs = {node.name: labels(canonical.axes, node) for node in graph_inputs(canonical.gm)}
-    fixed = last_index(canonical.gm) is not None
     halves = analysis.halves
     live = [name for name in halves.suffix.inputs if name in halves.prefix.outputs]
     stages = [("canonical", canonical.gm), *analysis.stages]
@@ -40,7 +38,7 @@ def describe(analysis: Analysis) -> dict[str, Any]:
                 "mask": site.mask,
                 "causal": site.causal,
                 "scale": site.scale,
-                "write": _write(site, fixed),
+                "write": _write(site),
             }
             for site in plan.sites
         ],
@@ -92,10 +90,10 @@ def _operators(gm: GraphModule) -> int:
     return sum(str(node.target).startswith("focus.") for node in gm.graph.nodes)
 
 
-def _write(site: Site, fixed: bool) -> str:
+def _write(site: Site) -> str:
     if site.writes[0].cat is None:
         return "none: keys are the block's own"
-    return "replaces slots" if fixed else "cat with the history"
+    return "replaces slots" if site.writes[0].index else "cat with the history"
 
 
 def _place(plan: Plan, name: str) -> str:

@@ -58,11 +58,11 @@ class EmptyCall(ValueError):
 
 
 class UncommittedHistory(RuntimeError):
-    """The history grew by K/V of a masked call, whose later layers have holes."""
+    """The history holds K/V of a masked call, whose later layers have holes."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__(
-            f"the history grew from {before} to {after} tokens without a mask-free call: commit a "
+            f"the history went from {before} to {after} tokens without a mask-free call: commit a "
             "block with one forward of its decoded tokens before the next block starts, and crop "
             "the cache after every masked call"
         )

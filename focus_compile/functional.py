@@ -17,12 +17,16 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from focus_compile.axes import expr_of, tensor_of
+from focus_compile.rules import operands
 
 __all__ = ["functionalize"]
 
 aten = torch.ops.aten
 KEPT = (aten.detach_.default,)
-SELF = (aten.dropout.default, aten.feature_dropout.default, aten.type_as.default)
+SELF = (
+    aten.dropout.default, aten.feature_dropout.default, aten.type_as.default,
+    aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default,
+)  # fmt: skip
 """Operators that may return their operand itself, though their schemas do not say so."""
 
 
@@ -41,11 +45,14 @@ def functionalize(gm: GraphModule) -> dict[Node, Node]:
             continue
         order = {other: index for index, other in enumerate(graph.nodes)}
         written = node.args[0]
-        if not _only_read_through(written, node, order, graph):
+        if not _only_read_through(written, node, order, graph, set(inputs.values())):
             continue
         with graph.inserting_before(node):
             made = graph.call_function(counterpart, node.args, node.kwargs)
-        made.meta = dict(node.meta)
+            made.meta = dict(node.meta)
+            if _may_promote(node):  # what is written takes the dtype of where it goes
+                made = graph.call_function(aten.to.dtype, (made, tensor_of(written).dtype))
+                made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
         for user in list(written.users):
             if user is not made and order.get(user, -1) > order[node]:
@@ -95,12 +102,29 @@ def _writes(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
-def _only_read_through(written: Any, node: Node, order: dict[Node, int], graph: Graph) -> bool:
-    """Whether, after ``node``, nobody reads the written memory but through ``written``."""
+def _may_promote(node: Node) -> bool:
+    """Whether operands of another dtype, but of the same kind, could make the result another's."""
+    written, *others = (tensor_of(arg) for arg in operands(node))
+    return any(
+        other.dtype not in (written.dtype, torch.bool)
+        and other.is_floating_point() == written.is_floating_point()
+        for other in others
+    )
+
+
+def _only_read_through(
+    written: Any, node: Node, order: dict[Node, int], graph: Graph, inputs: set[Node]
+) -> bool:
+    """Whether, after ``node``, nobody reads the written memory but through ``written``.
+
+    ``inputs``: values that inputs are to have; of these, too, only a whole one may be written.
+    """
     base = written
     while (source := _aliased(base)) is not None:
         base = source
-    if base.op != "call_function" and (base.op != "placeholder" or base is not written):
+    if base.op not in ("call_function", "placeholder"):
+        return False
+    if base is not written and (base.op == "placeholder" or base in inputs):
         return False
     aliases = {base}
     for other in graph.nodes:  # in order: an alias comes after what it is one of
@@ -119,6 +143,8 @@ def _aliased(node: Node) -> Node | None:
         return None
     source = node.args[0]
     if node.target is operator.getitem:
+        if isinstance(source, Node) and source.target is aten.broadcast_tensors.default:
+            return source.args[0][node.args[1]]  # type: ignore[index, return-value]
         return _aliased(source) if isinstance(source, Node) else None
     if not isinstance(node.target, OpOverload) or not isinstance(source, Node):
         return None

@@ -88,10 +88,11 @@ def generate(
     """Generate text block by block with a block-diffusion LLM.
 
     Works alike for an eager model, ``torch.compile(model)`` and ``torch.compile(model,
-    backend="focus")``. Every forward gets a bool mask ``[B, 1, T, S + T]`` that hides left padding
-    only: the prompt attends to itself in both directions, a block to the history and to itself.
-    Blocks are in lockstep; a row that has ended stays in the batch, idle. Runs in a session of its
-    own, which takes alpha, visibility, signal and enabled from the session around it.
+    backend="focus")``. Every forward gets a mask ``[B, 1, T, S + T]`` (bool, or additive where the
+    model's attention is transformers' eager one) that hides left padding only: the prompt attends
+    to itself in both directions, a block to the history and to itself. Blocks are in lockstep; a
+    row that has ended stays in the batch, idle. Runs in a session of its own, which takes alpha,
+    visibility, signal and enabled from the session around it.
 
     Args:
         input_ids: int64 ``[B, P]``, prompts padded on the left; attention_mask: ``[B, P]``, 0 at

@@ -1,6 +1,6 @@
 """Caches whose slots are replaced -> caches that grow: one form for all passes.
 
-past.index_copy(2, index, k)   ->  cat([past, k], 2)                     what attention reads
+past.index_copy(2, index, k)   ->  cat([focus.clear(past, index), k])    what attention reads
                                    focus.replace(past, joined, index)    what the model keeps
 mask [B, 1, T, M]              ->  focus.extend_mask(mask, past, index)  [B, 1, T, M + T]
 table [..., M, D]              ->  focus.extend(table, index)            [..., M + T, D]
@@ -24,7 +24,7 @@ from focus_compile.ops import focus
 from focus_compile.replay import Replay, fake_mode_of
 from focus_compile.rules import RESHAPES, argument, aten, operands, transfer, wrap
 
-__all__ = ["grow", "last_index"]
+__all__ = ["grow"]
 
 _SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -43,6 +43,12 @@ def _index_copy(node: Node, axes: AxisMap) -> Transfer:
         for place, (old, new) in enumerate(zip(x, source, strict=True))
     ]
     return Transfer((tuple(out),), (x[at], source[at]))
+
+
+@transfer(focus.clear.default)
+def _clear(node: Node, axes: AxisMap) -> Transfer:
+    x, index = (axes.dims[part][0] for part in operands(node))
+    return Transfer((x,), (x[node.args[2]], index[0]))  # type: ignore[index]
 
 
 @transfer(focus.extend.default)
@@ -83,12 +89,6 @@ def _joined(node: Node, at: int, parts: tuple[Dim, Dim], axes: AxisMap) -> Dim:
     return dim
 
 
-def last_index(gm: GraphModule) -> Node | None:
-    """Slots of the block in the last layer, int64 ``[T]``; None if its cache grows."""
-    found = [node for node in gm.graph.nodes if node.target is focus.extend_mask.default]
-    return found[-1].args[2] if found else None
-
-
 def grow(gm: GraphModule) -> GraphModule:
     """Join new keys and values behind the cache where the model puts them into it.
 
@@ -112,7 +112,7 @@ def _name_puts(gm: GraphModule) -> None:
             continue
         if tensor_of(index).dim() != 1:
             continue
-        if tensor_of(index).dtype == torch.bool or tensor_of(values).dim() != tensor_of(x).dim():
+        if tensor_of(index).dtype != torch.int64 or tensor_of(values).dim() != tensor_of(x).dim():
             continue
         with gm.graph.inserting_before(node):
             args = (x, len(none), index, values)
@@ -165,8 +165,9 @@ class _Growth:
     def _write(self, node: Node) -> None:
         past, _, index, source = node.args
         assert isinstance(past, Node) and isinstance(index, Node) and isinstance(source, Node)
-        parts = [self.env[past], self.env[source]]
         at = self._at(node)
+        left = self.replay.call(focus.clear.default, (self.env[past], self.env[index], at))
+        parts = [left, self.env[source]]
         self.env[node] = self.replay.call(aten.cat.default, (parts, at), like=node)
         self.grown[node] = index
         self.past[index] = (past, at)

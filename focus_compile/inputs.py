@@ -7,11 +7,12 @@ compiler gets symbols in their place, one per name, in a fresh shape environment
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -24,6 +25,7 @@ __all__ = [
     "generic",
     "is_generic",
     "length",
+    "overlap",
     "runtime_inputs",
     "static_tensor",
 ]
@@ -190,3 +192,26 @@ class Symbols:
         size = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         assert isinstance(size, torch.SymInt)
         return size
+
+
+def overlap(values: Sequence[Any], written: Sequence[int]) -> bool:
+    """Whether memory of a tensor among ``values`` that is ``written`` may be another's too.
+
+    Views that interleave count as overlapping.
+    """
+    spans: dict[int, list[tuple[int, int, int]]] = {}
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor) and value.numel():
+            size = value.element_size()
+            steps = zip(value.shape, value.stride(), strict=True)
+            start = int(value.storage_offset()) * size
+            end = start + int(1 + sum((extent - 1) * step for extent, step in steps)) * size
+            memory = value.untyped_storage().data_ptr()
+            spans.setdefault(memory, []).append((start, end, index))
+    return any(
+        one[2] in written and one[2] != two[2] and one[0] < two[1] and two[0] < one[1]
+        for group in spans.values()
+        if len(group) > 1
+        for one in group
+        for two in group
+    )

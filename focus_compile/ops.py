@@ -19,7 +19,7 @@ from focus_compile.importance import importance
 from focus_compile.linear import linear
 from focus_compile.packing import join, pack, pack_rows, repack, restore, tables, unpack
 from focus_compile.selection import retain
-from focus_compile.slots import extend, extend_mask, replace
+from focus_compile.slots import clear, extend, extend_mask, replace
 
 __all__ = ["focus"]
 
@@ -69,6 +69,7 @@ _DEFINITIONS: dict[str, Callable[..., Any]] = {
     "line_index(Tensor tokens, Tensor inverse, Tensor rows) -> Tensor": line_index,
     "attend(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor index, Tensor lines, "
     "float scale) -> Tensor": attend,
+    "clear(Tensor past, Tensor index, int token_dim) -> Tensor": clear,
     "extend(Tensor x, Tensor index, int dim) -> Tensor": extend,
     "extend_mask(Tensor? mask, Tensor past, Tensor index, int token_dim) -> Tensor": extend_mask,
     "replace(Tensor past, Tensor joined, Tensor index, int token_dim) -> Tensor": replace,

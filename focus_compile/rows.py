@@ -32,14 +32,20 @@ class Rows:
         self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         config: Any = model.config
         self.cache, self.keyword = DynamicCache(config=config), cache_keyword(model)
+        self.adds_masks = getattr(config, "_attn_implementation", None) == "eager"
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of the last ``T`` tokens of the rows; the cache must hold those before."""
         length = ids.shape[1]
         places = self.valid.long().cumsum(1) - 1
+        mask = self.valid[:, None, None, :].expand(-1, 1, length, -1).contiguous()
+        if self.adds_masks:  # where True would add 1 to a score
+            dtype = next(self.model.parameters()).dtype
+            lowest = torch.finfo(dtype).min
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest)
         out = self.model(
             input_ids=ids,
-            attention_mask=self.valid[:, None, None, :].expand(-1, 1, length, -1).contiguous(),
+            attention_mask=mask,
             position_ids=places.clamp_min(0)[:, -length:].contiguous(),
             use_cache=True,
             **{self.keyword: self.cache},

@@ -15,7 +15,7 @@ from focus_compile.config import FocusConfig
 from focus_compile.cut import Half, Halves
 from focus_compile.errors import EmptyCall
 from focus_compile.feed import Feed, feed
-from focus_compile.inputs import Input, length
+from focus_compile.inputs import Input, length, overlap
 from focus_compile.outputs import packed_logits, returned
 from focus_compile.programs import Program
 from focus_compile.report import warning_once
@@ -29,6 +29,12 @@ NO_MASKS = (
     "backend 'focus' runs the dense program: it does not know which tokens are masked. Give the id "
     "of the mask token, torch.compile(model, backend='focus', options={'mask_token_id': ...}) or "
     "focus_compile.session(mask_token_id=...), or the masks themselves: session.masked = ..."
+)
+
+
+OVERLAP = (
+    "backend 'focus' runs the dense program: the model writes into an input whose memory another "
+    "input shares"
 )
 
 
@@ -88,6 +94,9 @@ class Executable:
             return self._dense(args, session)
         masked = self._masked(ids, session)
         if masked is None or ids.shape[-1] == 1 or not bool(masked.any()):
+            return self._dense(args, session)
+        if self.layout.written and overlap(args, self.layout.written):
+            warning_once(log, OVERLAP)
             return self._dense(args, session)
         return self._focus(args, ids.view(masked.shape), masked, session)
 
@@ -165,11 +174,14 @@ class Executable:
         if self.layout.past is not None:
             past = values[self.layout.past]
             dim = self.layout.past_dim
-            length = past.shape[dim]
+            keys = length = past.shape[dim]
+            places: Tensor | None = None
             if (index := self.layout.index) is not None:
                 (places,) = index.gm(*(values[name] for name in index.inputs))
+                places = places.remainder(keys)
                 length = int(places.min())
-            history = History(length, past.select(dim, length - 1).clone() if length else None)
+            mark = past.select(dim, length - 1).clone() if length else None
+            history = History(length, mark, keys, places)
         key = self._key(args)
         state = session.state(key) if key else None
         if state is None or not state.fits(ids) or not self._stores(state):

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Dim, Dims, Role, tensor_of
 from focus_compile.errors import Unsupported
+from focus_compile.ops import focus
 from focus_compile.rules import argument, aten, cat_parts, operands
 
 __all__ = ["Site", "Write", "data_flow", "find_sites"]
@@ -36,13 +37,16 @@ _SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 class Write:
     """A K/V write, by node name.
 
-    ``new`` computes the block's keys or values. ``cat`` joins them to ``past``, the input that
-    holds the history; both are None where there is none.
+    ``new`` computes the block's keys or values. ``cat`` joins them to ``history``: to ``past``, the
+    input that holds it, or to what is left of it where the block replaces the slots ``index`` of a
+    cache of fixed length. All are None where there is no history.
     """
 
     new: str
     cat: str | None
     past: str | None
+    history: str | None
+    index: str | None
     batch_dim: int | None
     token_dim: int
 
@@ -179,6 +183,7 @@ def _match_softmax(node: Node) -> _Match | None:
         if not isinstance(first, Node):
             return None
         if scores.target is aten.add.Tensor and isinstance(other, Node) and mask is None:
+            _check_mask(scores, other, scale)
             mask = other
         elif scores.target in _SCALES and isinstance(other, int | float):
             scale = scale * other if scores.target in _SCALES[:2] else scale / other
@@ -206,6 +211,18 @@ def _match_softmax(node: Node) -> _Match | None:
     assert isinstance(key, Node)
     region = (transposed, scores, *before, *after, out)
     return _Match(region, query, key, value, mask, scale)
+
+
+def _check_mask(add: Node, mask: Node, scale: float) -> None:
+    """Refuse what is added to scores, walking back from the softmax, if it is no additive mask."""
+    if scale != 1.0 or add.kwargs.get("alpha", 1) != 1:
+        raise Unsupported("the mask of an attention site is scaled", add)
+    if not tensor_of(mask).dtype.is_floating_point:
+        raise Unsupported(
+            "a mask of booleans or integers is added to attention scores, where True adds 1: give "
+            "eager attention an additive mask, 0 where visible and else the lowest number",
+            add,
+        )
 
 
 def _swapped(transpose: Node) -> set[int]:
@@ -243,7 +260,8 @@ def _write(attended: Node, axes: AxisMap, site: Node, flow: nx.DiGraph) -> Write
     """The K/V write whose result, as it is or token by token changed, a site attends to."""
     if not _holds_history(attended, axes):
         dims = axes.of(attended)
-        return Write(attended.name, None, None, axes.position(dims, Role.BATCH), 2)
+        batch_dim = axes.position(dims, Role.BATCH)
+        return Write(attended.name, None, None, None, None, batch_dim, 2)
     found: dict[Node, None] = {}
     queue, seen = [attended], {attended}
     while queue:
@@ -261,7 +279,12 @@ def _write(attended: Node, axes: AxisMap, site: Node, flow: nx.DiGraph) -> Write
     for node in nx.descendants(flow, cat) & (nx.ancestors(flow, attended) | {attended}):
         if node in axes.unruled or any(_is_keys(dim, axes) for dim in axes.mixed.get(node, ())):
             raise Unsupported("keys or values are mixed before they are attended to", node)
-    past, new = cat_parts(cat)
+    history, new = cat_parts(cat)
+    past: Any = history
+    index: str | None = None
+    if history.target is focus.clear.default:
+        past, places, _ = history.args
+        index = str(places)
     if past.op != "placeholder":
         raise Unsupported("past keys or values are changed before they are used", past)
     dims = axes.of(new)
@@ -269,7 +292,7 @@ def _write(attended: Node, axes: AxisMap, site: Node, flow: nx.DiGraph) -> Write
     if token_dim in (0, None) or batch_dim not in (0, None):
         raise Unsupported("new keys and values are not [batch, ..., token, ...]", site)
     assert token_dim is not None
-    return Write(new.name, cat.name, past.name, batch_dim, token_dim)
+    return Write(new.name, cat.name, past.name, history.name, index, batch_dim, token_dim)
 
 
 def _holds_history(node: Node, axes: AxisMap) -> bool:

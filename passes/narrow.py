@@ -215,7 +215,7 @@ class _Narrow:
         """Join history and block: the block's part is new where computed, stale elsewhere."""
         layer, part, write = self.writes[node.name]
         tokens, _, _ = self._tables(self.plan.packed[write.new].domain)
-        past = None if write.past is None else self.env[self.nodes[write.past]]
+        past = None if write.history is None else self.env[self.nodes[write.history]]
         stale, written = self.slots[layer, part], self.written[layer >= 2]
         args = (past, new, tokens, stale, written, self.reuse, write.token_dim)
         name = f"joined{layer}_{'kv'[part]}"

@@ -166,6 +166,7 @@ MIXERS = [
     Example(aten.index_add.default, (X, 0, torch.tensor([2, 0, 2]), X), kept=2),
     Example(aten.index_put.default, (X, [torch.tensor([2, 0, 1])], _x(3, 5, 7)), kept=0),
     Example(aten.index_copy.default, (X, 1, SLOTS, _x(3, 4, 7)), kept=2),
+    Example(focus.clear.default, (X, SLOTS, 1), kept=2),
     Example(focus.extend.default, (X, SLOTS, 1), kept=2),
     Example(focus.extend_mask.default, (_x(3, 1, 4, 5), X, SLOTS, 1), kept=2),
     Example(focus.extend_mask.default, (None, X, SLOTS, 1), kept=0),

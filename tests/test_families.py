@@ -20,7 +20,7 @@ import focus_compile
 from focus_compile.rules import RULES
 from tests.dialects import DIALECTS, Dialect, Draw, Subject, draw_call, sdar_moe
 from tests.harness import MASK, retained
-from tests.models import dream, llada
+from tests.models import dream, llada, parts
 from tests.models.dream import Dream
 from tests.models.llada2 import LLaDA2
 from tests.reference.emulation import Emulation
@@ -284,6 +284,30 @@ def test_keys_that_are_mixed_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(llada.Rotary, "forward", centred)
     subject = Subject(DIALECTS["llada"])
     with pytest.raises(BackendCompilerFailed, match="mixed before they are attended to"):
+        subject.focus(draw_call(subject.dialect, 0))
+
+
+@pytest.mark.parametrize("way", ["alpha", "scaled", "bool"])
+def test_masks_that_are_not_added_as_they_are(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager attention that means something else than scores plus a mask."""
+
+    def attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float
+    ) -> torch.Tensor:
+        scores = torch.matmul(query, key.transpose(2, 3))
+        if way == "alpha":
+            scores = torch.add(scores * scale, mask, alpha=3)
+        elif way == "scaled":
+            scores = (scores + mask) * scale
+        else:
+            scores = scores * scale + (mask > -1)
+        return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32), value)
+
+    monkeypatch.setattr(parts, "softmax_attention", attention)
+    subject = Subject(DIALECTS["llada2-dense"])
+    with pytest.raises(
+        BackendCompilerFailed, match=r"mask of an attention site is scaled|True adds"
+    ):
         subject.focus(draw_call(subject.dialect, 0))
 
 

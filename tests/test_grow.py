@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache, StaticCache
 
@@ -15,6 +15,7 @@ import focus_compile
 from focus_compile.slots import extend, extend_mask, replace
 from tests.dialects import DIALECTS, Subject, draw_call
 from tests.harness import CACHE, MASK
+from tests.models.llada import LLaDA
 
 STATIC = DIALECTS["sdar-static"]
 
@@ -138,3 +139,176 @@ def test_slots_that_no_mask_hides_are_refused() -> None:
     causal = dataclasses.replace(dual, build=lambda: type(dual.build())(groups=2, causal=True))
     with pytest.raises(BackendCompilerFailed, match="over the slots of a cache: give a mask"):
         Subject(causal).focus(draw_call(causal, 0))
+
+
+DUAL = DIALECTS["llada-dual"]
+
+
+@torch.no_grad()
+def test_nothing_of_a_replaced_slot_is_read() -> None:
+    """Whatever lies in memory there."""
+    subject = Subject(DUAL)
+    draw = draw_call(DUAL, 2)
+    arguments = DUAL.arguments(subject.model, draw)
+    expected = subject.compiled(**arguments).logits
+    arguments = DUAL.arguments(subject.model, draw)
+    for key, value in arguments["past_key_values"]:
+        key[:, :, arguments["replace_position"]] = torch.nan
+        value[:, :, arguments["replace_position"]] = torch.nan
+    assert torch.equal(subject.compiled(**arguments).logits, expected)
+    assert expected.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("places", [slice(2, 10), slice(6, 22, 2)])
+def test_a_block_that_moves_without_a_commit(places: slice) -> None:
+    """To the left, or to other slots from the same one on: K/V of the block before have holes."""
+    subject = Subject(DUAL)
+    draw = dataclasses.replace(draw_call(DUAL, 2), ids=torch.full((2, 8), MASK), history=14)
+    arguments = DUAL.arguments(subject.model, draw)
+    arguments["replace_position"] = torch.arange(6, 14)
+    moved = arguments | {"replace_position": torch.arange(26)[places]}
+    with focus_compile.session(alpha=1.0):
+        subject.compiled(**arguments)
+        with pytest.raises(focus_compile.UncommittedHistory):
+            subject.compiled(**moved)
+    with focus_compile.session(alpha=1.0):
+        subject.compiled(**arguments)
+        subject.compiled(**arguments | {"input_ids": torch.full((2, 8), 7)})
+        actual = subject.compiled(**moved).logits
+    with focus_compile.session(alpha=1.0):
+        again = DUAL.arguments(subject.model, draw)["past_key_values"]
+        subject.model(**arguments | {"input_ids": torch.full((2, 8), 7), "past_key_values": again})
+        fresh = subject.compiled(**moved | {"past_key_values": again}).logits
+    torch.testing.assert_close(actual, fresh)
+
+
+@torch.no_grad()
+def test_caches_of_different_lengths_in_one_session() -> None:
+    """Another request: its block starts where that of the one before did."""
+    subject = Subject(DUAL)
+    draw = draw_call(DUAL, 2)
+    wide = dataclasses.replace(draw, history=draw.history + 6)
+    places = DUAL.arguments(subject.model, draw)["replace_position"]
+    arguments = DUAL.arguments(subject.model, wide) | {"replace_position": places}
+    with focus_compile.session(alpha=1.2):
+        fresh = subject.compiled(**arguments).logits
+    arguments = DUAL.arguments(subject.model, wide) | {"replace_position": places}
+    with focus_compile.session(alpha=1.2):
+        subject.focus(draw)
+        assert torch.equal(subject.compiled(**arguments).logits, fresh)
+
+
+@torch.no_grad()
+def test_slots_counted_from_the_end() -> None:
+    """As indexing counts them; other integers than int64 are refused."""
+    subject = Subject(DUAL)
+    draw = draw_call(DUAL, 2)
+    expected = subject.focus(draw)
+    arguments = DUAL.arguments(subject.model, draw)
+    places = arguments["replace_position"]
+    slots = arguments["past_key_values"][0][0].shape[2]
+    tables = places % slots
+    assert torch.equal(tables, places)
+    with focus_compile.session(alpha=1e9):
+        got = subject.compiled(**arguments | {"replace_position": places - slots})
+    negative = DUAL.arguments(subject.model, draw) | {"replace_position": places - slots}
+    torch.testing.assert_close(got.logits, subject.model(**negative).logits, atol=1e-4, rtol=1e-4)
+    assert expected.shape == got.logits.shape
+    short = DUAL.arguments(subject.model, draw) | {"replace_position": places.int()}
+    with pytest.raises(BackendCompilerFailed, match="changes the length of the token axis"):
+        subject.compiled(**short)
+
+
+@torch.no_grad()
+def test_masks_of_one_column() -> None:
+    """They hide nothing, or all."""
+    subject = Subject(STATIC)
+    draw = draw_call(STATIC, 2)
+    column = torch.ones(len(draw.ids), 1, draw.ids.shape[1], 1, dtype=torch.bool)
+    ours, theirs = (STATIC.arguments(subject.model, draw) for _ in range(2))
+    with focus_compile.session(alpha=1e9):
+        actual = subject.compiled(**ours | {"attention_mask": column}).logits
+    expected = subject.model(**theirs | {"attention_mask": column}).logits
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_caches_that_share_memory(caplog: pytest.LogCaptureFixture) -> None:
+    """Keys of two layers in one buffer, two slots apart: the dense program runs, and says so."""
+    subject = Subject(DUAL)
+    draw = draw_call(DUAL, 2)
+    results = []
+    for model in (subject.model, subject.compiled):
+        arguments = DUAL.arguments(subject.model, draw)
+        past = arguments["past_key_values"]
+        shape = list(past[0][0].shape)
+        buffer = draw.random(*shape[:2], shape[2] + 2, shape[3])
+        past[0] = (buffer[:, :, :-2], past[0][1])
+        past[2] = (buffer[:, :, 2:], past[2][1])
+        with focus_compile.session() as focus, caplog.at_level("WARNING"):
+            results.append(model(**arguments).logits)
+            assert focus.stats.steps == 0
+    torch.testing.assert_close(*results)
+    assert "whose memory another input shares" in caplog.text
+
+
+class LastGrows(nn.Module):
+    """The last layer's cache grows; those before are of fixed length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = LLaDA(groups=2)
+        self.groups, self.head, self.layers = 2, self.model.head, self.model.layers
+
+    def forward(self, input_ids: Tensor, past_key_values: Any, replace_position: Tensor) -> Any:
+        x = self.model.wte(input_ids)
+        for index, block in enumerate(self.model.blocks):
+            replaced = None if index == self.layers - 1 else replace_position
+            x, _ = block(x, past_key_values[index], replaced)
+        return self.model.ff_out(self.model.ln_f(x))
+
+
+@torch.no_grad()
+def test_caches_of_both_kinds() -> None:
+    dialect = dataclasses.replace(DUAL, build=LastGrows, logits=lambda out: out)
+    subject = Subject(dialect)
+    draw = draw_call(DUAL, 2)
+    results = []
+    for model in (subject.model, subject.compiled, subject.compiled):
+        arguments = DUAL.arguments(subject.model, draw)
+        past = arguments["past_key_values"]
+        past[-1] = tuple(part[:, :, :3] for part in past[-1])
+        with focus_compile.session(alpha=1e9):
+            results.append(model(**arguments))
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
+    assert torch.equal(results[1], results[2])
+
+
+class Accumulates(nn.Module):
+    """Adds up what it computes of tokens, in an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = LLaDA(groups=2)
+
+    def forward(self, input_ids: Tensor, seen: Tensor) -> Tensor:
+        logits = self.model(input_ids).logits
+        seen.add_(logits)
+        return logits
+
+
+def test_tokens_that_are_written_are_refused() -> None:
+    """Evicted ones are not computed: what would be written for them?"""
+    dialect = dataclasses.replace(
+        DUAL,
+        build=Accumulates,
+        arguments=lambda _, draw: {
+            "input_ids": draw.ids,
+            "seen": torch.zeros(*draw.ids.shape, 61),
+        },
+        logits=lambda out: out,
+        history=False,
+    )
+    with pytest.raises(BackendCompilerFailed, match="writes what it computes of tokens"):
+        Subject(dialect).focus(draw_call(dialect, 0))
