@@ -61,8 +61,10 @@ class UncommittedHistory(RuntimeError):
     """The history holds K/V of a masked call, whose later layers have holes."""
 
     def __init__(self, before: int, after: int) -> None:
+        moved = f"the block moved from slot {before} on to slot {after} on, or to others between,"
+        grew = f"the history grew from {before} to {after} tokens"
         super().__init__(
-            f"the history went from {before} to {after} tokens without a mask-free call: commit a "
+            f"{grew if after > before else moved} without a mask-free call: commit a "
             "block with one forward of its decoded tokens before the next block starts, and crop "
             "the cache after every masked call"
         )

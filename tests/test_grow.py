@@ -170,7 +170,8 @@ def test_a_block_that_moves_without_a_commit(places: slice) -> None:
     moved = arguments | {"replace_position": torch.arange(26)[places]}
     with focus_compile.session(alpha=1.0):
         subject.compiled(**arguments)
-        with pytest.raises(focus_compile.UncommittedHistory):
+        told = f"the block moved from slot 6 on to slot {places.start} on"
+        with pytest.raises(focus_compile.UncommittedHistory, match=told):
             subject.compiled(**moved)
     with focus_compile.session(alpha=1.0):
         subject.compiled(**arguments)
