@@ -27,8 +27,7 @@ def trace_analysis(analysis: Analysis) -> None:
 
 def trace_refusal(refusal: Unsupported) -> None:
     """Write why a graph was refused, if a trace is being taken."""
-    parts = {"reason": refusal.reason, "op": refusal.op, "module": refusal.module}
-    _artifact("focus_refusals", "json", lambda: json.dumps(parts, indent=1))
+    _artifact("focus_refusals", "json", lambda: json.dumps(refusal.to_dict(), indent=1))
 
 
 def _artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from focus_compile.cost import Cost
 from focus_compile.explain import Explanation
 from focus_compile.explain import explain as explain_call
-from focus_compile.rows import cache_keyword
+from focus_compile.rows import attention_mask, cache_keyword
 
 __all__ = ["app"]
 
@@ -108,11 +108,8 @@ def _print(formulas: Cost, dense: int, focus: int, counts: tuple[int, ...]) -> N
 def _story(path: str, batch: int, block: int, history: int) -> Explanation:
     model = load(path)
     arguments: dict[str, Any] = {"input_ids": torch.zeros(batch, block, dtype=torch.int64)}
-    shape = (batch, 1, block, history + block)
-    visible = torch.ones(shape, dtype=torch.bool)
-    if getattr(model.config, "_attn_implementation", None) == "eager":
-        visible = torch.zeros(shape, dtype=next(model.parameters()).dtype)
-    arguments["attention_mask"] = visible
+    visible = torch.ones(batch, 1, block, history + block, dtype=torch.bool)
+    arguments["attention_mask"] = attention_mask(model, visible)
     if history:
         arguments |= {cache_keyword(model): _cache(model, batch, history), "use_cache": True}
     return explain_call(model, **arguments)

@@ -45,6 +45,10 @@ class Unsupported(Exception):
         where += f" in module {self.module}]" if self.module else "]" if where else ""
         super().__init__(reason + where)
 
+    def to_dict(self) -> dict[str, str]:
+        """Its attributes, as plain data."""
+        return {"reason": self.reason, "op": self.op, "module": self.module}
+
 
 class NothingToEvict(Unsupported):
     """The block is a single token: the dense program is all there is to run."""

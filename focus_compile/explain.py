@@ -52,9 +52,7 @@ class GraphReport:
         return {
             "nodes": self.nodes,
             "attention": self.attention,
-            "refusal": None
-            if refusal is None
-            else {"reason": refusal.reason, "op": refusal.op, "module": refusal.module},
+            "refusal": None if refusal is None else refusal.to_dict(),
             "break": None if broke is None else asdict(broke),
             "flops": None if cost is None else {"dense": str(cost.dense), "focus": str(cost.focus)},
             "analysis": None if self.analysis is None else describe(self.analysis),

@@ -9,13 +9,26 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-__all__ = ["Canvas", "Rows", "cache_keyword"]
+__all__ = ["Canvas", "Rows", "attention_mask", "cache_keyword"]
 
 
 def cache_keyword(model: nn.Module) -> str:
     """What a model calls the argument for its K/V cache: transformers 5.24 renamed it."""
     parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
+
+
+def attention_mask(model: nn.Module, visible: Tensor) -> Tensor:
+    """A bool mask in the form that a model takes.
+
+    transformers' eager attention adds its mask to the scores: a bool one would add 1.
+    """
+    config: Any = model.config
+    if config._attn_implementation != "eager":
+        return visible
+    dtype = next(model.parameters()).dtype
+    zeros = torch.zeros_like(visible, dtype=dtype)
+    return zeros.masked_fill(~visible, torch.finfo(dtype).min)
 
 
 class Rows:
@@ -32,20 +45,15 @@ class Rows:
         self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         config: Any = model.config
         self.cache, self.keyword = DynamicCache(config=config), cache_keyword(model)
-        self.adds_masks = getattr(config, "_attn_implementation", None) == "eager"
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of the last ``T`` tokens of the rows; the cache must hold those before."""
         length = ids.shape[1]
         places = self.valid.long().cumsum(1) - 1
-        mask = self.valid[:, None, None, :].expand(-1, 1, length, -1).contiguous()
-        if self.adds_masks:  # where True would add 1 to a score
-            dtype = next(self.model.parameters()).dtype
-            lowest = torch.finfo(dtype).min
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest)
+        visible = self.valid[:, None, None, :].expand(-1, 1, length, -1).contiguous()
         out = self.model(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=attention_mask(self.model, visible),
             position_ids=places.clamp_min(0)[:, -length:].contiguous(),
             use_cache=True,
             **{self.keyword: self.cache},

@@ -32,6 +32,16 @@ from tests.models.llada import LLaDA
 from tests.models.llada2 import LLaDA2
 from tests.models.parts import randomize
 
+QWEN3: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 40,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -139,14 +149,8 @@ def sdar_moe(experts: str) -> Qwen3MoeForCausalLM:
     """SDAR-MoE's weights load into this model of transformers."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=61,
-        hidden_size=40,
-        intermediate_size=72,
+        **QWEN3,
         moe_intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
@@ -187,13 +191,7 @@ def _static(model: Qwen3ForCausalLM, draw: Draw) -> dict[str, Any]:
 def qwen3(attention: str) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=61,
-        hidden_size=40,
-        intermediate_size=72,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
+        **QWEN3,
         attn_implementation=attention,
     )
     model = Qwen3ForCausalLM(config)

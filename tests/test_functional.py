@@ -108,8 +108,21 @@ def itself(x: Tensor) -> Tensor:
     return made
 
 
+def at_least(x: Tensor) -> Tensor:
+    """An input under another name; the operator's schema does not say so."""
+    same = torch.atleast_2d(x)
+    same.add_(1)
+    return x * 2
+
+
+def broadcast(x: Tensor) -> Tensor:
+    same, _ = torch.broadcast_tensors(x, x + 1)
+    same.add_(1)
+    return x * 2
+
+
 @pytest.mark.parametrize(
-    "model", [into_a_row, read_by_a_view, under_a_view, base_of_a_view, itself]
+    "model", [into_a_row, read_by_a_view, under_a_view, base_of_a_view, itself, at_least, broadcast]
 )
 def test_left_alone(model: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))

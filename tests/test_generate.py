@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -17,8 +18,8 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import focus_compile
-from focus_compile import Generated
-from tests.harness import MASK, VOCAB, Sizes, build_model
+from focus_compile import Generated, focus_backend
+from tests.harness import MASK, VOCAB, Sizes, build_model, eager_inner
 
 BLOCK, PROMPT, BATCH = 6, 5, 3
 EOS, PAD = 58, 59
@@ -260,3 +261,23 @@ def test_a_function_must_choose_candidates(model: Qwen3ForCausalLM, choose: Any)
 
     with pytest.raises(ValueError, match="expected some candidates, and no others"):
         generate(model, remasking_strategy=strategy)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_eager_attention_gets_an_additive_mask(compiled: bool) -> None:
+    """transformers adds what it is given to the scores; padding is hidden as with sdpa."""
+    valid = torch.ones(BATCH, PROMPT, dtype=torch.int64)
+    valid[0, :3] = 0
+    made = []
+    for attention in ("sdpa", "eager"):
+        torch._dynamo.reset()
+        model: Any = build_model(Sizes(layers=2), attention)
+        if compiled:
+            model = torch.compile(model, backend=strict, dynamic=True)
+        with focus_compile.session(alpha=1e9):
+            made.append(generate(model, attention_mask=valid).sequences)
+    assert torch.equal(*made)
+
+
+def strict(gm: GraphModule, inputs: Any) -> Any:
+    return focus_backend(gm, inputs, options={"strict": True}, inner=eager_inner)

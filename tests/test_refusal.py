@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
-from focus_compile import session
+from focus_compile import analysis, session
 from focus_compile.backend import focus_backend
 from focus_compile.runtime import Executable
 from tests.harness import (
@@ -283,3 +283,30 @@ def test_autocast_falls_back_to_dense(said: Said) -> None:
     assert not any(isinstance(program, Executable) for program in compiled.programs)
     (warning,) = said()
     assert "give the model its dtype with model.to(...)" in warning
+
+
+@torch.no_grad()
+def test_an_error_inside_the_analysis_is_a_refusal(
+    said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model runs unchanged, with a warning that asks for a report; strict raises."""
+
+    def fails(_: GraphModule) -> None:
+        raise ValueError("out of luck")
+
+    monkeypatch.setattr(analysis, "grow", fails)
+    told = "internal error, please report it: ValueError: out of luck"
+    model = build_model()
+    ids = torch.full((2, 4), MASK)
+    mask = torch.ones(2, 1, 4, 4, dtype=torch.bool)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model, backend=lambda gm, inputs: focus_backend(gm, inputs, inner=eager_inner)
+    )
+    actual = compiled(ids, mask, use_cache=False).logits
+    assert torch.equal(actual, model(ids, mask, use_cache=False).logits)
+    assert any(told in line for line in said())
+    torch._dynamo.reset()
+    strict = torch.compile(model, backend="focus", options={"strict": True})
+    with pytest.raises(BackendCompilerFailed, match=told):
+        strict(ids, mask, use_cache=False)
