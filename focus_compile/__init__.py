@@ -7,7 +7,8 @@ from focus_compile.cost import Cost
 from focus_compile.decoding import Candidates
 from focus_compile.errors import EvictedTokenDecoded, UncommittedHistory, Unsupported
 from focus_compile.explain import Explanation, explain
-from focus_compile.generate import Generated, generate
+from focus_compile.generate import generate
+from focus_compile.generated import Generated
 from focus_compile.session import PackedLogits, Session, SessionStats, Signal, Step, session
 
 __all__ = [

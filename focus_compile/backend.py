@@ -12,9 +12,10 @@ from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-from focus_compile.analysis import analyze
+from focus_compile.analysis import Analysis, analyze
 from focus_compile.artifacts import trace_analysis, trace_refusal
 from focus_compile.config import FocusConfig
+from focus_compile.describe import difference
 from focus_compile.errors import NothingToEvict, Unsupported
 from focus_compile.lower import lower
 from focus_compile.programs import Inner, make_programs
@@ -78,8 +79,19 @@ def focus_backend(
         warning_once(log, "backend 'focus' leaves this graph as it is: %s", refusal)
         return dense
     trace_analysis(analysis)
+    _log_passes(analysis)
     programs = make_programs(analysis.halves, analysis.inputs, compile_half)
     return Executable(dense, analysis.halves, analysis.layout, config, programs)
+
+
+def _log_passes(analysis: Analysis) -> None:
+    """What ``TORCH_LOGS="+focus_compile"`` shows of a graph."""
+    if not log.isEnabledFor(logging.DEBUG):
+        return
+    stages = [("canonical", analysis.canonical.gm), *analysis.stages]
+    for name, gm in stages:
+        log.debug("%s: %d nodes", name, len(gm.graph.nodes))
+    log.debug("what the passes changed:\n%s", difference(analysis))
 
 
 def has_attention(gm: GraphModule) -> bool:

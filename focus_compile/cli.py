@@ -1,29 +1,36 @@
-"""The command line: ``focus-compile explain PATH``, ``focus-compile cost PATH``.
+"""The command line: ``focus-compile explain PATH`` and its siblings.
 
 PATH is a folder that ``AutoModelForCausalLM`` reads, or ``module:function``, a function that
-returns a model. Nothing is computed with the model's weights.
+returns a model, or a model and the keyword arguments of a denoising call. Exit codes: 0; 1 where
+FOCUS is refused or ``verify`` finds a difference; 2 for bad input, with one line that says why.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from torch._dynamo.exc import BackendCompilerFailed
 
+from focus_compile.compile import compile as compile_model
 from focus_compile.cost import Cost
+from focus_compile.errors import Unsupported
 from focus_compile.explain import Explanation
 from focus_compile.explain import explain as explain_call
-from focus_compile.rows import attention_mask, cache_keyword
+from focus_compile.generate import generate as generate_blocks
+from focus_compile.generated import Generated
+from focus_compile.load import BadInput, denoising_call, load, mask_token, tokenizer
+from focus_compile.page import page
+from focus_compile.session import session
 
 __all__ = ["app"]
 
@@ -33,12 +40,11 @@ Source = Annotated[str, typer.Argument(metavar="PATH", help="model folder, or mo
 Batch = Annotated[int, typer.Option(min=1, help="rows")]
 Block = Annotated[int, typer.Option(min=2, help="tokens of a block")]
 History = Annotated[int, typer.Option(min=0, help="tokens in the cache")]
+Fed = Annotated[float, typer.Option(min=0, max=1, help="share of the block that is fed")]
+Retained = Annotated[float, typer.Option(min=0, max=1, help="share that is retained")]
+MaskToken = Annotated[int | None, typer.Option(help="id of the mask token, if nothing tells it")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 WithTrace = Annotated[bool, typer.Option("--traceback", help="show where an error came from")]
-
-
-class BadInput(Exception):
-    """What the user gave is no model; one line that says why."""
 
 
 @app.command()
@@ -52,16 +58,49 @@ def explain(
     as_json: AsJson = False,
     traceback: WithTrace = False,
 ) -> None:
-    """Capture a denoising call, and tell what FOCUS makes of it. Exit code 1 if it is refused."""
+    """Capture a denoising call, and tell what FOCUS makes of it."""
     with _one_line(traceback):
         story = _story(path, batch, block, history)
         if save is not None:
             story.save(save)
-    if as_json:
-        typer.echo(story.to_json())
-    else:
-        story.print()
+    _tell(story, as_json)
     raise typer.Exit(0 if story.applied else 1)
+
+
+@app.command()
+def verify(
+    path: Source,
+    *,
+    batch: Batch = 2,
+    block: Block = 32,
+    history: History = 64,
+    mask_token_id: MaskToken = None,
+    as_json: AsJson = False,
+    traceback: WithTrace = False,
+) -> None:
+    """Run a denoising call, eager and compiled, evicting and not, and compare the outputs."""
+    with _one_line(traceback), _waiting("compiling and running"):
+        model, call = load(path)
+        mask = mask_token(model, None, mask_token_id)
+        arguments = call or denoising_call(model, batch, block, history, mask)
+        story = explain_call(model, run=True, mask_token_id=mask, **arguments)
+    made = story.measured
+    if as_json:
+        typer.echo(json.dumps(story.to_dict()["measured"], indent=1))
+    elif made is None:
+        story.print()
+    else:
+        told = {
+            "FOCUS with nothing evicted and eager": made.nothing_evicted,
+            "FOCUS evicting, compiled and operator by operator": made.evicting,
+            "for comparison: Inductor's dense program and eager": made.dense,
+        }
+        for what, difference in told.items():
+            found = "other tokens retained" if difference is None else f"{difference:.1e}"
+            typer.echo(f"{what}: {found}")
+        typer.echo(f"fed {made.fed} tokens, retained {made.retained}")
+        typer.echo(f"{'equal' if made.equal else 'NOT EQUAL'} within {made.tolerance:.1e}")
+    raise typer.Exit(0 if made is not None and made.equal else 1)
 
 
 @app.command()
@@ -71,92 +110,193 @@ def cost(
     batch: Batch = 16,
     block: Block = 32,
     history: History = 64,
-    fed: Annotated[float, typer.Option(min=0, max=1, help="share of the block that is fed")] = 1.0,
-    retained: Annotated[float, typer.Option(min=0, max=1, help="share that is retained")] = 0.15,
+    fed: Fed = 1.0,
+    retained: Retained = 0.15,
+    layers: Annotated[int | None, typer.Option(min=2, help="as if there were so many")] = None,
     as_json: AsJson = False,
     traceback: WithTrace = False,
 ) -> None:
-    """FLOPs of a denoising step, dense and with FOCUS, read off the model's own graph."""
+    """FLOPs and bytes of a denoising step, dense and with FOCUS, read off the model's graph."""
     with _one_line(traceback):
         story = _story(path, 2, block, history)
         costs = [graph.cost for graph in story.graphs if graph.cost is not None]
         if len(costs) != 1:
             raise BadInput(f"FOCUS was not applied: {'; '.join(map(str, story.refusals))}")
-        if not fed >= retained:
-            raise BadInput(f"--fed {fed} is less than --retained {retained}")
+        _check_shares(fed, retained)
+        try:
+            found = costs[0] if layers is None else costs[0].of_layers(layers)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
     tokens = batch * block
     counts = (batch, block, history, round(fed * tokens), round(retained * tokens))
-    dense, focus = costs[0].flops(*counts)
     if as_json:
-        names = ("batch", "block", "history", "fed", "retained")
-        data = dict(zip(names, counts, strict=True)) | {"dense": dense, "focus": focus}
-        formulas = {"dense": str(costs[0].dense), "focus": str(costs[0].focus)}
-        typer.echo(json.dumps(data | {"ratio": dense / focus, "formulas": formulas}, indent=1))
+        typer.echo(json.dumps(_cost_data(found, counts), indent=1))
+    else:
+        _print_cost(found, counts)
+
+
+@app.command()
+def report(
+    path: Source,
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the file")] = Path("report.html"),
+    batch: Batch = 16,
+    block: Block = 32,
+    history: History = 64,
+    fed: Fed = 1.0,
+    retained: Retained = 0.15,
+    trace: Annotated[
+        Path | None, typer.Option(help="a generation, from `generate --trace`", exists=True)
+    ] = None,
+    traceback: WithTrace = False,
+) -> None:
+    """Write one HTML file: graphs, funnel, difference, refusals, cost, and a generation's steps."""
+    with _one_line(traceback):
+        _check_shares(fed, retained)
+        steps = None if trace is None else _read_trace(trace)
+        story = _story(path, 2, block, history)
+        sizes = {"batch": batch, "block": block, "history": history}
+        try:
+            text = page(story, path, steps, **sizes, fed=fed, retained=retained)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+        output.write_text(text)
+    typer.echo(f"wrote {output}")
+    raise typer.Exit(0 if story.applied else 1)
+
+
+@app.command()
+def generate(
+    path: Source,
+    *,
+    prompt: Annotated[list[str], typer.Option(help="text to go on from; give several for a batch")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="rounded up to whole blocks")] = 64,
+    block: Block = 32,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="confidence to decode at")] = 0.9,
+    alpha: Annotated[float, typer.Option(min=1, help="budget factor")] = 1.5,
+    dense: Annotated[bool, typer.Option("--dense", help="without FOCUS")] = False,
+    trace: Annotated[Path | None, typer.Option(help="file for `report --trace`")] = None,
+    mask_token_id: MaskToken = None,
+    as_json: AsJson = False,
+    traceback: WithTrace = False,
+) -> None:
+    """Generate text block by block, compiled with FOCUS."""
+    with _one_line(traceback):
+        words = tokenizer(path)
+        model, _ = load(path)
+        mask = mask_token(model, words, mask_token_id)
+        words.padding_side = "left"
+        ids = words(prompt, return_tensors="pt", padding=len(prompt) > 1)
+        compiled = compile_model(model, mask_token_id=mask, dynamic=True, strict=True)
+        with session(mask, alpha=alpha, enabled=not dense):
+            made = generate_blocks(
+                compiled,
+                ids["input_ids"],
+                ids["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                block_length=block,
+                confidence_threshold=threshold,
+                mask_token_id=mask,
+                eos_token_id=words.eos_token_id,
+                progress=not as_json,
+                return_dict=True,
+            )
+        assert isinstance(made, Generated)
+        if trace is not None:
+            trace.write_text(json.dumps(made.trace()))
+    answers = words.batch_decode(
+        made.sequences[:, ids["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    figures = {
+        "forwards": made.forwards,
+        "tokens_per_forward": made.tokens_per_forward,
+        "fed_fraction": made.fed_fraction,
+        "retained_fraction": made.retained_fraction,
+    }
+    if as_json:
+        typer.echo(json.dumps({"answers": answers} | figures, indent=1))
         return
-    _print(costs[0], dense, focus, counts)
+    for answer in answers:
+        typer.echo(answer)
+    typer.echo(
+        f"{made.forwards} forwards, {made.tokens_per_forward:.2f} tokens each; "
+        f"fed {made.fed_fraction:.0%}, retained {made.retained_fraction:.0%}",
+        err=True,
+    )
 
 
-def _print(formulas: Cost, dense: int, focus: int, counts: tuple[int, ...]) -> None:
-    console = Console()
-    table = Table("", "GFLOP per step", "formula", title="B {} T {} S {} F {} N {}".format(*counts))
-    table.add_row("dense", f"{dense / 1e9:.3f}", str(formulas.dense))
-    table.add_row("focus", f"{focus / 1e9:.3f}", str(formulas.focus))
-    console.print(table)
-    console.print(f"ratio: {dense / focus:.2f}, a limit unless kernels differ")
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context, *, traceback: WithTrace = False) -> None:
+    """Throughput of eager, Inductor and FOCUS; options of `python -m benchmarks.throughput`."""
+    with _one_line(traceback):
+        if importlib.util.find_spec("benchmarks") is None:
+            raise BadInput("no benchmarks here: run `focus-compile bench` in a checkout")
+    command = [sys.executable, "-m", "benchmarks.throughput", *context.args]
+    made = subprocess.run(command, check=False)
+    raise typer.Exit(made.returncode)
 
 
 def _story(path: str, batch: int, block: int, history: int) -> Explanation:
-    model = load(path)
-    arguments: dict[str, Any] = {"input_ids": torch.zeros(batch, block, dtype=torch.int64)}
-    visible = torch.ones(batch, 1, block, history + block, dtype=torch.bool)
-    arguments["attention_mask"] = attention_mask(model, visible)
-    if history:
-        arguments |= {cache_keyword(model): _cache(model, batch, history), "use_cache": True}
-    return explain_call(model, **arguments)
+    model, call = load(path)
+    return explain_call(model, **(call or denoising_call(model, batch, block, history)))
 
 
-def _cache(model: Any, batch: int, history: int) -> DynamicCache:
-    """Zeros in the shapes that a model's config tells."""
-    config = model.config
-    cache = DynamicCache(config=config)
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = (batch, getattr(config, "num_key_value_heads", None) or heads, history, size)
-    zeros = torch.zeros(shape, dtype=next(model.parameters()).dtype)
-    for layer in range(config.num_hidden_layers):
-        cache.update(zeros.clone(), zeros.clone(), layer)
-    return cache
+def _tell(story: Explanation, as_json: bool) -> None:
+    if as_json:
+        typer.echo(story.to_json())
+    else:
+        story.print()
 
 
-def load(path: str) -> Any:
-    """The model of a folder, or of ``module:function``.
+def _check_shares(fed: float, retained: float) -> None:
+    if not fed >= retained:
+        raise BadInput(f"--fed {fed} is less than --retained {retained}")
 
-    Raises:
-        BadInput: there is none.
-    """
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise BadInput(f"{path} is not a model: it has no config.json")
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(path)
-            return model.eval()
-        except (ValueError, OSError) as error:
-            raise BadInput(f"{path}: {' '.join(str(error).split())}") from error
-    module, colon, function = path.partition(":")
-    if not colon:
-        raise BadInput(f"no such folder: {path}; give a model's folder, or module:function")
+
+def _read_trace(path: Path) -> Any:
     try:
-        made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise BadInput(f"{path}: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise BadInput(f"{path} returned a {type(made).__name__}, not a torch.nn.Module")
-    return made.eval()
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise BadInput(f"{path} is no trace: {error}") from error
+
+
+def _cost_data(found: Cost, counts: tuple[int, int, int, int, int]) -> dict[str, Any]:
+    dense, focus = found.flops(*counts)
+    names = ("batch", "block", "history", "fed", "retained")
+    return dict(zip(names, counts, strict=True)) | {
+        "dense": dense,
+        "focus": focus,
+        "ratio": dense / focus,
+        "bytes": dict(zip(("dense", "focus"), found.bytes(*counts), strict=True)),
+        "formulas": {"dense": str(found.dense), "focus": str(found.focus)},
+    }
+
+
+def _print_cost(found: Cost, counts: tuple[int, int, int, int, int]) -> None:
+    console = Console()
+    title = "B {} T {} S {} F {} N {}".format(*counts)
+    table = Table("", "GFLOP per step", "MB per step", "formula of FLOPs", title=title)
+    rows = zip(found.flops(*counts), found.bytes(*counts), strict=True)
+    for (work, moved), formula in zip(rows, (found.dense, found.focus), strict=True):
+        name = "dense" if formula is found.dense else "focus"
+        table.add_row(name, f"{work / 1e9:.3f}", f"{moved / 1e6:.1f}", str(formula))
+    console.print(table)
+    ratio = found.speedup(*counts)
+    console.print(f"ratio of FLOPs: {ratio:.2f}, a limit unless kernels differ")
+
+
+@contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    with Console(stderr=True).status(what):
+        yield
 
 
 @contextmanager
 def _one_line(traceback: bool) -> Iterator[None]:
-    """Bad input: one line and exit code 2; with ``traceback`` the error as it is."""
+    """Bad input: one line and exit code 2; a refusal: one line and exit code 1.
+
+    With ``traceback`` the error as it is.
+    """
     try:
         yield
     except BadInput as error:
@@ -164,3 +304,9 @@ def _one_line(traceback: bool) -> Iterator[None]:
             raise
         typer.echo(f"focus-compile: {error}", err=True)
         raise typer.Exit(2) from error
+    except BackendCompilerFailed as error:
+        refusal = error.inner_exception
+        if traceback or not isinstance(refusal, Unsupported):
+            raise
+        typer.echo(f"focus-compile: refused: {refusal}; {refusal.cure}", err=True)
+        raise typer.Exit(1) from error

@@ -9,7 +9,8 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.analysis import Analysis
 from focus_compile.axes import AxisMap, Dim, graph_inputs
-from focus_compile.inputs import is_generic
+from focus_compile.cut import Half
+from focus_compile.inputs import Extent, is_generic
 from focus_compile.plan import Place, Plan
 from focus_compile.sites import Site
 
@@ -20,8 +21,11 @@ def describe(analysis: Analysis) -> dict[str, Any]:
     """What the passes found and did, ready for JSON.
 
     ``sites``: attention sites in layer order; ``inputs``: labelled inputs of the canonical graph;
-    ``live``: values that pass from prefix to suffix, with their domain; ``packed``: domain of every
-    packed value; ``passes``: nodes of the graph, and ``focus::`` operators among them, after each.
+    ``values``: axis labels of all others; ``live``: values that pass from prefix to suffix, with
+    their domain; ``packed``: domain of every packed value; ``shapes``: inputs of prefix and suffix
+    whose sizes are known when they are called, by the names of these sizes (``fed`` and
+    ``retained`` tokens of the batch, ``fed_row`` and ``retained_row`` the most of one row);
+    ``passes``: nodes of the graph, and ``focus::`` operators among them, after each.
     """
     plan, canonical = analysis.plan, analysis.canonical
     nodes = {node.name: node for node in canonical.gm.graph.nodes}
@@ -45,13 +49,36 @@ def describe(analysis: Analysis) -> dict[str, Any]:
         "inputs": {
             name: text for name, text in inputs.items() if "batch" in text or "token" in text
         },
+        "values": {
+            node.name: labels(canonical.axes, node)
+            for node in canonical.gm.graph.nodes
+            if node.op == "call_function" and node in canonical.axes.dims
+        },
         "live": {name: _place(plan, name) for name in live},
+        "shapes": {
+            "prefix": _shapes(analysis, halves.prefix),
+            "suffix": _shapes(analysis, halves.suffix),
+        },
         "packed": {name: place.domain.value for name, place in plan.packed.items()},
         "passes": [
             {"name": name, "nodes": len(gm.graph.nodes), "focus_operators": _operators(gm)}
             for name, gm in stages
         ],
     }
+
+
+def _shapes(analysis: Analysis, half: Half) -> dict[str, str]:
+    known = {given.name: given for given in analysis.inputs}
+    found = [known[name] for name in half.inputs if name in known]
+    return {given.name: _shape(given.shape) for given in found if given.symbolic}
+
+
+def _shape(extents: tuple[Extent, ...]) -> str:
+    return f"[{', '.join(_extent(extent) for extent in extents)}]"
+
+
+def _extent(extent: Extent) -> str:
+    return "+".join(map(_extent, extent)) if isinstance(extent, tuple) else str(extent)
 
 
 def code(gm: GraphModule) -> str:

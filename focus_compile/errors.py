@@ -6,6 +6,8 @@ import re
 
 from torch.fx import Node
 
+from focus_compile.cures import cure_of
+
 __all__ = [
     "EmptyCall",
     "EvictedTokenDecoded",
@@ -45,9 +47,15 @@ class Unsupported(Exception):
         where += f" in module {self.module}]" if self.module else "]" if where else ""
         super().__init__(reason + where)
 
+    @property
+    def cure(self) -> str:
+        """What a user can do about it."""
+        return cure_of(self.reason)
+
     def to_dict(self) -> dict[str, str]:
-        """Its attributes, as plain data."""
-        return {"reason": self.reason, "op": self.op, "module": self.module}
+        """Its attributes and the cure, as plain data."""
+        told = {"reason": self.reason, "op": self.op, "module": self.module}
+        return told | {"cure": self.cure}
 
 
 class NothingToEvict(Unsupported):

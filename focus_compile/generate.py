@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,47 +12,11 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from focus_compile.decoding import Decoder, Strategy, count_per_step, warpers
+from focus_compile.generated import Generated
 from focus_compile.rows import Canvas, Rows
 from focus_compile.session import Session, current_session, session
 
-__all__ = ["Generated", "generate"]
-
-
-@dataclass
-class Generated:
-    """What :func:`generate` returns with ``return_dict=True``.
-
-    Attributes:
-        sequences: int64 ``[B, P + new]``: prompt and answer; pad after a row's end of text.
-        steps_per_block: for each block, int64 ``[B]``: denoising steps of each row.
-        forwards: denoising forwards of the batch, commits and prefill not counted.
-        decoded: tokens decoded by these.
-        fed_fraction, retained_fraction: of the model's tokens, over all denoising forwards; 1 for
-            a model that computes every token.
-        fed_per_step: tokens of the batch that layers 0 and 1 computed, of each denoising forward
-            that ran FOCUS's prefix and suffix.
-        retain_masks: bool ``[B, T]`` of each denoising forward that ran FOCUS's prefix and suffix;
-            T is that of the block, or, without a cache, of the whole canvas, as in the fractions.
-    """
-
-    sequences: Tensor
-    steps_per_block: list[Tensor] = field(default_factory=list)
-    forwards: int = 0
-    decoded: int = 0
-    fed_fraction: float = 1.0
-    retained_fraction: float = 1.0
-    fed_per_step: list[int] = field(default_factory=list)
-    retain_masks: list[Tensor] = field(default_factory=list)
-
-    @property
-    def focus_steps(self) -> int:
-        """Denoising forwards that ran FOCUS's prefix and suffix."""
-        return len(self.retain_masks)
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Tokens decoded per denoising forward of the batch."""
-        return self.decoded / self.forwards if self.forwards else 0.0
+__all__ = ["generate"]
 
 
 @torch.no_grad()
@@ -229,6 +192,7 @@ def _denoise(
         block = torch.where(chosen, tokens, block)
         masked = masked & ~chosen
         result.forwards += 1
+        result.decode_masks.append(chosen)
         result.decoded += int(chosen.sum())
     result.steps_per_block.append(steps)
     return block

@@ -82,7 +82,7 @@ class Plan:
         for site in self.sites:
             for name in (site.query, site.out, *(write.new for write in site.writes)):
                 if name not in self.packed:
-                    raise ValueError(f"{name} of layer {site.layer} is not packed")
+                    raise ValueError(f"attention of layer {site.layer} reads {name}, not packed")
         if self.packed[self.sites[1].query].domain is not Domain.FED:
             raise ValueError("the cut lies after the queries of layer 1")
 

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Interpreter
 
 from focus_compile.cut import Half, Halves
 from focus_compile.inputs import Input, Symbols
+from focus_compile.output_code import output_files
 
 __all__ = ["Inner", "Program", "SpecializedSize", "make_programs"]
 
@@ -33,6 +34,7 @@ class Program:
         half: its graph, with the names of its inputs and outputs.
         calls: how often it ran.
         compiled: the callable, or None before the first call.
+        files: where Inductor wrote its output code, once it is compiled.
     """
 
     def __init__(self, half: Half, inner: Inner, examples: Examples) -> None:
@@ -41,6 +43,7 @@ class Program:
         self.examples = examples
         self.calls = 0
         self.compiled: Callable[..., Any] | None = None
+        self.files: list[str] = []
         self._dense: tuple[bool, ...] = ()
 
     def __call__(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,7 +65,11 @@ class Program:
         # Inductor's prefix may return a live value in another layout than its graph says
         self._dense = tuple(is_contiguous_or_false(value) for value in examples)
         graph = GraphModule(self.half.gm, copy.deepcopy(self.half.gm.graph))
-        with tracing(TracingContext(symbols.mode)), torch.no_grad():
+        with (
+            tracing(TracingContext(symbols.mode)),
+            torch.no_grad(),
+            output_files() as self.files,
+        ):
             compiled = self.inner(graph, examples)
         if symbols.shape_env.replacements:
             raise SpecializedSize(f"sizes became constants: {symbols.shape_env.replacements}")

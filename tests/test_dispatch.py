@@ -124,20 +124,20 @@ def by_number(experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Te
     return experts.dense(x[numbers], index, weights)
 
 
-@pytest.mark.parametrize(
-    ("way", "reason"),
-    [
-        (ends_left_out, "mixes tokens outside attention"),
-        (summed_positions, "mixes tokens outside attention"),
-        (by_number, "mixes tokens outside attention"),
-        (never_put_back, "the token, batch or key axis meets another axis"),
-        (in_another_order, "the token, batch or key axis meets another axis"),
-        (running_sum, "this operator fails on other sizes"),
-        (normed_over_rows, "mixes tokens outside attention"),
-        (by_load, "the number of tokens per expert is used for something else"),
-        (counts_of_all, "mixes tokens outside attention"),
-    ],
-)
+REFUSED = [
+    (ends_left_out, "mixes tokens outside attention"),
+    (summed_positions, "mixes tokens outside attention"),
+    (by_number, "mixes tokens outside attention"),
+    (never_put_back, "the token, batch or key axis meets another axis"),
+    (in_another_order, "the token, batch or key axis meets another axis"),
+    (running_sum, "this operator fails on other sizes"),
+    (normed_over_rows, "mixes tokens outside attention"),
+    (by_load, "the number of tokens per expert is used for something else"),
+    (counts_of_all, "mixes tokens outside attention"),
+]
+
+
+@pytest.mark.parametrize(("way", "reason"), REFUSED)
 def test_refused(way: Way, reason: str) -> None:
     subject = Subject(changed(way))
     with pytest.raises(BackendCompilerFailed, match=reason):

@@ -1,0 +1,76 @@
+"""What a generation returns, and what it did at each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Generated"]
+
+
+@dataclass
+class Generated:
+    """What :func:`~focus_compile.generate` returns with ``return_dict=True``.
+
+    Attributes:
+        sequences: int64 ``[B, P + new]``: prompt and answer; pad after a row's end of text.
+        steps_per_block: for each block, int64 ``[B]``: denoising steps of each row.
+        forwards: denoising forwards of the batch, commits and prefill not counted.
+        decoded: tokens decoded by these.
+        fed_fraction, retained_fraction: of the model's tokens, over all denoising forwards; 1 for
+            a model that computes every token.
+        fed_per_step: tokens of the batch that layers 0 and 1 computed, of each denoising forward
+            that ran FOCUS's prefix and suffix.
+        retain_masks: bool ``[B, T]`` of each denoising forward that ran FOCUS's prefix and suffix;
+            T is that of the block, or, without a cache, of the whole canvas, as in the fractions.
+        decode_masks: bool ``[B, T]`` of each denoising forward: what was decoded after it.
+    """
+
+    sequences: Tensor
+    steps_per_block: list[Tensor] = field(default_factory=list)
+    forwards: int = 0
+    decoded: int = 0
+    fed_fraction: float = 1.0
+    retained_fraction: float = 1.0
+    fed_per_step: list[int] = field(default_factory=list)
+    retain_masks: list[Tensor] = field(default_factory=list)
+    decode_masks: list[Tensor] = field(default_factory=list)
+
+    @property
+    def focus_steps(self) -> int:
+        """Denoising forwards that ran FOCUS's prefix and suffix."""
+        return len(self.retain_masks)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens decoded per denoising forward of the batch."""
+        return self.decoded / self.forwards if self.forwards else 0.0
+
+    def trace(self) -> dict[str, Any]:
+        """What became of each token of a block at each step, as plain data.
+
+        ``{"block_length": T, "rows": B, "steps": [...]}``; a step has ``block``, the number of the
+        block, and ``masked``, ``retained`` and ``decoded``, ``[B][T]`` each. All is retained where
+        a dense program ran.
+        """
+        steps: list[dict[str, Any]] = []
+        done = 0
+        for block, counts in enumerate(self.steps_per_block):
+            forwards = self.decode_masks[done : done + int(counts.max())]
+            for index, decoded in enumerate(forwards):
+                retained = torch.ones_like(decoded)
+                if self.retain_masks:
+                    retained = self.retain_masks[done + index]
+                flags = {
+                    "masked": torch.stack(forwards[index:]).any(0),
+                    "retained": retained,
+                    "decoded": decoded,
+                }
+                step = {name: flag.tolist() for name, flag in flags.items()}
+                steps.append({"block": block} | step)
+            done += len(forwards)
+        rows, length = self.decode_masks[0].shape
+        return {"block_length": length, "rows": rows, "steps": steps}

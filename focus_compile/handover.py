@@ -1,0 +1,40 @@
+"""Files for other tools: code and its difference, DOT, ``.pt2`` programs, a refusal's script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.fx import GraphModule
+
+from focus_compile.analysis import Analysis
+from focus_compile.describe import code, difference
+from focus_compile.draw import dot
+from focus_compile.errors import Unsupported
+from focus_compile.reproduce import script
+
+__all__ = ["save_analysis", "save_refusal"]
+
+
+def save_analysis(analysis: Analysis, folder: Path, name: str) -> None:
+    """Write a graph before and after the passes, the difference, and the two programs.
+
+    ``<name>_before.py``, ``<name>_after.py``, ``<name>.diff``; ``<name>_before.dot`` and
+    ``<name>_after.dot`` for Graphviz; ``<name>_prefix.pt2`` and ``<name>_suffix.pt2``, which hold
+    no weights, for viewers of exported programs (netron, Model Explorer).
+    """
+    (folder / f"{name}_before.py").write_text(code(analysis.canonical.gm))
+    (folder / f"{name}_after.py").write_text(code(analysis.stages[-1][1]))
+    (folder / f"{name}.diff").write_text(difference(analysis))
+    for label, after in (("before", False), ("after", True)):
+        (folder / f"{name}_{label}.dot").write_text(dot(analysis, after))
+
+
+def save_refusal(graph: GraphModule, refusal: Unsupported, folder: Path, name: str) -> None:
+    """Write ``<name>_refused.py``, a script of few lines that is refused for the same reason.
+
+    Nothing is written for a graph that text cannot carry.
+    """
+    file = f"{name}_refused.py"
+    text = script(graph, refusal, file)
+    if text is not None:
+        (folder / file).write_text(text)

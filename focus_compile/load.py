@@ -1,0 +1,127 @@
+"""The command line's PATH: a model's folder, or ``module:function``; and a call to look at.
+
+A function returns a model, or a model and the keyword arguments of a denoising call.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedTokenizerBase,
+)
+
+from focus_compile.compile import find_mask_token
+from focus_compile.rows import attention_mask, cache_keyword
+
+__all__ = ["BadInput", "denoising_call", "load", "mask_token", "tokenizer"]
+
+
+class BadInput(Exception):
+    """What the user gave is no model, or lacks something; one line that says what."""
+
+
+def load(path: str) -> tuple[Any, dict[str, Any] | None]:
+    """The model of a folder, or of ``module:function``, and the call that comes with it, if any.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise BadInput(f"{path} is not a model: it has no config.json")
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(path)
+            return model.eval(), None
+        except (ValueError, OSError) as error:
+            raise BadInput(f"{path}: {_line(error)}") from error
+    module, colon, function = path.partition(":")
+    if not colon:
+        raise BadInput(f"no such folder: {path}; give a model's folder, or module:function")
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"{path}: {error}") from error
+    model, call = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"{path} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model.eval(), call
+
+
+def tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if not Path(path).is_dir():
+        raise BadInput(f"no tokenizer: {path} is not a folder")
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path}: {_line(error)}") from error
+    return found
+
+
+def mask_token(model: Any, words: PreTrainedTokenizerBase | None, given: int | None) -> int:
+    """The id of the mask token: the one that is given, or looked up.
+
+    Raises:
+        BadInput: nothing tells.
+    """
+    if given is not None:
+        return given
+    try:
+        return find_mask_token(model, words)
+    except ValueError as error:
+        raise BadInput(str(error).replace("mask_token_id=...", "--mask-token-id")) from error
+
+
+def denoising_call(
+    model: Any, batch: int, block: int, history: int, mask: int | None = None
+) -> dict[str, Any]:
+    """Arguments of a denoising call: a block, every token visible, and a cache.
+
+    Ids are zeros, or, where the id ``mask`` is given, random with two thirds of masks.
+    """
+    ids = torch.zeros(batch, block, dtype=torch.int64)
+    if mask is not None:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, model.config.vocab_size, ids.shape, generator=generator)
+        hidden = torch.rand(ids.shape, generator=generator) < 2 / 3
+        hidden[:, block // 2] = True
+        ids = ids.masked_fill(hidden, mask)
+    visible = torch.ones(batch, 1, block, history + block, dtype=torch.bool)
+    arguments: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": attention_mask(model, visible),
+    }
+    if history:
+        arguments |= {cache_keyword(model): _cache(model, batch, history), "use_cache": True}
+    return arguments
+
+
+def _cache(model: Any, batch: int, history: int) -> DynamicCache:
+    """Random keys and values in the shapes that a model's config tells."""
+    config = model.config
+    cache = DynamicCache(config=config)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shape = (batch, getattr(config, "num_key_value_heads", None) or heads, history, size)
+    dtype = next(model.parameters()).dtype
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(config.num_hidden_layers):
+        keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        cache.update(keys, values, layer)
+    return cache
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

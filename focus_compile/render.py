@@ -1,0 +1,91 @@
+"""An explanation, as plain data, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+__all__ = ["render"]
+
+
+def render(console: Console, data: Mapping[str, Any]) -> None:
+    """Print what :meth:`~focus_compile.Explanation.to_dict` returns."""
+    console.print(f"Dynamo captured {len(data['graphs'])} graph(s)", markup=False)
+    for index, graph in enumerate(data["graphs"]):
+        console.rule(f"graph {index}: {graph['nodes']} nodes")
+        if graph["refusal"] is not None:
+            _refusal(console, graph["refusal"])
+        elif graph["analysis"] is None:
+            console.print("no attention over tokens: compiled unchanged")
+        else:
+            _analysis(console, graph["analysis"])
+            _cost(console, graph)
+        if graph["break"] is not None:
+            broke = graph["break"]
+            cure = "" if broke["remedy"] is None else f"; {broke['remedy']}"
+            told = f"{broke['line']}: {broke['reason']}{cure}"
+            console.print(f"ended by a graph break: {told}", markup=False)
+    if data["measured"] is not None:
+        console.rule("run for real")
+        _measured(console, data["measured"])
+
+
+def _refusal(console: Console, refusal: Mapping[str, str]) -> None:
+    where = f" [op {refusal['op']}" if refusal["op"] else ""
+    where += f" in module {refusal['module']}]" if refusal["module"] else "]" if where else ""
+    console.print(f"refused, compiled unchanged: {refusal['reason']}{where}", markup=False)
+    if refusal["cure"]:
+        console.print(f"what to do: {refusal['cure']}", markup=False)
+
+
+def _analysis(console: Console, found: Mapping[str, Any]) -> None:
+    sites = Table("layer", "module", "queries", "mask", "K/V write", title="attention sites")
+    for site in found["sites"]:
+        mask = "yes" if site["mask"] else "causal" if site["causal"] else "none"
+        words = (str(site["layer"]), site["module"], site["query"], mask, site["write"])
+        sites.add_row(*map(escape, words))
+    console.print(sites)
+    inputs = Table("input", "labels", title="labelled inputs")
+    for name, text in found["inputs"].items():
+        inputs.add_row(escape(name), escape(text))
+    console.print(inputs)
+    places = ", ".join(f"{name} ({place})" for name, place in found["live"].items())
+    console.print(
+        f"the cut: inside layer 1, after its q, k and v; live values: {places}", markup=False
+    )
+    passes = Table("pass", "nodes", "focus operators", title="passes")
+    for stage in found["passes"]:
+        passes.add_row(stage["name"], str(stage["nodes"]), str(stage["focus_operators"]))
+    console.print(passes)
+
+
+def _cost(console: Console, graph: Mapping[str, Any]) -> None:
+    flops, moved = graph["flops"], graph["bytes"]
+    console.print(
+        "per step (B rows, T block, S history, F fed and N retained tokens of the batch)\n"
+        f"  dense: {flops['dense']} FLOPs\n  focus: {flops['focus']} FLOPs\n"
+        f"  dense: {moved['dense']} bytes\n  focus: {moved['focus']} bytes",
+        markup=False,
+    )
+
+
+def _measured(console: Console, made: Mapping[str, Any]) -> None:
+    table = Table("compared", "largest difference", "within", title="equality")
+    limit = f"{made['tolerance']:.1e}"
+    table.add_row("eager, Inductor's dense program", f"{made['dense']:.1e}", "")
+    table.add_row("eager, FOCUS with nothing evicted", f"{made['nothing_evicted']:.1e}", limit)
+    evicting = made["evicting"]
+    told = "other tokens retained" if evicting is None else f"{evicting:.1e}"
+    table.add_row("FOCUS evicting: compiled, operator by operator", told, limit)
+    console.print(table)
+    console.print(
+        f"fed {made['fed']} tokens, retained {made['retained']}, at most "
+        f"{made['retained_row']} of one row"
+    )
+    for name, files in made["code"].items():
+        for path in files:
+            console.print(f"{name}: {path}", markup=False, soft_wrap=True)
