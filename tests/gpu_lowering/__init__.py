@@ -1,0 +1,1 @@
+"""Lowering to Triton for a GPU, on a machine that has none."""

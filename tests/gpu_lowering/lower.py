@@ -1,0 +1,230 @@
+"""Lower the programs of a model to Triton and cubins, on a machine without a GPU.
+
+python -m tests.gpu_lowering.lower --model qwen3 --arch 90 --out FOLDER
+
+The model goes through the real backend; its tensors are fake ones on a fake GPU. Writes the output
+code of each program, ``dense.py``, ``prefix.py`` and ``suffix.py``, and ``report.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.graph import GraphLowering
+from torch._inductor.utils import fresh_cache
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
+
+from focus_compile import focus_backend
+from focus_compile.programs import Program
+from focus_compile.runtime import Executable
+from tests.dialects import DIALECTS, Dialect, Draw, qwen3
+from tests.gpu_lowering.fake_gpu import ARCHES, Cubin, fake_gpu, unfit
+from tests.gpu_lowering.output_code import read, tidy
+
+MOE = DIALECTS["sdar-moe-grouped"]
+MODELS = {
+    "qwen3": Dialect(lambda: qwen3("sdpa"), MOE.arguments, MOE.logits),
+    "moe": MOE,
+    "canvas": DIALECTS["llada-canvas"],
+}
+BATCH, TOKENS, HISTORY = 5, 9, 17
+INDUCTOR = {
+    "compile_threads": 1,
+    "force_disable_caches": True,
+    "joint_graph_constant_folding": False,  # runs constants on the device
+    "shape_padding": False,  # measures padded products there
+    "use_static_triton_launcher": False,  # loads cubins when they are compiled
+}
+
+
+class FakeDraw(Draw):
+    """A call whose numbers do not matter."""
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
+
+class Captured(Exception):
+    """The compiled graph would run now."""
+
+
+def leave(*_: Any) -> Any:
+    raise Captured
+
+
+@dataclass
+class Made:
+    """What Inductor made of one program.
+
+    Attributes:
+        code: modules of output code; cubins: of its kernels, in the order of their launch.
+        sizes: symbol -> name of the size; empty for the dense program, whose symbols are Dynamo's.
+    """
+
+    code: list[str] = field(default_factory=list)
+    cubins: list[Cubin] = field(default_factory=list)
+    sizes: dict[str, str] = field(default_factory=dict)
+
+    def report(self) -> dict[str, Any]:
+        """Plain data.
+
+        A kernel's ``scalars`` are what its launches give for each argument that is no pointer,
+        ``sizes`` the named sizes in them. ``operators`` are those that Inductor did not lower.
+        """
+        (code,) = self.code
+        calls = read(code, self.sizes)
+        cubins = {cubin.name: cubin for cubin in self.cubins}
+        kernels = [self._kernel(cubins[name], given) for name, given in calls.launches.items()]
+        return {
+            "kernels": kernels,
+            "operators": dict(sorted(calls.operators.items())),
+            "host_kernels": calls.host,
+            "sizes": self.sizes,
+        }
+
+    def _kernel(self, cubin: Cubin, launches: list[tuple[str, ...]]) -> dict[str, Any]:
+        scalars = {
+            name: sorted({launch[place] for launch in launches})
+            for place, (name, kind) in enumerate(cubin.arguments.items())
+            if not kind.startswith("*")
+        }
+        words = {word for texts in scalars.values() for word in _words(texts)}
+        return {
+            "name": cubin.name,
+            "arch": cubin.arch,
+            "cubin_bytes": cubin.size,
+            "arguments": cubin.arguments,
+            "launches": len(launches),
+            "scalars": scalars,
+            "sizes": sorted(words & set(self.sizes.values())),
+        }
+
+
+@dataclass
+class Lowering:
+    """A model's way through the backend, for a GPU of compute capability ``arch``."""
+
+    dialect: Dialect
+    arch: int
+    graphs: int = 0
+    programs: dict[str, Made] = field(default_factory=dict)
+
+    def run(self) -> dict[str, Any]:
+        """Lower every program; what came of it as plain data."""
+        torch._dynamo.reset()
+        with (
+            fresh_cache(),
+            fake_gpu(self.arch, self.keep),
+            mock.patch.object(GraphLowering, "save_output_code", self.save),
+            torch.no_grad(),
+        ):
+            self.capture()
+        return {
+            "arch": self.arch,
+            "graphs": self.graphs,
+            "graph_breaks": dict(counters["graph_break"]),
+            "programs": {name: made.report() for name, made in self.programs.items()},
+        }
+
+    @property
+    def current(self) -> Made:
+        """The program that is being compiled."""
+        return next(reversed(self.programs.values()))
+
+    def keep(self, cubin: Cubin) -> None:
+        self.current.cubins.append(cubin)
+
+    def save(self, code: str) -> None:
+        self.current.code.append(tidy(code))
+
+    def capture(self) -> None:
+        """Call the compiled model once; then compile prefix and suffix, which would run now."""
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        model = self.dialect.build().to(torch.bfloat16).eval()
+        with mode, torch.device("cuda"):
+            model = model.to_empty(device="cuda")
+            arguments = self.dialect.arguments(model, fake_draw(self.dialect))
+        executables: list[Executable] = []
+
+        def backend(gm: GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
+            self.programs["dense"] = Made()
+            # arguments are fake, but not of the mode that knows the symbols
+            inputs = [
+                node.meta["example_value"] if isinstance(value, FakeTensor) else value
+                for node, value in zip(gm.graph.find_nodes(op="placeholder"), given, strict=True)
+            ]
+            options = {"strict": True, "inductor": INDUCTOR}
+            executables.append(focus_backend(gm, inputs, options=options))
+            self.graphs += 1
+            return leave
+
+        # a symbolic scale would be made a constant by a second capture
+        with suppress(Captured), torch._dynamo.config.patch(specialize_float=True):
+            torch.compile(model, backend=backend, dynamic=True, fullgraph=True)(**arguments)
+        (executable,) = executables
+        self.compile("prefix", executable.prefix)
+        self.compile("suffix", executable.suffix)
+
+    def compile(self, name: str, program: Program) -> None:
+        made = self.programs[name] = Made()
+        examples = program.examples
+
+        def named() -> Any:
+            symbols, values = examples()
+            made.sizes = {str(size.node.expr): name for name, size in symbols.sizes.items()}
+            return symbols, values
+
+        program.examples = named
+        program._compile()
+
+
+def _words(texts: list[str]) -> list[str]:
+    return re.findall(r"[A-Za-z_]\w*", " ".join(texts))
+
+
+def fake_draw(dialect: Dialect) -> Draw:
+    """A call on the fake GPU; to be made under a fake mode, with that device as default."""
+    history = HISTORY if dialect.history else 0
+    return FakeDraw(
+        ids=torch.zeros(BATCH, TOKENS, dtype=torch.int64),
+        masked=torch.ones(BATCH, TOKENS, dtype=torch.bool),
+        visible=torch.ones(BATCH, TOKENS, history + TOKENS, dtype=torch.bool),
+        history=history,
+        seed=0,
+        dtype=torch.bfloat16,
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--arch", type=int, choices=ARCHES, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    reason = unfit()
+    if reason is not None:
+        parser.error(reason)
+    torch.set_num_threads(1)
+    lowering = Lowering(MODELS[given.model], given.arch)
+    report = {"model": given.model, **lowering.run()}
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name, made in lowering.programs.items():
+        (given.out / f"{name}.py").write_text("".join(made.code))
+    (given.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
