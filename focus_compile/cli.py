@@ -34,7 +34,7 @@ from focus_compile.session import session
 
 __all__ = ["app"]
 
-app = typer.Typer(help="FOCUS as a compiler pass: see what it makes of a model.")
+app = typer.Typer()
 
 Source = Annotated[str, typer.Argument(metavar="PATH", help="model folder, or module:function")]
 Batch = Annotated[int, typer.Option(min=1, help="rows")]
@@ -45,6 +45,13 @@ Retained = Annotated[float, typer.Option(min=0, max=1, help="share that is retai
 MaskToken = Annotated[int | None, typer.Option(help="id of the mask token, if nothing tells it")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 WithTrace = Annotated[bool, typer.Option("--traceback", help="show where an error came from")]
+
+
+@app.callback()
+def main() -> None:
+    """FOCUS as a compiler pass: see what it makes of a model."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # module:function of the working folder
 
 
 @app.command()

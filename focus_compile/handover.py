@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch.fx import GraphModule
 
 from focus_compile.analysis import Analysis
 from focus_compile.describe import code, difference
 from focus_compile.draw import dot
 from focus_compile.errors import Unsupported
+from focus_compile.export import exported
+from focus_compile.programs import make_programs
 from focus_compile.reproduce import script
 
 __all__ = ["save_analysis", "save_refusal"]
@@ -27,6 +30,9 @@ def save_analysis(analysis: Analysis, folder: Path, name: str) -> None:
     (folder / f"{name}.diff").write_text(difference(analysis))
     for label, after in (("before", False), ("after", True)):
         (folder / f"{name}_{label}.dot").write_text(dot(analysis, after))
+    programs = make_programs(analysis.halves, analysis.inputs, lambda graph, _: graph)
+    for label, program in zip(("prefix", "suffix"), programs, strict=True):
+        torch.export.save(exported(program), folder / f"{name}_{label}.pt2")
 
 
 def save_refusal(graph: GraphModule, refusal: Unsupported, folder: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,21 @@ def test_explain_a_function(name: str) -> None:
     made = run("explain", f"tests.test_cli:{name}", "--block", "8", "--history", "0")
     assert made.exit_code == 0, made.output
     assert "attention sites" in made.output and "the cut: inside layer 1" in made.output
+
+
+def test_a_module_of_the_working_folder(tmp_path: Path) -> None:
+    """As installed, and run where the user's file is."""
+    source = "from tests.test_cli import factory as make"
+    (tmp_path / "mine.py").write_text(source)
+    made = subprocess.run(
+        [Path(sys.executable).with_name("focus-compile"), "explain", "mine:make", "--json"],
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(CHECKPOINT.parent.parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(made.stdout)["applied"]
 
 
 def test_cost() -> None:

@@ -103,6 +103,15 @@ def test_data_and_files(name: str, write: str, tmp_path: Path) -> None:
     )
     assert "focus.importance" not in before and after.count("focus.importance") == 2
     assert "+++ restore" in diff and "\n+" in diff and "focus.importance" in diff
+    for half, operators in (("prefix", 2), ("suffix", 0)):
+        program = torch.export.load(root / f"graph0_{half}.pt2")
+        nodes = list(program.graph.nodes)
+        targets = [str(node.target) for node in nodes]
+        assert targets.count("focus.importance.default") == operators
+        assert "focus.attend.default" in targets and not program.state_dict
+        assert any("batch" in text for text in found["shapes"][half].values())
+        assert len(program.range_constraints) >= 3  # rows, block, what is fed or retained
+        assert (root / f"graph0_{'before' if operators else 'after'}.dot").stat().st_size > 1000
     cost = told.graphs[0].cost
     assert cost is not None
     assert cost.focus.free_symbols <= {BATCH, TOKENS, HISTORY, FED, RETAINED}
