@@ -21,6 +21,13 @@ PROMPT = 64
 """Tokens of a prompt of random ids."""
 
 
+def now() -> float:
+    """Seconds, once everything that was launched is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @dataclass
 class Run:
     """Seconds of one generation from the end of its prefill on, and of every forward after it."""
@@ -47,7 +54,7 @@ class Run:
 
 @dataclass
 class Timed:
-    """A model that notes when each of its forwards began and ended."""
+    """A model that notes when each of its forwards began and ended, GPU included."""
 
     model: Any
     times: list[tuple[float, float]] = field(default_factory=list)
@@ -56,9 +63,9 @@ class Timed:
         return getattr(self.model, name)
 
     def __call__(self, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = now()
         out = self.model(**kwargs)
-        self.times.append((start, time.perf_counter()))
+        self.times.append((start, now()))
         return out
 
 
@@ -101,7 +108,7 @@ class Work:
                 return_dict=True,
                 **arguments,
             )
-            end = time.perf_counter()
+            end = now()
         assert isinstance(result, focus_compile.Generated)
         seconds = [stop - start for start, stop in timed.times]
         run = Run(end - timed.times[0][1], seconds[1:], result)
@@ -136,14 +143,21 @@ def contestants(model: Any, mask: int, names: Sequence[str]) -> dict[str, Contes
     return {name: makers[name]() for name in names}
 
 
-def prepare(shape: str, batch: int, strategy: str) -> tuple[Any, Work]:
-    """A model, and what it has to generate."""
+def prepare(
+    shape: str,
+    batch: int,
+    strategy: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Any, Work]:
+    """A model, and what it has to generate; the trained one is fp32 on the CPU."""
     kind, _, what = strategy.partition(":")
     if shape == "tiny":
         return _trained(batch, what)
-    model = build(shape)
+    model = build(shape, device, dtype)
     mask = model.config.vocab_size - 1
     ids = torch.randint(0, mask, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(device)
     if kind == "trace":
         return model, Work(ids, mask, {}, record(what, batch))
     return model, Work(ids, mask, {"remasking_strategy": kind, "tokens_per_step": int(what)})

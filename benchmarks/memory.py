@@ -1,4 +1,4 @@
-"""Resident memory of this process, sampled while something runs."""
+"""Memory of this process, resident or on a GPU, while something runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 __all__ = ["Peak", "sampled"]
 
@@ -25,8 +27,14 @@ class Peak:
 
 
 @contextmanager
-def sampled() -> Iterator[Peak]:
-    """Watch resident memory; what freed memory the allocator still holds is given back first."""
+def sampled(device: str = "cpu") -> Iterator[Peak]:
+    """Watch memory; what freed memory the allocator still holds is given back first."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        peak = Peak(torch.cuda.memory_allocated(device) / 2**20, 0.0)
+        yield peak
+        peak.most = torch.cuda.max_memory_allocated(device) / 2**20
+        return
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     peak = Peak(_resident(), 0.0)
     done = threading.Event()

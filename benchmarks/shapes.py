@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 __all__ = ["ALIGNED", "RANDOM", "build"]
 
@@ -29,6 +35,11 @@ RANDOM: dict[str, dict[str, Any]] = {
         "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16,
         "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 6144, "vocab_size": 151936,
     },
+    "sdar-8b": {
+        "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288,
+        "vocab_size": 151936, "tie_word_embeddings": False,
+    },
     "moe-mini": {
         "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 64, "moe_intermediate_size": 512, "vocab_size": 8192,
@@ -36,16 +47,21 @@ RANDOM: dict[str, dict[str, Any]] = {
         "experts_implementation": "grouped_mm",
     },
 }  # fmt: skip
-"""Sizes of Qwen3 models with random weights; the sdar ones are those of Qwen3-0.6B and -1.7B.
+"""Sizes of Qwen3 models with random weights; the sdar ones are those of Qwen3-0.6B, -1.7B and -8B.
 
 ``moe-mini`` routes as SDAR-MoE does; LLaDA2's groups of experts cost the same.
 """
 
 
-def build(shape: str) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
-    """The model of a shape, fp32; the last id of its vocabulary serves as mask token."""
+def build(
+    shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
+    """The model of a shape; the last id of its vocabulary serves as mask token."""
     torch.manual_seed(0)
-    sizes = RANDOM[shape] | {"tie_word_embeddings": True}
-    if "num_experts" in sizes:
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval()
-    return Qwen3ForCausalLM(Qwen3Config(**sizes)).eval()
+    sizes = {"tie_word_embeddings": True} | RANDOM[shape]
+    config = (Qwen3MoeConfig if "num_experts" in sizes else Qwen3Config)(**sizes)
+    with torch.device(device):
+        model: Qwen3ForCausalLM | Qwen3MoeForCausalLM = AutoModelForCausalLM.from_config(
+            config, dtype=dtype
+        )
+    return model.eval()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,11 +61,18 @@ class Invalid(Exception):
 
 
 def measure(
-    shape: str, batch: int, strategy: str, pairs: int, names: Sequence[str], bar: Progress
+    shape: str,
+    batch: int,
+    strategy: str,
+    pairs: int,
+    names: Sequence[str],
+    bar: Progress,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """One row."""
     torch._dynamo.reset()
-    model, work = prepare(shape, batch, strategy)
+    model, work = prepare(shape, batch, strategy, device, dtype)
     cost = _cost(model, work)
     called = contestants(model, work.mask, names)
     runs: dict[str, list[Run]] = {name: [] for name in called}
@@ -84,7 +91,7 @@ def measure(
                 _check(name, run, work.trace)
             runs[name].append(run)
     for name, contestant in called.items():  # after the timed runs: watching disturbs them
-        with sampled() as peak:
+        with sampled(device) as peak:
             work.run(contestant)
         peaks[name] = {"peak_mib": peak.most, "peak_grown_mib": peak.most - peak.before}
         bar.advance(job)
@@ -107,6 +114,7 @@ def measure(
     }
     if {"inductor", "focus"} <= runs.keys():
         row |= _ratios(runs["inductor"], runs["focus"], cost, work)
+        row["work_per_step"] = {name: _per_step(made[0], cost, work) for name, made in runs.items()}
         row["ratio_peak_memory"] = peaks["focus"]["peak_mib"] / peaks["inductor"]["peak_mib"]
     return row
 
@@ -118,8 +126,8 @@ def _cost(model: Any, work: Work) -> focus_compile.Cost:
     with torch.no_grad():
         model(input_ids=ids[:, :2], use_cache=True, **{cache_keyword(model): cache})
     call = {
-        "input_ids": torch.full((len(ids), BLOCK), mask),
-        "attention_mask": torch.ones(len(ids), 1, BLOCK, 2 + BLOCK, dtype=torch.bool),
+        "input_ids": ids.new_full((len(ids), BLOCK), mask),
+        "attention_mask": ids.new_ones((len(ids), 1, BLOCK, 2 + BLOCK), dtype=torch.bool),
     }
     story = focus_compile.explain(model, **call, use_cache=True, **{cache_keyword(model): cache})
     costs = [graph.cost for graph in story.graphs if graph.cost is not None]
@@ -136,7 +144,7 @@ def _check(name: str, run: Run, trace: Trace | None) -> None:
     if trace is None or name != "focus":
         return
     for index, (mask, step) in enumerate(zip(result.retain_masks, trace.steps, strict=True)):
-        if not torch.equal(mask, step.retained):
+        if not torch.equal(mask.cpu(), step.retained):
             raise Invalid(f"{name}: step {index} retained other tokens than the eager FOCUS")
     if result.fed_per_step != [step.fed for step in trace.steps]:
         raise Invalid(f"{name}: other tokens were fed than by the eager FOCUS")
@@ -176,7 +184,7 @@ def _ratios(
 ) -> dict[str, Any]:
     """Measured ratios, pair by pair, beside those of the FLOPs of what was fed and retained."""
     (theirs, commits), (ours, our_commits) = (
-        _flops(runs[0], cost, work) for runs in (dense, focus)
+        _total(runs[0], cost.flops, work) for runs in (dense, focus)
     )
     blocks = _spread([d.seconds / f.seconds for d, f in zip(dense, focus, strict=True)])
     steps = _spread([d.steps / f.steps for d, f in zip(dense, focus, strict=True)])
@@ -190,8 +198,16 @@ def _ratios(
     }
 
 
-def _flops(run: Run, cost: focus_compile.Cost, work: Work) -> tuple[int, int]:
-    """(denoising steps, commits) of a run."""
+def _per_step(run: Run, cost: focus_compile.Cost, work: Work) -> dict[str, float]:
+    """FLOPs and bytes of a denoising step, by the cost model."""
+    counts = {"flops": cost.flops, "bytes": cost.bytes}
+    return {
+        name: _total(run, count, work)[0] / run.result.forwards for name, count in counts.items()
+    }
+
+
+def _total(run: Run, count: Callable[..., tuple[int, int]], work: Work) -> tuple[int, int]:
+    """(denoising steps, commits) of a run, in what ``count`` counts."""
     result, history = run.result, work.ids.shape[1]
     batch, steps, commits, done = len(work.ids), 0, 0, 0
     for number in run.steps_per_block:
@@ -200,9 +216,9 @@ def _flops(run: Run, cost: focus_compile.Cost, work: Work) -> tuple[int, int]:
             if result.focus_steps:
                 fed = result.fed_per_step[index]
                 retained = int(result.retain_masks[index].sum())
-            dense, focus = cost.flops(batch, BLOCK, history, fed, retained)
+            dense, focus = count(batch, BLOCK, history, fed, retained)
             steps += focus if result.focus_steps else dense
-        commits += cost.flops(batch, BLOCK, history, 0, 0)[0]
+        commits += count(batch, BLOCK, history, 0, 0)[0]
         done, history = done + number, history + BLOCK
     return steps, commits
 

@@ -141,4 +141,4 @@ class Replay:
     def choose(self, candidates: Candidates, where: Tensor) -> Tensor:
         decoded = self.trace.steps[self.index].decoded
         self.index += 1
-        return decoded
+        return decoded.to(where.device)

@@ -10,7 +10,7 @@ from focus_compile.axes import tensor_of
 from focus_compile.canonical import Canonical, canonicalize
 from focus_compile.capture import capture
 from focus_compile.cut import Halves, cut, part
-from focus_compile.errors import EmptyCall, Unsupported
+from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
 from focus_compile.grow import grow
 from focus_compile.inputs import Input
 from focus_compile.labels import token_ids
@@ -60,6 +60,8 @@ def _analyze(gm: GraphModule) -> Analysis:
     entry = token_ids(captured)
     if entry is not None and 0 in (shape := tensor_of(entry[1]).shape):
         raise EmptyCall(tuple(shape))
+    if entry is not None and isinstance(shape[-1], int) and shape[-1] == 1:
+        raise NothingToEvict("the block has one token", entry[0])  # its axis is nowhere to be seen
     widened, last = widen(grow(captured))
     canonical = canonicalize(widened)
     plan = make_plan(canonical)

@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._sympy.functions import FloorDiv
 
 from focus_compile.errors import Unsupported
 
@@ -85,8 +86,19 @@ class Meaning:
 
 
 def expr_of(size: Size) -> sympy.Expr:
-    """A size as a sympy expression."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+    """A size as a sympy expression; divisions that leave no rest are carried out.
+
+    Where two sizes share a symbol, torch keeps ``s * s // s`` as it is.
+    """
+    if not isinstance(size, torch.SymInt):
+        return sympy.Integer(size)
+    expr: sympy.Expr = size.node.expr
+    return expr.replace(FloorDiv, _divided) if expr.has(FloorDiv) else expr
+
+
+def _divided(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
+    quotient = sympy.cancel(left / right)
+    return quotient if _is_count(quotient) else FloorDiv(left, right)
 
 
 def tensor_of(node: Node) -> torch.Tensor:

@@ -17,10 +17,11 @@ from focus_compile.artifacts import trace_analysis, trace_refusal
 from focus_compile.config import FocusConfig
 from focus_compile.describe import difference
 from focus_compile.errors import NothingToEvict, Unsupported
-from focus_compile.lower import lower
+from focus_compile.lower import drop_unread, lower
 from focus_compile.programs import Inner, make_programs
 from focus_compile.report import warning_once
 from focus_compile.runtime import Executable
+from focus_compile.unchanged import Unchanged
 
 __all__ = ["focus_backend", "has_attention"]
 
@@ -57,7 +58,14 @@ def focus_backend(
         return compiled  # type: ignore[no-any-return]
 
     def compile_half(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compile_inner(graph if inner is not None else lower(graph), inputs)
+        if inner is not None:
+            return inner(graph, inputs)
+        lowered = lower(graph, captured=config.captures)
+        if not config.captures:
+            return compile_inner(lowered, inputs)
+        used = drop_unread(lowered, graph)  # an input on the CPU would keep CUDA graphs away
+        compiled = compile_inner(lowered, [inputs[index] for index in used])
+        return lambda *args: compiled(*(args[index] for index in used))
 
     _report_recompile_limit()
     # Inductor takes ownership of the graph, and must see it before the analysis leaves traces in
@@ -71,13 +79,13 @@ def focus_backend(
         _refuse_modes(example_inputs)
         analysis = analyze(copied)
     except NothingToEvict:
-        return dense
+        return Unchanged(dense)
     except Unsupported as refusal:
         trace_refusal(refusal)
         if config.strict:
             raise
         warning_once(log, "backend 'focus' leaves this graph as it is: %s", refusal)
-        return dense
+        return Unchanged(dense)
     trace_analysis(analysis)
     _log_passes(analysis)
     programs = make_programs(analysis.halves, analysis.inputs, compile_half)

@@ -30,6 +30,9 @@ class FocusConfig:
         strict: raise instead of falling back to the dense program when a graph is refused.
         mode: Inductor's mode, as ``torch.compile(mode=...)`` names it.
         inductor: Inductor config patches for all three programs.
+        buckets: numbers of retained tokens of a batch, ascending: the suffix is run with the first
+            one that holds them, the last retained token repeated, so that it sees few sizes; what
+            none holds is run as it is. For CUDA graphs (docs/gpu.md).
     """
 
     mask_token_id: int | None = None
@@ -40,6 +43,7 @@ class FocusConfig:
     strict: bool = False
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mask_token_id is not None:
@@ -73,6 +77,11 @@ class FocusConfig:
             "a dict of Inductor config patches",
         )
         object.__setattr__(self, "inductor", MappingProxyType(dict(self.inductor)))
+        buckets = list(self.buckets) if isinstance(self.buckets, list | tuple) else [0]
+        valid = all(_is_int(size) and size > 0 for size in buckets)
+        valid = valid and buckets == sorted(set(buckets))
+        _expect("buckets", self.buckets, valid, "a list of ints >= 1, ascending")
+        object.__setattr__(self, "buckets", tuple(buckets))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> FocusConfig:
@@ -90,6 +99,12 @@ class FocusConfig:
                 f"{', '.join(names)}"
             )
         return cls(**options)
+
+    @property
+    def captures(self) -> bool:
+        """Whether Inductor is to record the programs as CUDA graphs."""
+        default = torch._inductor.config.triton.cudagraphs
+        return bool(self.patches().get("triton.cudagraphs", default))
 
     def patches(self) -> dict[str, Any]:
         """Inductor config patches of ``mode`` and ``inductor``."""

@@ -58,7 +58,7 @@ _DEFINITIONS: dict[str, Callable[..., Any]] = {
     ),
     "repack(Tensor x, Tensor outer_inverse, Tensor tokens, int token_dim) -> Tensor": repack,
     f"unpack(Tensor x, Tensor index, {_DIMS}) -> Tensor": unpack,
-    "join(Tensor? past, Tensor new, Tensor tokens, Tensor stale, Tensor written, Tensor reuse, "
+    "join(Tensor? past, Tensor new, Tensor tokens, Tensor stale, Tensor written, Tensor? reuse, "
     "int token_dim) -> Tensor": join,
     f"restore(Tensor x, Tensor tokens, Tensor keep, {_DIMS}) -> Tensor": restore,
     "visible(Tensor written, Tensor stored, Tensor bound, Tensor prefix) -> Tensor": visible,

@@ -10,7 +10,16 @@ from focus_compile.cut import Halves
 from focus_compile.packing import canvas_shape, restore
 from focus_compile.session import PackedLogits
 
-__all__ = ["packed_logits", "returned"]
+__all__ = ["packed_logits", "returned", "trimmed"]
+
+
+def trimmed(halves: Halves, values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The ``count`` retained tokens and their values, without what they were padded with."""
+    out = {"tokens": values["tokens"][:count]}
+    for own in halves.own:
+        if own is not None and own.tokens == "tokens":
+            out[own.name] = values[own.name].narrow(own.token_dim, 0, count)
+    return out
 
 
 def returned(

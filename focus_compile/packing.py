@@ -8,6 +8,8 @@ rows of the batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ __all__ = [
     "pack_rows",
     "repack",
     "restore",
+    "retained_tables",
     "tables",
     "unpack",
 ]
@@ -41,6 +44,24 @@ def tables(keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order = torch.sort(flat, descending=True, stable=True).indices
     inverse = torch.where(keep, (flat.cumsum(0) - 1).view(keep.shape), 0)
     return order, inverse, compact(keep), torch.stack([flat.sum(), keep.sum(1).amax()])
+
+
+def retained_tables(
+    order: Tensor, places: Tensor, count: int, most: int, buckets: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Tables of :func:`tables` cut to size, or padded to the first bucket that holds them.
+
+    Padding repeats the last kept token, whose row is then computed several times alike, and rounds
+    the longest row up to a power of 2.
+
+    Returns:
+        ``tokens`` int64 ``[N]``, ``rows`` int64 ``[B, R]``.
+    """
+    size = next((bucket for bucket in buckets if bucket >= count), None)
+    if size is None:
+        return order[:count], places[:, :most].contiguous()
+    tokens = torch.cat([order[:count], order[count - 1 : count].expand(size - count)])
+    return tokens, places[:, : 1 << (most - 1).bit_length()].contiguous()
 
 
 def pack(
@@ -84,7 +105,7 @@ def join(
     tokens: Tensor,
     stale: Tensor,
     written: Tensor,
-    reuse: Tensor,
+    reuse: Tensor | None,
     token_dim: int,
 ) -> Tensor:
     """K or V of one layer: the history, then the block, new where computed and else stale.
@@ -97,14 +118,19 @@ def join(
         written: bool ``[B, T]``, which slots of the block hold any K or V. The others are not
             read: there the result is 0.
         reuse: bool scalar on the CPU: ``stale`` is of the same history, and nobody else needs it.
-            Then the new rows are written into it, and it is the result: nothing is copied.
+            Then the new rows are written into it, and it is the result: nothing is copied. None:
+            never.
 
     Returns:
         ``[B, G, S + T, D]``.
     """
     length = written.shape[1]
     history = 0 if past is None else past.shape[token_dim]
-    out = stale if reuse else torch.empty_like(stale, memory_format=torch.contiguous_format)
+    out = (
+        stale
+        if reuse is not None and reuse
+        else torch.empty_like(stale, memory_format=torch.contiguous_format)
+    )
     block = out.narrow(token_dim, history, length)
     if out is not stale:
         if past is not None:

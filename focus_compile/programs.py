@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.convert_frame import compile_lock
 from torch._guards import TracingContext, tracing
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Interpreter
@@ -49,7 +50,8 @@ class Program:
     def __call__(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on inputs by name; outputs by name."""
         if self.compiled is None:
-            self.compiled = self._compile()
+            with compile_lock:  # Dynamo's: compilers share state of the process
+                self.compiled = self.compiled or self._compile()
         self.calls += 1
         outputs = self.compiled(
             *[

@@ -16,10 +16,12 @@ from focus_compile.cut import Half, Halves
 from focus_compile.errors import EmptyCall
 from focus_compile.feed import Feed, feed
 from focus_compile.inputs import Input, length, overlap
-from focus_compile.outputs import packed_logits, returned
+from focus_compile.outputs import packed_logits, returned, trimmed
+from focus_compile.packing import retained_tables
 from focus_compile.programs import Program
 from focus_compile.report import warning_once
 from focus_compile.session import Session, Signal, Step, current_session
+from focus_compile.unchanged import model_key
 
 __all__ = ["Executable", "Layout"]
 
@@ -88,6 +90,8 @@ class Executable:
     def __call__(self, *args: Any) -> Any:
         session = current_session()
         ids = args[self.layout.arguments[int(self.layout.ids.removeprefix("input"))]]
+        if session is not None and not (session.enabled and ids.numel()):
+            session.masked = None  # they were given for this call
         if not ids.numel():
             raise EmptyCall(tuple(ids.shape))
         if session is not None and not session.enabled:
@@ -104,9 +108,7 @@ class Executable:
         self.dense_calls += 1
         if session is not None:
             session.stats.dense_calls += 1
-            state = session.state(self._key(args))
-            if state is not None:
-                state.committed = True
+            session.end_blocks(model_key(args))
         return self.dense(*args)
 
     def _masked(self, ids: Tensor, session: Session | None) -> Tensor | None:
@@ -129,7 +131,7 @@ class Executable:
         values = self._arguments(args)
         state = self._state(args, values, ids, masked, session)
         if session is not None:
-            session.forget(self._key(args))  # until this call is through: an interrupted one is not
+            session.forget(model_key(args))  # until this call is through: an interrupted one is not
         delayed = self.config.delayed_cache
         skip = session is not None and session.commits_exactly
         tables = feed(state.fed(delayed, skip))
@@ -137,13 +139,15 @@ class Executable:
         # the suffix is compiled for contiguous values at the cut, whatever the prefix prefers
         values |= {name: value.contiguous() for name, value in self.prefix(values).items()}
         count, most = values["sizes"].tolist()
-        values["tokens"] = values["order"][:count]
-        values["rows"] = values["places"][:, :most].contiguous()
+        values["tokens"], values["rows"] = retained_tables(
+            values["order"], values["places"], count, most, self.config.buckets
+        )
         values |= self.suffix(values)
+        values |= trimmed(self.halves, values, count)
         if session is not None:
-            retained = values["retain_mask"]
+            retained = values["retain_mask"].clone()  # it outlives this call
             state.advance(tables.fed, retained, self._slots(values), delayed)
-            session.keep(self._key(args), state)
+            session.keep(model_key(args), state)
             session.retain_mask = retained
             session.stats.record(masked.numel(), tables.tokens.numel(), count)
         packed = session is not None and session.packed
@@ -154,10 +158,6 @@ class Executable:
         for argument, value in zip(self.layout.written, made[own:], strict=True):
             args[argument].copy_(value)
         return made[:own]
-
-    def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
-        """What tells one model from another: its parameters."""
-        return tuple(id(arg) for arg in args if isinstance(arg, torch.nn.Parameter))
 
     def _state(
         self,
@@ -182,7 +182,7 @@ class Executable:
                 length = int(places.min())
             mark = past.select(dim, length - 1).clone() if length else None
             history = History(length, mark, keys, places)
-        key = self._key(args)
+        key = model_key(args)
         state = session.state(key) if key else None
         if state is None or not state.fits(ids) or not self._stores(state):
             return BlockState(ids, masked, history)
@@ -219,7 +219,8 @@ class Executable:
             shape = tuple(bias.shape)
             raise ValueError(f"the signal's bias has shape {shape}: expected {(batch, tokens)}")
         slots = state.slots or self._no_slots(state, values)
-        reuse = session is not None and session.owns_kv and state.goes_on and bool(state.slots)
+        owns = session is not None and session.owns_kv and not self.config.captures
+        reuse = owns and state.goes_on and bool(state.slots)
         exact = True if self.config.stale_kv else state.final
         return slots | {
             "masked": state.masked,
@@ -239,10 +240,11 @@ class Executable:
         }
 
     def _slots(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every layer's keys and values, for the next step."""
+        """Every layer's keys and values, for the next step; a CUDA graph overwrites its results."""
         names = [name for pair in self.halves.kv for name in pair]
         return {
-            slot.name: values[name] for slot, name in zip(self.layout.slots, names, strict=True)
+            slot.name: values[name].clone() if self.config.captures else values[name]
+            for slot, name in zip(self.layout.slots, names, strict=True)
         }
 
     def _no_slots(self, state: BlockState, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -206,6 +206,12 @@ class Session:
     def keep(self, key: tuple[int, ...], state: BlockState) -> None:
         self._states[key] = state
 
+    def end_blocks(self, key: tuple[int, ...]) -> None:
+        """A mask-free call: what a model is called with next starts anew."""
+        state = self._states.get(key)
+        if state is not None:
+            state.committed = True
+
     def signal_of(self, step: Step) -> Signal:
         if self.signal is None or isinstance(self.signal, Signal):
             return self.signal or Signal()

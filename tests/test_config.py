@@ -31,6 +31,10 @@ BAD: list[tuple[str, Any, str]] = [
     ("strict", "yes", "True or False"),
     ("mode", "fastest", "None or one of ("),
     ("inductor", ["max_autotune"], "a dict of Inductor config patches"),
+    ("buckets", 64, "a list of ints >= 1, ascending"),
+    ("buckets", [64, 16], "a list of ints >= 1, ascending"),
+    ("buckets", [0, 16], "a list of ints >= 1, ascending"),
+    ("buckets", [16.0], "a list of ints >= 1, ascending"),
 ]
 
 

@@ -164,6 +164,8 @@ def fake_gpu(arch: int, compiled: Callable[[Cubin], None]) -> Iterator[None]:
         (FakeTensorMode, "avoid_device_init", True),
         # output code imports it
         (torch._C, "_cuda_getCurrentRawStream", lambda device: 0),
+        # Inductor makes CUDA graphs only where freed memory is kept
+        (torch._C, "_cuda_cudaCachingAllocator_is_enabled", lambda: True),
         # compiles cubins, makes no launchers: these load them with libcuda
         (CachingAutotuner, "precompile", precompile),
         # Triton and Inductor ask for the target and its limits

@@ -1,6 +1,6 @@
 """Lower the programs of a model to Triton and cubins, on a machine without a GPU.
 
-python -m tests.gpu_lowering.lower --model qwen3 --arch 90 --out FOLDER
+python -m tests.gpu_lowering.lower --model qwen3 --arch 90 --out FOLDER [--mode reduce-overhead]
 
 The model goes through the real backend; its tensors are fake ones on a fake GPU. Writes the output
 code of each program, ``dense.py``, ``prefix.py`` and ``suffix.py``, and ``report.json``.
@@ -71,11 +71,13 @@ class Made:
     Attributes:
         code: modules of output code; cubins: of its kernels, in the order of their launch.
         sizes: symbol -> name of the size; empty for the dense program, whose symbols are Dynamo's.
+        skips: how often Inductor said that it makes no CUDA graph.
     """
 
     code: list[str] = field(default_factory=list)
     cubins: list[Cubin] = field(default_factory=list)
     sizes: dict[str, str] = field(default_factory=dict)
+    skips: int = 0
 
     def report(self) -> dict[str, Any]:
         """Plain data.
@@ -86,12 +88,17 @@ class Made:
         (code,) = self.code
         calls = read(code, self.sizes)
         cubins = {cubin.name: cubin for cubin in self.cubins}
-        kernels = [self._kernel(cubins[name], given) for name, given in calls.launches.items()]
+        kernels = [
+            self._kernel(cubins[name if name in cubins else re.sub(r"_\d+$", "", name)], given)
+            for name, given in calls.launches.items()  # kernels that we wrote are numbered
+        ]
         return {
             "kernels": kernels,
             "operators": dict(sorted(calls.operators.items())),
             "host_kernels": calls.host,
             "sizes": self.sizes,
+            "partitions": calls.partitions,
+            "cuda_graph_skips": self.skips,
         }
 
     def _kernel(self, cubin: Cubin, launches: list[tuple[str, ...]]) -> dict[str, Any]:
@@ -118,6 +125,7 @@ class Lowering:
 
     dialect: Dialect
     arch: int
+    mode: str | None = None
     graphs: int = 0
     programs: dict[str, Made] = field(default_factory=dict)
 
@@ -165,7 +173,7 @@ class Lowering:
                 node.meta["example_value"] if isinstance(value, FakeTensor) else value
                 for node, value in zip(gm.graph.find_nodes(op="placeholder"), given, strict=True)
             ]
-            options = {"strict": True, "inductor": INDUCTOR}
+            options = {"strict": True, "inductor": INDUCTOR, "mode": self.mode}
             executables.append(focus_backend(gm, inputs, options=options))
             self.graphs += 1
             return leave
@@ -187,7 +195,9 @@ class Lowering:
             return symbols, values
 
         program.examples = named
+        before = counters["inductor"]["cudagraph_skips"]
         program._compile()
+        made.skips = counters["inductor"]["cudagraph_skips"] - before
 
 
 def _words(texts: list[str]) -> list[str]:
@@ -212,13 +222,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--arch", type=int, choices=ARCHES, required=True)
+    parser.add_argument("--mode", help="Inductor's")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     reason = unfit()
     if reason is not None:
         parser.error(reason)
     torch.set_num_threads(1)
-    lowering = Lowering(MODELS[given.model], given.arch)
+    lowering = Lowering(MODELS[given.model], given.arch, given.mode)
     report = {"model": given.model, **lowering.run()}
     given.out.mkdir(parents=True, exist_ok=True)
     for name, made in lowering.programs.items():

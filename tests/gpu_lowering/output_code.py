@@ -21,11 +21,13 @@ class Calls:
         launches: of each Triton kernel, by name: the arguments as expressions of named sizes.
         operators: how often each operator is called that Inductor did not lower.
         host: names of kernels that are not Triton's, such as C++ for the CPU.
+        partitions: how many parts would be recorded as a CUDA graph each.
     """
 
     launches: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
     operators: dict[str, int] = field(default_factory=dict)
     host: list[str] = field(default_factory=list)
+    partitions: int = 0
 
 
 def tidy(code: str) -> str:
@@ -36,7 +38,7 @@ def tidy(code: str) -> str:
 def read(code: str, sizes: Mapping[str, str]) -> Calls:
     """Calls of a module of output code; ``sizes``: symbol -> name of the size."""
     module = ast.parse(code)
-    calls = Calls()
+    calls = Calls(partitions=len(re.findall(r"(?m)^ *def partition_\d+\(", code)))
     for name, maker in _made(module):
         if maker == "async_compile.triton":
             calls.launches[name] = []

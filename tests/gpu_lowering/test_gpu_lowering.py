@@ -36,21 +36,26 @@ FALLBACKS = {
 """What Inductor does not lower: the router's choice and the order of its experts, nothing else."""
 
 FOCUS = {
-    "prefix": {"importance", "pack", "retain", "signal", "tables", "unpack"},
+    "prefix": {"pack", "unpack"},
     "suffix": {"pack", "repack"},
 }
+FUSED = {
+    "list_masked": 2, "attend_rows": 2, "attend_columns": 2, "select": 1, "number_kept": 1,
+}  # fmt: skip
+"""Kernels of ``focus_compile.kernels``, and how often the prefix launches each."""
+
 ATTENTION = {"attend", "join", "line_index", "site_index", "site_mask", "visible"}
 """``focus::`` operators around attention, in both."""
 
 
 @functools.cache
-def lowered(model: str, arch: int) -> dict[str, Any]:
-    """What one process reports."""
+def lowered(model: str, arch: int, mode: str | None = None) -> dict[str, Any]:
+    """What one process reports; ``mode``: Inductor's."""
     threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.gpu_lowering.lower", "--out", folder]
         done = subprocess.run(
-            [*command, "--model", model, "--arch", str(arch)],
+            [*command, "--model", model, "--arch", str(arch), *(("--mode", mode) if mode else ())],
             cwd=ROOT,
             env={**os.environ, **threads},
             capture_output=True,
@@ -93,6 +98,34 @@ def test_operators(report: dict[str, Any], half: str) -> None:
     assert set(report["programs"][half]["operators"]) == expected
 
 
+def test_fused_kernels(report: dict[str, Any]) -> None:
+    """Importance, twice, and selection are our kernels: symbols are all that they know of a block.
+
+    Inductor compiles them with the rest, and no operator for either is left.
+    """
+    kernels = {k["name"]: k for k in report["programs"]["prefix"]["kernels"]}
+    launches = {name: kernels[name]["launches"] for name in FUSED}
+    assert launches == FUSED
+    for name in FUSED:
+        assert kernels[name]["scalars"]["tokens"] == ["token"]
+    for name in ("dense", "suffix"):
+        assert not {k["name"] for k in report["programs"][name]["kernels"]} & FUSED.keys()
+
+
+def test_cuda_graphs() -> None:
+    """With ``mode="reduce-overhead"`` each program would be recorded whole.
+
+    Inductor gives no reason against it, and finds nothing to leave out of the recording: no
+    operator on the CPU, no scalar of the host, no read of a value.
+    """
+    programs = lowered("qwen3", 90, "reduce-overhead")["programs"]
+    assert list(programs) == ["dense", "prefix", "suffix"]
+    for name, program in programs.items():
+        assert (program["cuda_graph_skips"], program["partitions"]) == (0, 1), name
+    plain = lowered("qwen3", 90)["programs"]
+    assert all(program["partitions"] == 0 for program in plain.values())
+
+
 def test_dense_operators(report: dict[str, Any]) -> None:
     """Attention as two batched products and a softmax is an artefact of this machine.
 
@@ -107,7 +140,8 @@ def test_dense_operators(report: dict[str, Any]) -> None:
 def test_sizes_are_symbols(report: dict[str, Any]) -> None:
     """Kernels before the cut run over the fed tokens, those after it over the retained ones.
 
-    The others compute rotary tables (of all positions), or sums over the experts.
+    The others compute rotary tables (of all positions), sums over the experts, or what to retain,
+    for which the canvas is all that counts.
     """
     for half, rows, others in (("prefix", "fed", "retained"), ("suffix", "retained", "fed")):
         packed = 0
@@ -117,12 +151,14 @@ def test_sizes_are_symbols(report: dict[str, Any]) -> None:
                 packed += 1
                 assert kernel["arguments"]["xnumel"] in ("i32", "i64")
             else:
-                assert set(kernel["sizes"]) <= {"token", "history"}, kernel
+                assert set(kernel["sizes"]) <= {"token", "history", "batch"}, kernel
         assert packed >= 5
 
 
-def test_no_kernel_knows_the_batch(report: dict[str, Any]) -> None:
-    """Neither batch nor the most tokens of a row: rows are packed."""
+def test_only_selection_knows_the_batch(report: dict[str, Any]) -> None:
+    """Rows are packed: no kernel of a layer knows the batch, nor the most tokens of a row."""
     for half in FOCUS:
         for kernel in report["programs"][half]["kernels"]:
-            assert not {"batch", "fed_row", "retained_row"} & set(kernel["sizes"])
+            assert not {"fed_row", "retained_row"} & set(kernel["sizes"])
+            if "batch" in kernel["sizes"]:
+                assert half == "prefix" and set(kernel["sizes"]) <= {"batch", "token"}, kernel

@@ -1,0 +1,1 @@
+"""The Triton kernels of importance and selection, on a machine without a GPU."""

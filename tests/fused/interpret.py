@@ -1,0 +1,132 @@
+"""Run the Triton kernels in Triton's interpreter and compare them with the eager functions.
+
+TRITON_INTERPRET=1 python -m tests.fused.interpret --what importance --cases 200
+
+Prints one line of JSON. For a process of its own: Triton looks at the variable when a kernel is
+defined. Inputs are fp32, since the interpreter's bf16 products are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from focus_compile.fused import launch_choose, launch_importance
+from focus_compile.importance import importance
+from focus_compile.ops import signal
+from focus_compile.packing import tables
+from focus_compile.selection import retain
+
+SIZES = (32, 40, 48, 64, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
+"""Head sizes; small ones more often, since the interpreter is slow."""
+
+
+def masks(draw: random.Random, batch: int, tokens: int) -> Tensor:
+    """bool ``[B, T]`` of any density; no masked token, one, and all of them included."""
+    generator = torch.Generator().manual_seed(draw.randrange(2**31))
+    lines = []
+    for _ in range(batch):
+        line = torch.rand(tokens, generator=generator) < draw.choice([0.1, 0.5, 0.9])
+        kind = draw.randrange(8)
+        if kind < 2:
+            line[:] = kind == 1
+        elif kind == 2:
+            line[:] = False
+            line[draw.randrange(tokens)] = True
+        lines.append(line)
+    return torch.stack(lines)
+
+
+def importance_case(draw: random.Random) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of one call; its sizes are pairwise distinct."""
+    while True:
+        batch, groups, share = draw.randint(1, 3), draw.randint(1, 2), draw.randint(2, 3)
+        tokens, size = int(4 * 64 ** (draw.random() ** 4) + 0.5), draw.choice(SIZES)
+        if tokens > 64:
+            batch, groups, share = 1, 2, 2
+        heads = groups * share
+        if len({batch, groups, heads, tokens, size}) == 5:
+            break
+    torch.manual_seed(draw.randrange(2**31))
+    masked = masks(draw, batch, tokens)
+    query, key = torch.randn(batch, heads, tokens, size), torch.randn(batch, groups, tokens, size)
+    if draw.randrange(2):  # as a transposed view, which is what a model has
+        query, key = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key))
+    if draw.randrange(4) == 0:  # what is not masked must not matter
+        hidden = ~masked.view(batch, 1, tokens, 1)
+        query, key = (x.masked_fill(hidden, float("nan")) for x in (query, key))
+    sizes = {"batch": batch, "heads": heads, "groups": groups, "tokens": tokens, "size": size}
+    return (query, key, masked, draw.choice([size**-0.5, 0.3])), sizes
+
+
+def compare_importance(draw: random.Random) -> dict[str, Any]:
+    given, sizes = importance_case(draw)
+    made, expected = launch_importance(*given), importance(*given)
+    assert not expected.isnan().any()
+    again = launch_importance(*given) if draw.randrange(20) == 0 else made
+    return sizes | {
+        "masked": int(given[2].sum()),
+        "error": float(((made - expected).abs() / (1 + expected.abs())).max()),
+        "repeated": again is not made,
+        "same_again": torch.equal(made, again),
+    }
+
+
+def choose_case(draw: random.Random) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Arguments of one call: ties, NaN and infinities among the signals."""
+    batch, tokens = draw.randint(1, 5), int(4 * 128 ** (draw.random() ** 2) + 0.5)
+    torch.manual_seed(draw.randrange(2**31))
+    masked = masks(draw, batch, tokens)
+    first, second, bias = torch.randn(3, batch, tokens).unbind()
+    ties = draw.randrange(3) == 0
+    if ties:
+        first, second, bias = ((x * 2).round() / 2 for x in (first, second, bias))
+    if draw.randrange(2):
+        bias = torch.zeros_like(bias)
+    strange = draw.randrange(6) == 0
+    if strange:
+        second[torch.rand(batch, tokens) < 0.1] = draw.choice([float("nan"), float("inf")])
+    weights = torch.tensor([-1.0, 1.0]) if draw.randrange(3) else torch.randn(2)
+    fed = masked | (torch.rand(batch, tokens) < 0.5)
+    progress = torch.randint(-1, tokens, (batch,))
+    average = torch.rand(batch) * draw.choice([1, 4, 16])
+    alpha = torch.tensor(draw.choice([1.0, 1.2, 1.5, 3.0, float("inf")]))
+    given = (first, second, weights, bias, masked, fed, progress, average, alpha)
+    return given, {"batch": batch, "tokens": tokens, "ties": ties, "strange": strange}
+
+
+def compare_choose(draw: random.Random) -> dict[str, Any]:
+    given, sizes = choose_case(draw)
+    made = launch_choose(*given)
+    # the kernel may fuse a product and a sum, and rounds once: it is given its own signal
+    delta = made[0]
+    gap = (delta - signal(*given[:4])).abs()
+    mask = retain(delta, *given[4:])
+    expected = (mask, *tables(mask))
+    return sizes | {
+        "evicted": int((given[5] & ~mask).sum()),
+        "signal_error": float((gap / (1 + delta.abs())).nan_to_num(0.0).max()),
+        "equal": [torch.equal(a, b) for a, b in zip(made[1:], expected, strict=True)],
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--what", choices=("importance", "choose"), required=True)
+    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    draw = random.Random(given.seed)
+    compare = compare_importance if given.what == "importance" else compare_choose
+    print(json.dumps([compare(draw) for _ in range(given.cases)]))
+
+
+if __name__ == "__main__":
+    main()
