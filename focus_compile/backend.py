@@ -60,8 +60,9 @@ def focus_backend(
     def compile_half(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if inner is not None:
             return inner(graph, inputs)
-        lowered = lower(graph, captured=config.captures)
-        if not config.captures:
+        captured = config.captures(value.device for value in inputs)
+        lowered = lower(graph, captured=captured)
+        if not captured:
             return compile_inner(lowered, inputs)
         used = drop_unread(lowered, graph)  # an input on the CPU would keep CUDA graphs away
         compiled = compile_inner(lowered, [inputs[index] for index in used])

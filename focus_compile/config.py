@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -100,11 +100,11 @@ class FocusConfig:
             )
         return cls(**options)
 
-    @property
-    def captures(self) -> bool:
-        """Whether Inductor is to record the programs as CUDA graphs."""
+    def captures(self, devices: Iterable[torch.device]) -> bool:
+        """Whether Inductor is to record programs on these devices as CUDA graphs."""
         default = torch._inductor.config.triton.cudagraphs
-        return bool(self.patches().get("triton.cudagraphs", default))
+        wanted = bool(self.patches().get("triton.cudagraphs", default))
+        return wanted and any(device.type == "cuda" for device in devices)
 
     def patches(self) -> dict[str, Any]:
         """Inductor config patches of ``mode`` and ``inductor``."""

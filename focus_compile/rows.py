@@ -31,6 +31,14 @@ def attention_mask(model: nn.Module, visible: Tensor) -> Tensor:
     return zeros.masked_fill(~visible, torch.finfo(dtype).min)
 
 
+def _laid_out(x: Tensor) -> Tensor:
+    """``x`` contiguous, with memory of its own.
+
+    ``contiguous`` leaves strides of dims of size 1, and offsets, as they are; Dynamo looks at both.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 class Rows:
     """The growing batch: sequences ``[B, L]``, validity of their tokens, rows that go on.
 
@@ -54,7 +62,7 @@ class Rows:
         out = self.model(
             input_ids=ids,
             attention_mask=attention_mask(self.model, visible),
-            position_ids=places.clamp_min(0)[:, -length:].contiguous(),
+            position_ids=_laid_out(places.clamp_min(0)[:, -length:]),
             use_cache=True,
             **{self.keyword: self.cache},
         )
@@ -71,7 +79,7 @@ class Rows:
         logits = self.forward(self.sequences)
         layers: list[Any] = self.cache.layers
         for layer in layers:
-            layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+            layer.keys, layer.values = _laid_out(layer.keys), _laid_out(layer.values)
         return logits[:, -1]
 
     def peek(self, ids: Tensor) -> Tensor:

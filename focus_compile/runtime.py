@@ -70,6 +70,7 @@ class Executable:
     Attributes:
         dense_calls: how often the dense program ran; ``prefix.calls`` and ``suffix.calls`` count
             the others.
+        captured: the programs are recorded as CUDA graphs.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Executable:
         self.config = config
         self.prefix, self.suffix = programs
         self.dense_calls = 0
+        self.captured = config.captures(slot.device for slot in layout.slots)
 
     def __call__(self, *args: Any) -> Any:
         session = current_session()
@@ -219,7 +221,7 @@ class Executable:
             shape = tuple(bias.shape)
             raise ValueError(f"the signal's bias has shape {shape}: expected {(batch, tokens)}")
         slots = state.slots or self._no_slots(state, values)
-        owns = session is not None and session.owns_kv and not self.config.captures
+        owns = session is not None and session.owns_kv and not self.captured
         reuse = owns and state.goes_on and bool(state.slots)
         exact = True if self.config.stale_kv else state.final
         return slots | {
@@ -243,7 +245,7 @@ class Executable:
         """Every layer's keys and values, for the next step; a CUDA graph overwrites its results."""
         names = [name for pair in self.halves.kv for name in pair]
         return {
-            slot.name: values[name].clone() if self.config.captures else values[name]
+            slot.name: values[name].clone() if self.captured else values[name]
             for slot, name in zip(self.layout.slots, names, strict=True)
         }
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import focus_compile
+from focus_compile import FocusConfig
 from focus_compile.lower import drop_unread, lower
 from focus_compile.ops import focus
 from focus_compile.packing import retained_tables, tables
@@ -111,9 +112,10 @@ def test_generation_pads_and_decodes_the_same() -> None:
     assert torch.equal(generated({"buckets": list(BUCKETS)}), plain)
 
 
-def test_programs_to_be_captured() -> None:
+def test_programs_to_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor compiles them without the host's scalar; slots are copied; tokens are the same."""
     plain = generated({}, None)
+    monkeypatch.setattr(FocusConfig, "captures", lambda *_: True)
     assert torch.equal(generated({"mode": "reduce-overhead", "buckets": [16, 33]}, None), plain)
 
 
@@ -132,6 +134,8 @@ def test_captured_joins_never_write_into_their_slots() -> None:
 
 @pytest.mark.parametrize(("mode", "captures"), [(None, False), ("reduce-overhead", True)])
 def test_which_modes_capture(mode: str | None, captures: bool) -> None:
-    assert focus_compile.FocusConfig(mode=mode).captures is captures
+    devices = [torch.device("cpu"), torch.device("cuda")]
+    assert FocusConfig(mode=mode).captures(devices) is captures
     patched = {"triton.cudagraphs": not captures}
-    assert focus_compile.FocusConfig(mode=mode, inductor=patched).captures is not captures
+    assert FocusConfig(mode=mode, inductor=patched).captures(devices) is not captures
+    assert not FocusConfig(mode="reduce-overhead").captures(devices[:1])
