@@ -14,6 +14,12 @@ torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = False  # else pytest formats every trace record
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``pytest tests/fuzz --fuzz N``: N sequences of calls, other ones at every run."""
+    text = "sequences of calls, over all subjects; without it a fixed, small set is run"
+    parser.addoption("--fuzz", type=int, default=None, help=text)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def dynamo() -> Iterator[None]:
     """A fresh Dynamo for each module, whose tests may share compiled models.

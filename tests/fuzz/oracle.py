@@ -1,0 +1,131 @@
+"""What a session owes its caller: docs/algorithm.md by the eager emulation, row by row.
+
+When a row starts anew is told in words by docs/algorithm.md and README.md: a decoded position is
+masked again, an id changed, the history is another one, or a mask-free call came in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from focus_compile import EvictedTokenDecoded, UncommittedHistory
+from tests.fuzz.subjects import RowDraw
+from tests.reference.emulation import Emulated, Emulation
+from tests.reference.state import Config, RowState
+
+TOLERANCE = 1e-4
+
+
+def quick_importance(
+    query_MHD: Tensor, key_MGD: Tensor, scale: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``algorithm.importance`` without its loops; a test holds the two together."""
+    if not len(query_MHD):
+        return torch.zeros(0, dtype=dtype)
+    share = query_MHD.shape[1] // key_MGD.shape[1]
+    query, key = query_MHD.to(dtype), key_MGD.to(dtype).repeat_interleave(share, 1)
+    scores = torch.einsum("ihd,jhd->hij", query, key) * scale
+    pooled = F.pad(scores, (1, 1), value=-torch.inf).unfold(-1, 3, 1).amax(-1)
+    return torch.softmax(pooled, -1).sum((0, 1))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The last masked call."""
+
+    ids: Tensor
+    masked: Tensor
+    rows: tuple[int, ...]
+    history: int
+    retained: Tensor
+
+
+@dataclass
+class Oracle:
+    """One session's block state of one model.
+
+    Attributes:
+        shifted: whether the token at p is decoded by the logits of p - 1.
+        commits: whether the caller promised to commit, so that decoded rows need not be fed.
+        fixed: whether the cache has as many slots in every call, in which blocks move.
+        last: the last masked call, or None; ended: whether a dense call ran since.
+    """
+
+    config: Config
+    shifted: bool = False
+    commits: bool = False
+    fixed: bool = False
+    last: Seen | None = None
+    ended: bool = False
+    emulation: Emulation = field(default_factory=Emulation)
+
+    def forget(self) -> None:
+        self.last, self.ended = None, False
+
+    def expected_error(self, draw: RowDraw) -> type[Exception] | None:
+        """What a masked call must be refused with."""
+        last = self._comparable(draw)
+        if last is None:
+            return None
+        moved = self.fixed and draw.history != last.history
+        if (moved or draw.history > last.history) and not self.ended:
+            return UncommittedHistory
+        known = last.retained
+        if self.shifted:
+            known = torch.cat([torch.ones_like(known[:, :1]), known[:, :-1]], 1)
+        wrong = last.masked & ~draw.masked & ~known
+        found = any(
+            bool(wrong[row].any()) and not self._starts_anew(row, draw, last)
+            for row in range(len(wrong))
+        )
+        return EvictedTokenDecoded if found else None
+
+    def step(self, logits: Callable[[], Tensor], draw: RowDraw) -> Emulated:
+        """A masked call that must be served."""
+        last = self._comparable(draw)
+        if last is None:
+            self.emulation = Emulation()
+        self.emulation.config = self.config
+        for b, row in enumerate(self.emulation.rows):
+            assert last is not None
+            if self._starts_anew(b, draw, last):
+                none = [False] * draw.ids.shape[1]
+                self.emulation.rows[b] = RowState([], [*none], [*none], [*none])
+                continue
+            row.record(int((last.masked[b] & ~draw.masked[b]).sum()))
+            if not self.config.stale_kv:
+                for flags in (row.written01, row.written):
+                    flags[:] = [a and b for a, b in zip(flags, row.final, strict=True)]
+        if self.commits:
+            self._settle(draw)
+        found = self.emulation.step(logits, draw.ids, draw.masked, draw.history)
+        self.last = Seen(draw.ids, draw.masked, draw.rows, draw.history, found.retained)
+        self.ended = False
+        return found
+
+    def _settle(self, draw: RowDraw) -> None:
+        """Rows without masks count as fed already."""
+        if not self.emulation.rows:
+            none = [False] * draw.ids.shape[1]
+            self.emulation.rows = [RowState([], [*none], [*none], [*none]) for _ in draw.ids]
+        for row, ids, masked in zip(self.emulation.rows, draw.ids, draw.masked, strict=True):
+            row.settled = row.settled if masked.any() else ids.tolist()
+
+    def _comparable(self, draw: RowDraw) -> Seen | None:
+        """The last masked call, if this one has its shape."""
+        return self.last if self.last and self.last.ids.shape == draw.ids.shape else None
+
+    def _starts_anew(self, row: int, draw: RowDraw, last: Seen) -> bool:
+        if self.ended or draw.history != last.history:
+            return True
+        if draw.history and draw.rows[row] != last.rows[row]:
+            return True
+        settled = ~last.masked[row]
+        again = settled & draw.masked[row]
+        other = settled & (draw.ids[row] != last.ids[row])
+        return bool(again.any()) or bool(other.any())
