@@ -5,7 +5,12 @@ from focus_compile.compile import compile
 from focus_compile.config import FocusConfig
 from focus_compile.cost import Cost
 from focus_compile.decoding import Candidates
-from focus_compile.errors import EvictedTokenDecoded, UncommittedHistory, Unsupported
+from focus_compile.errors import (
+    EvictedTokenDecoded,
+    NotCompiled,
+    UncommittedHistory,
+    Unsupported,
+)
 from focus_compile.explain import Explanation, explain
 from focus_compile.generate import generate
 from focus_compile.generated import Generated
@@ -18,6 +23,7 @@ __all__ = [
     "Explanation",
     "FocusConfig",
     "Generated",
+    "NotCompiled",
     "PackedLogits",
     "Session",
     "SessionStats",

@@ -63,9 +63,16 @@ class BlockState:
         slots: K/V of history and block by input name, as the last call returned them.
         goes_on: whether every row is in the block that it was in before the last call.
         committed: whether a dense call ran since the last masked one.
+        weights: tells the weights that made the slots from others.
     """
 
-    def __init__(self, ids: Tensor, masked: Tensor, history: History) -> None:
+    def __init__(
+        self,
+        ids: Tensor,
+        masked: Tensor,
+        history: History,
+        weights: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         batch = masked.shape[0]
         none = torch.zeros_like(masked)
         count = torch.zeros(batch, dtype=torch.int64, device=masked.device)
@@ -77,13 +84,15 @@ class BlockState:
         self.slots: dict[str, Tensor] = {}
         self.goes_on = False
         self.committed = False
+        self.weights = weights
 
-    def fits(self, ids: Tensor) -> bool:
-        """Whether a call has the shape, dtype and device of this state."""
-        return (ids.shape, ids.dtype, ids.device) == (
+    def fits(self, ids: Tensor, weights: tuple[tuple[int, int], ...]) -> bool:
+        """Whether a call has the shape, dtype and device of this state, and its weights."""
+        return (ids.shape, ids.dtype, ids.device, weights) == (
             self.ids.shape,
             self.ids.dtype,
             self.ids.device,
+            self.weights,
         )
 
     def observe(

@@ -11,6 +11,7 @@ from focus_compile.cures import cure_of
 __all__ = [
     "EmptyCall",
     "EvictedTokenDecoded",
+    "NotCompiled",
     "NothingToEvict",
     "UncommittedHistory",
     "Unsupported",
@@ -60,6 +61,20 @@ class Unsupported(Exception):
 
 class NothingToEvict(Unsupported):
     """The block is a single token: the dense program is all there is to run."""
+
+
+class NotCompiled(RuntimeError):
+    """The compiler failed at a program of FOCUS's; this call gave no result, the next one retries.
+
+    ``program``: ``"prefix"`` or ``"suffix"``; the compiler's own error is the cause.
+    """
+
+    def __init__(self, program: str, error: Exception) -> None:
+        self.program = program
+        super().__init__(
+            f"the {program} was not compiled, and this call gave no result (the next one compiles "
+            f"it again): {type(error).__name__}: {error}"
+        )
 
 
 class EmptyCall(ValueError):

@@ -14,6 +14,7 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Interpreter
 
 from focus_compile.cut import Half, Halves
+from focus_compile.errors import NotCompiled
 from focus_compile.inputs import Input, Symbols
 from focus_compile.output_code import output_files
 
@@ -32,13 +33,15 @@ class Program:
     """Prefix or suffix: called by name, compiled on the first call.
 
     Attributes:
+        name: prefix or suffix.
         half: its graph, with the names of its inputs and outputs.
         calls: how often it ran.
         compiled: the callable, or None before the first call.
         files: where Inductor wrote its output code, once it is compiled.
     """
 
-    def __init__(self, half: Half, inner: Inner, examples: Examples) -> None:
+    def __init__(self, name: str, half: Half, inner: Inner, examples: Examples) -> None:
+        self.name = name
         self.half = half
         self.inner = inner
         self.examples = examples
@@ -48,7 +51,11 @@ class Program:
         self._dense: tuple[bool, ...] = ()
 
     def __call__(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run on inputs by name; outputs by name."""
+        """Run on inputs by name; outputs by name.
+
+        Raises:
+            NotCompiled: the compiler failed.
+        """
         if self.compiled is None:
             with compile_lock:  # Dynamo's: compilers share state of the process
                 self.compiled = self.compiled or self._compile()
@@ -72,10 +79,18 @@ class Program:
             torch.no_grad(),
             output_files() as self.files,
         ):
-            compiled = self.inner(graph, examples)
+            compiled = self._compile_with_inner(graph, examples)
         if symbols.shape_env.replacements:
             raise SpecializedSize(f"sizes became constants: {symbols.shape_env.replacements}")
         return compiled
+
+    def _compile_with_inner(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            return self.inner(graph, inputs)
+        except torch.OutOfMemoryError:
+            raise  # callers know what to do about it
+        except (RuntimeError, OSError) as error:  # Inductor's own, the compiler's, the disk's
+            raise NotCompiled(self.name, error) from error
 
 
 def make_programs(halves: Halves, inputs: Sequence[Input], inner: Inner) -> tuple[Program, Program]:
@@ -95,4 +110,5 @@ def make_programs(halves: Halves, inputs: Sequence[Input], inner: Inner) -> tupl
             ]
         return symbols, values | dict(zip(halves.prefix.outputs, made, strict=True))
 
-    return Program(halves.prefix, inner, outside), Program(halves.suffix, inner, inside)
+    prefix = Program("prefix", halves.prefix, inner, outside)
+    return prefix, Program("suffix", halves.suffix, inner, inside)

@@ -13,7 +13,7 @@ from torch import Tensor
 from focus_compile.block import BlockState, History
 from focus_compile.config import FocusConfig
 from focus_compile.cut import Half, Halves
-from focus_compile.errors import EmptyCall
+from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHistory
 from focus_compile.feed import Feed, feed
 from focus_compile.inputs import Input, length, overlap
 from focus_compile.outputs import packed_logits, returned, trimmed
@@ -21,7 +21,7 @@ from focus_compile.packing import retained_tables
 from focus_compile.programs import Program
 from focus_compile.report import warning_once
 from focus_compile.session import Session, Signal, Step, current_session
-from focus_compile.unchanged import model_key
+from focus_compile.unchanged import model_key, weights_of
 
 __all__ = ["Executable", "Layout"]
 
@@ -132,8 +132,6 @@ class Executable:
     ) -> Any:
         values = self._arguments(args)
         state = self._state(args, values, ids, masked, session)
-        if session is not None:
-            session.forget(model_key(args))  # until this call is through: an interrupted one is not
         delayed = self.config.delayed_cache
         skip = session is not None and session.commits_exactly
         tables = feed(state.fed(delayed, skip))
@@ -146,12 +144,6 @@ class Executable:
         )
         values |= self.suffix(values)
         values |= trimmed(self.halves, values, count)
-        if session is not None:
-            retained = values["retain_mask"].clone()  # it outlives this call
-            state.advance(tables.fed, retained, self._slots(values), delayed)
-            session.keep(model_key(args), state)
-            session.retain_mask = retained
-            session.stats.record(masked.numel(), tables.tokens.numel(), count)
         packed = session is not None and session.packed
         if session is not None and packed:
             session.logits = packed_logits(self.halves, values)
@@ -159,6 +151,12 @@ class Executable:
         own = len(made) - len(self.layout.written)
         for argument, value in zip(self.layout.written, made[own:], strict=True):
             args[argument].copy_(value)
+        if session is not None:
+            retained = values["retain_mask"].clone()  # it outlives this call
+            state.advance(tables.fed, retained, self._slots(values), delayed)
+            session.retain_mask = retained
+            session.stats.record(masked.numel(), tables.tokens.numel(), count)
+            session.keep(model_key(args), state)  # last: a call that is interrupted has no state
         return made[:own]
 
     def _state(
@@ -184,11 +182,16 @@ class Executable:
                 length = int(places.min())
             mark = past.select(dim, length - 1).clone() if length else None
             history = History(length, mark, keys, places)
-        key = model_key(args)
+        key, weights = model_key(args), weights_of(args)
         state = session.state(key) if key else None
-        if state is None or not state.fits(ids) or not self._stores(state):
-            return BlockState(ids, masked, history)
-        state.observe(ids, masked, history, session.shifted_logits)
+        session.forget(key)  # until this call is through
+        if state is None or not state.fits(ids, weights) or not self._stores(state):
+            return BlockState(ids, masked, history, weights)
+        try:
+            state.observe(ids, masked, history, session.shifted_logits)
+        except (UncommittedHistory, EvictedTokenDecoded):
+            session.keep(key, state)  # refused before anything was changed
+            raise
         return state
 
     def _stores(self, state: BlockState) -> bool:
