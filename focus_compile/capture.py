@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import fx
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
@@ -34,6 +35,10 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     """
     values = [node.meta["example_value"] for node in graph_inputs(gm)]
     for value in values:
+        if isinstance(value, DTensor):
+            raise Unsupported(
+                "weights are sharded over processes: each has the importance of its own heads alone"
+            )
         if is_traceable_wrapper_subclass(value):
             raise Unsupported(
                 f"an input is a {type(value).__name__}, a tensor made of others, such as quantised "

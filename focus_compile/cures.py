@@ -132,6 +132,10 @@ CURES: tuple[tuple[str, str], ...] = (
     ("attention of layer", "compute queries, keys and values from the tokens' hidden states alone"),
     ("the cut lies after", "compute the queries of layer 1 from what layer 0 returned alone"),
     (
+        "weights are sharded over processes",
+        "load the whole model in every process, without tp_plan, and share the prompts out instead",
+    ),
+    (
         "an input is a ",
         "load the weights as plain tensors, or quantise inside of modules with operators that "
         "Dynamo captures as such",
