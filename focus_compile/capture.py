@@ -7,7 +7,7 @@ input becomes an output.
 from __future__ import annotations
 
 from torch import fx
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
@@ -52,6 +52,9 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         raise Unsupported("the graph has no tensor input")
     with modes[0], preserve_node_meta():
         graph = make_fx(fx.Interpreter(gm).run, pre_dispatch=True)(*values)
+    for node in graph.graph.nodes:
+        if isinstance(node.target, OpOverload) and node.target.namespace == "_c10d_functional":
+            raise Unsupported("weights are sharded over processes, whose parts this joins", node)
     for node, inner in zip(graph_inputs(gm), graph_inputs(graph), strict=True):
         if "tensor_dict" in node.meta:
             inner.meta["tensor_dict"] = node.meta["tensor_dict"]

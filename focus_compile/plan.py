@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import takewhile
 from types import MappingProxyType
 
 import networkx as nx
@@ -164,11 +165,7 @@ def _early(gm: GraphModule, sites: tuple[Site, ...], nodes: Mapping[str, Node]) 
     out: set[Node] = set(ends)
     for end in ends:
         out |= nx.ancestors(flow, end)
-    for node in gm.graph.nodes:
-        if node.name == last.region[0]:
-            return out
-        out.add(node)
-    raise ValueError(f"{last.region[0]} is not in the graph")
+    return out | set(takewhile(lambda node: node.name != last.region[0], gm.graph.nodes))
 
 
 def _packed(

@@ -122,6 +122,11 @@ REFUSED: dict[str, tuple[Between, str, str]] = {
         NO_RULE,
         "aten.conv1d.default",
     ),
+    "sum over processes": (
+        lambda x: torch.ops._c10d_functional.all_reduce(x, "sum", "0"),
+        "weights are sharded over processes, whose parts this joins",
+        "_c10d_functional.all_reduce.default",
+    ),
 }
 
 

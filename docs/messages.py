@@ -1,0 +1,160 @@
+"""Write docs/messages.md: warnings and errors besides refusals, why they come and what to do.
+
+python docs/messages.py
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = Path(__file__).with_suffix(".md")
+SOURCES = sorted([*ROOT.glob("focus_compile/*.py"), *ROOT.glob("passes/*.py")])
+OPTION, BUG = "an option or argument is out of range", "a bug of ours: please report it"
+OFF = "leave FOCUS off for this model"
+TRACE, NAMED = "the file is no trace of `generate --trace`", "give one of the values that it names"
+AGAIN = "make it again with `focus-compile generate --trace FILE`"
+
+MESSAGES: dict[str, tuple[str, str]] = {
+    # warnings
+    "leaves this graph as it is": ("the graph was refused", "see refusals.md"),
+    "it does not know which tokens are masked": (
+        "a call without a mask token and without masks", "what the warning says"),
+    "whose memory another input shares": (
+        "a cache that is written into overlaps an input", "give each its own memory"),
+    "this is the last of %d graphs": (
+        "calls with ever other kinds of arguments",
+        "call alike, or raise Dynamo's recompile_limit"),
+    # errors of a call
+    "batch or block is empty": ("token ids without rows or tokens", "give at least one of each"),
+    "without a mask-free call": (
+        "keys and values of a masked call were kept as history",
+        "commit each block by one call of its decoded tokens; crop the cache after masked calls"),
+    "which the last call evicted": (
+        "a token was decoded that has no logits", "choose among session.retain_mask"),
+    "was not compiled, and this call gave no result": (
+        "Inductor, the C++ compiler or the disk failed",
+        "mend what its cause names and call again"),
+    "session.masked has dtype": ("masks that are no bools", "give bool [B, T]"),
+    "session.masked has shape": ("masks of another shape than the ids", "give bool [B, T]"),
+    "session.block=": ("a block outside of the call's tokens", "give (start, stop) within them"),
+    "the signal's bias has shape": ("a bias of another shape than the ids", "give fp32 [B, T]"),
+    "logits='packed'": (
+        "no output of the model has a row per token", "use logits='canvas'"),
+    # options and arguments
+    "the options of backend 'focus' are": ("an unknown option", NAMED),
+    "expected at least 1": (OPTION, "give 1 or more"),
+    ": input_ids has": ("a mask of another shape than the ids", "give [batch, prompt]"),
+    "expected prompts padded on the left": ("prompts padded on the right", "padding_side='left'"),
+    "expected some candidates, and no others": (
+        "a strategy of your own chose no token, or one that is not retained",
+        "choose among the candidates"),
+    "give denoising_steps or tokens_per_step": ("both were given", "give one"),
+    "give seed or generator, not both": ("both were given", "give one"),
+    "no mask token: neither": ("nothing names the mask token", "give mask_token_id"),
+    "give mask_token_id=...: the model is a function": ("a function has no config", "give it"),
+    "nothing tells what one costs": ("a model of two layers", "ask a deeper one"),
+    # command line
+    "is not a model: it has no config.json": ("the folder holds no model", "give a model's folder"),
+    "no such folder": ("PATH is no folder and no module:function", "check its spelling"),
+    ", not a torch.nn.Module": ("the function returned something else", "return a model"),
+    "no tokenizer": ("PATH is a function", "give a folder, or token ids"),
+    "is less than --retained": ("more is retained than fed", "swap them"),
+    "is no trace": (TRACE, AGAIN),
+    "expected 0 <= retained <= fed <= 1": ("shares out of range", "give shares within it"),
+    "no benchmarks here": ("an installed package", "run it in a checkout"),
+    "FOCUS was not applied": ("the graph was refused", "see refusals.md"),
+    # a trace that is malformed
+    "is missing": (TRACE, AGAIN), "expected an object": (TRACE, AGAIN),
+    "expected a whole number from 1 on": (TRACE, AGAIN), "expected a list": (TRACE, AGAIN),
+    "expected an index": (TRACE, AGAIN), "booleans": (TRACE, AGAIN),
+    "which is not masked": (TRACE, AGAIN),
+    # ours
+    "sizes became constants": (BUG, OFF),
+    "a size became a constant": (BUG, OFF),
+    "but computes": (BUG, OFF),
+    "the graph holds no fake tensor": (BUG, OFF),
+    "a plan needs two attention sites": (BUG, OFF),
+    "attention sites are not in layer order": (BUG, OFF),
+    ", not packed": (BUG, OFF),
+    "the cut lies after the queries of layer 1": (BUG, OFF),
+    # any other option
+    ": expected ": (OPTION, NAMED),
+}  # fmt: skip
+"""A part of the text -> why it comes, what to do. The first that a text holds is its own."""
+
+HEAD = """# Messages: why they come, and what to do
+
+Warnings and errors of the package; [refusals.md](refusals.md) has the reasons for which a graph is
+left unchanged. Errors of transformers and PyTorch pass through as they are; the command line makes
+one line of them. Written by `python docs/messages.py`.
+
+| Text | Kind | Why | What to do |
+| --- | --- | --- | --- |
+"""
+
+
+def sites() -> list[tuple[str, str]]:
+    """(kind, text) of every warning and error but refusals, ``...`` for what is filled in."""
+    found: list[tuple[str, str]] = []
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        constants = {
+            target.id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for kind, call in _told(tree):
+            for argument in call.args:
+                value = constants.get(argument.id) if isinstance(argument, ast.Name) else argument
+                if value is not None and len(_text(value).strip(". ")) > 8:
+                    found.append((kind, _text(value)))
+                    break
+    return list(dict.fromkeys(found))
+
+
+def _told(tree: ast.Module) -> list[tuple[str, ast.Call]]:
+    out: list[tuple[str, ast.Call]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            kind = ast.unparse(node.exc.func)
+            if kind not in ("Unsupported", "NothingToEvict"):
+                out.append((kind, node.exc))
+        elif isinstance(node, ast.ClassDef) and node.name not in ("Unsupported", "NothingToEvict"):
+            out += [
+                (node.name, call)
+                for call in ast.walk(node)
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__"
+            ]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "warning_once":
+            out.append(("warning", node))
+    return out
+
+
+def _text(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(value) for value in node.values)
+    return "..."
+
+
+def part(text: str) -> str | None:
+    """The entry of a text."""
+    return next((piece for piece in MESSAGES if piece in text), None)
+
+
+def text() -> str:
+    """The page."""
+    lines = []
+    for kind, told in sites():
+        why, cure = MESSAGES[part(told) or told]
+        lines.append(f"| {told.strip().replace('|', '/')} | {kind} | {why} | {cure} |\n")
+    return HEAD + "".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(text())
