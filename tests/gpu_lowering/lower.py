@@ -98,6 +98,7 @@ class Made:
             "host_kernels": calls.host,
             "sizes": self.sizes,
             "partitions": calls.partitions,
+            "host_inputs": calls.host_inputs,
             "cuda_graph_skips": self.skips,
         }
 

@@ -22,12 +22,14 @@ class Calls:
         operators: how often each operator is called that Inductor did not lower.
         host: names of kernels that are not Triton's, such as C++ for the CPU.
         partitions: how many parts would be recorded as a CUDA graph each.
+        host_inputs: how many inputs lie on the CPU, by the examples that the module makes itself.
     """
 
     launches: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
     operators: dict[str, int] = field(default_factory=dict)
     host: list[str] = field(default_factory=list)
     partitions: int = 0
+    host_inputs: int = 0
 
 
 def tidy(code: str) -> str:
@@ -38,7 +40,10 @@ def tidy(code: str) -> str:
 def read(code: str, sizes: Mapping[str, str]) -> Calls:
     """Calls of a module of output code; ``sizes``: symbol -> name of the size."""
     module = ast.parse(code)
-    calls = Calls(partitions=len(re.findall(r"(?m)^ *def partition_\d+\(", code)))
+    calls = Calls(
+        partitions=len(re.findall(r"(?m)^ *def partition_\d+\(", code)),
+        host_inputs=len(re.findall(r"(?m)^ *\w+ = rand_strided\(.*device='cpu'", code)),
+    )
     for name, maker in _made(module):
         if maker == "async_compile.triton":
             calls.launches[name] = []

@@ -115,15 +115,18 @@ def test_fused_kernels(report: dict[str, Any]) -> None:
 def test_cuda_graphs() -> None:
     """With ``mode="reduce-overhead"`` each program would be recorded whole.
 
-    Inductor gives no reason against it, and finds nothing to leave out of the recording: no
-    operator on the CPU, no scalar of the host, no read of a value.
+    Inductor gives no reason against it, and finds nothing to leave out of the recording. It would
+    say the same of programs with a scalar of the host, whose value a recording freezes: in this
+    mode they have none, in others one.
     """
     programs = lowered("qwen3", 90, "reduce-overhead")["programs"]
     assert list(programs) == ["dense", "prefix", "suffix"]
     for name, program in programs.items():
         assert (program["cuda_graph_skips"], program["partitions"]) == (0, 1), name
+        assert program["host_inputs"] == 0, name
     plain = lowered("qwen3", 90)["programs"]
     assert all(program["partitions"] == 0 for program in plain.values())
+    assert [program["host_inputs"] for program in plain.values()] == [0, 1, 1]
 
 
 def test_dense_operators(report: dict[str, Any]) -> None:
