@@ -14,8 +14,7 @@ from focus_compile.ops import focus
 __all__ = ["drop_unread", "lower"]
 
 _MATRIX = 2
-_REUSE = 5
-"""Which argument of ``focus::join`` says so."""
+_JOIN = [argument.name for argument in focus.join.default._schema.arguments]
 
 
 def lower(gm: GraphModule, *, captured: bool = False) -> GraphModule:
@@ -40,7 +39,7 @@ def lower(gm: GraphModule, *, captured: bool = False) -> GraphModule:
         elif node.target is focus.retain.default and _on_gpu(node):
             _choose(graph, node)
         elif node.target is focus.join.default and captured:
-            node.update_arg(_REUSE, None)
+            node.update_arg(_JOIN.index("reuse"), None)
     return GraphModule(gm, graph)
 
 

@@ -15,13 +15,13 @@ from focus_compile.config import FocusConfig
 from focus_compile.cut import Half, Halves
 from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHistory
 from focus_compile.feed import Feed, feed
+from focus_compile.identity import model_key, weights_of
 from focus_compile.inputs import Input, length, overlap
 from focus_compile.outputs import packed_logits, returned, trimmed
 from focus_compile.packing import retained_tables
 from focus_compile.programs import Program
 from focus_compile.report import warning_once
 from focus_compile.session import Session, Signal, Step, current_session
-from focus_compile.unchanged import model_key, weights_of
 
 __all__ = ["Executable", "Layout"]
 

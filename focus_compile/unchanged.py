@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from torch.nn import Parameter
-
+from focus_compile.identity import model_key
 from focus_compile.session import current_session
 
-__all__ = ["Unchanged", "model_key", "weights_of"]
-
-
-def model_key(args: Sequence[Any]) -> tuple[int, ...]:
-    """What tells one model from another: its parameters, among a graph's arguments."""
-    return tuple(id(arg) for arg in args if isinstance(arg, Parameter))
-
-
-def weights_of(args: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-    """What tells a model's weights from those it had before: their memory, and writes to it."""
-    return tuple(
-        (arg.data_ptr(), 0 if arg.is_inference() else arg._version)
-        for arg in args
-        if isinstance(arg, Parameter)
-    )
+__all__ = ["Unchanged"]
 
 
 class Unchanged:
