@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Peak", "sampled"]
+__all__ = ["Peak", "resident", "sampled"]
 
 EVERY = 0.01
 """Seconds between samples: shorter-lived allocations may be missed."""
@@ -35,13 +35,12 @@ def sampled(device: str = "cpu") -> Iterator[Peak]:
         yield peak
         peak.most = torch.cuda.max_memory_allocated(device) / 2**20
         return
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    peak = Peak(_resident(), 0.0)
+    peak = Peak(resident(trim=True) / 2**20, 0.0)
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(EVERY):
-            peak.most = max(peak.most, _resident())
+            peak.most = max(peak.most, resident() / 2**20)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -50,9 +49,11 @@ def sampled(device: str = "cpu") -> Iterator[Peak]:
     finally:
         done.set()
         watcher.join()
-        peak.most = max(peak.most, _resident())
+        peak.most = max(peak.most, resident() / 2**20)
 
 
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def resident(*, trim: bool = False) -> int:
+    """Bytes of this process; ``trim``: once the allocator has given back what is free."""
+    if trim:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

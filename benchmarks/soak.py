@@ -10,12 +10,10 @@ given back what is free.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import platform
 import random
-import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +29,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.codecache import PyCodeCache
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.memory import resident
 from benchmarks.provenance import commit
 from focus_compile import Generated, Session, focus_backend, generate
 from focus_compile.block import BlockState
@@ -100,13 +99,6 @@ def _failing() -> Callable[[Candidates, Tensor], Tensor]:
     return strategy
 
 
-def resident() -> int:
-    """Bytes of this process, garbage and free memory of the allocator not counted."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def census() -> dict[str, int]:
     """What lives, and what caches hold."""
     found = gc.get_objects()
@@ -125,11 +117,8 @@ def census() -> dict[str, int]:
 
 def slope(samples: list[tuple[int, int]]) -> tuple[float, float]:
     """Bytes per generation and the standard error of that, by least squares."""
-    x, y = (np.array(column, dtype=float) for column in zip(*samples, strict=True))
-    x -= x.mean()
-    inclination = float(x @ (y - y.mean()) / (x @ x))
-    rest = y - y.mean() - inclination * x
-    return inclination, float(np.sqrt(rest @ rest / (len(x) - 2) / (x @ x)))
+    (inclination, _), covariance = np.polyfit(*zip(*samples, strict=True), 1, cov=True)
+    return float(inclination), float(np.sqrt(covariance[0, 0]))
 
 
 def soak(
@@ -154,7 +143,8 @@ def soak(
         if counters["stats"]["unique_graphs"] != graphs:
             graphs, last_graph = counters["stats"]["unique_graphs"], number
         if number % every == every - 1:
-            samples.append((number + 1, resident()))
+            gc.collect()
+            samples.append((number + 1, resident(trim=True)))
             if not counted and number >= warm * generations:
                 counted[number + 1] = census()
     used = [sample for sample in samples if sample[0] >= half * generations]
