@@ -27,7 +27,7 @@ from tests.harness import Run, Sizes, build_model, random_call
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = str(ROOT / "examples" / "tiny_dllm" / "checkpoint")
-WINDOW = 13
+LEAST, WINDOW = 13, 18
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +52,18 @@ def test_every_message_is_explained(messages: ModuleType) -> None:
 
 
 def test_every_message_is_provoked(messages: ModuleType) -> None:
-    """Some test holds a piece of its text: 13 characters, or all that is not filled in."""
+    """Some test holds 18 characters of it, or all of a shorter piece between what is filled in."""
     known = strings()
     missing = []
     for _, text in messages.sites():
         pieces = [piece.strip() for piece in text.replace("%s", "...").split("...")]
-        size = min(WINDOW, max(map(len, pieces)))
-        parts = [p[at : at + size] for p in pieces for at in range(len(p) - size + 1)]
+        least = min(LEAST, max(map(len, pieces)))
+        parts = [
+            piece[at : at + WINDOW]
+            for piece in pieces
+            if len(piece) >= least
+            for at in range(max(1, len(piece) - WINDOW + 1))
+        ]
         if not any(part in known for part in parts):
             missing.append(text)
     assert not missing

@@ -20,8 +20,9 @@ import torch
 import typer
 from hypothesis import HealthCheck, given, seed, settings
 
+from benchmarks.provenance import commit
 from tests.fuzz.plan import Plan, plans
-from tests.fuzz.play import NearTie, Player
+from tests.fuzz.play import attempt
 from tests.fuzz.subjects import EDGES, SUBJECTS, subject
 
 
@@ -36,11 +37,7 @@ def campaign(name: str, sequences: int, start: int) -> dict[str, Any]:
     @chosen
     @given(plans(SUBJECTS[name], edges=name in EDGES))
     def holds(plan: Plan) -> None:
-        tally["sequences"] += 1
-        try:
-            Player(subject(name), plan, tally).run()
-        except NearTie:
-            tally["ties"] += 1
+        attempt(subject(name), plan, tally)
 
     started = time.perf_counter()
     holds()
@@ -55,7 +52,7 @@ def main(*, sequences: int = 5000, out: Path = Path("docs/fuzz.json"), start: in
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"subjects": {}}
-    report |= {"torch": torch.__version__}
+    report |= {"torch": torch.__version__, "commit": commit()}
     for name in SUBJECTS:
         if name in report["subjects"]:
             continue

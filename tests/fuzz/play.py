@@ -147,3 +147,12 @@ class Player:
         if self.plan.named:
             alpha, visibility = 3.0, "written"
         return Config(alpha, visibility, self.config.delayed_cache, self.config.stale_kv)
+
+
+def attempt(subject: Subject, plan: Plan, tally: Counter[str]) -> None:
+    """Play a sequence to its end, or to a near tie."""
+    tally["sequences"] += 1
+    try:
+        Player(subject, plan, tally).run()
+    except NearTie:
+        tally["ties"] += 1
