@@ -44,7 +44,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "no output of the model has a row per token", "use logits='canvas'"),
     # options and arguments
     "the options of backend 'focus' are": ("an unknown option", NAMED),
-    "expected at least 1": (OPTION, "give 1 or more"),
+    "expected at least 1": (OPTION, "give a whole number from 1 on"),
     ": input_ids has": ("a mask of another shape than the ids", "give [batch, prompt]"),
     "expected prompts padded on the left": ("prompts padded on the right", "padding_side='left'"),
     "expected some candidates, and no others": (
@@ -55,6 +55,14 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "no mask token: neither": ("nothing names the mask token", "give mask_token_id"),
     "give mask_token_id=...: the model is a function": ("a function has no config", "give it"),
     "nothing tells what one costs": ("a model of two layers", "ask a deeper one"),
+    "pretrained is a model: give its tokenizer": ("`FocusLM(model)` alone", "give tokenizer, too"),
+    "max_gen_toks=": ("answers longer than the model", "give a smaller max_gen_toks"),
+    "lose their beginning": (
+        "prompt and answer are longer than the model's positions",
+        "take fewer shots, or a smaller max_gen_toks"),
+    "FOCUS did not run": ("every step of a batch was dense", "see the warnings before it"),
+    "a text has no likelihood": (
+        "a task that compares likelihoods", "take tasks of output_type generate_until"),
     # command line
     "is not a model: it has no config.json": ("the folder holds no model", "give a model's folder"),
     "no such folder": ("PATH is no folder and no module:function", "check its spelling"),

@@ -1,0 +1,276 @@
+"""A model for lm-evaluation-harness, named ``focus``; extra ``[eval]``.
+
+    python -m focus_compile.lm_eval --model focus --model_args pretrained=PATH --tasks gsm8k
+
+is the harness's own command line with this model added. In a program, import this module before
+``lm_eval.simple_evaluate(model="focus", ...)``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from focus_compile.compile import compile, find_mask_token
+from focus_compile.generate import generate
+from focus_compile.generated import Generated
+from focus_compile.report import warning_once
+from focus_compile.session import session
+
+__all__ = ["FocusLM"]
+
+log = logging.getLogger(__name__)
+
+GENERATION = ("temperature", "top_k", "top_p")
+"""What of a task's ``generation_kwargs`` goes to :func:`~focus_compile.generate`; lengths and stop
+strings have arguments of their own, and ``do_sample=False`` is temperature 0."""
+
+
+@register_model("focus")
+class FocusLM(TemplateLM):  # type: ignore[misc]
+    """A block-diffusion LLM compiled with FOCUS; answers ``generate_until`` tasks in batches.
+
+    One process; no likelihoods. ``results["config"]`` of an evaluation tells what ran: forwards,
+    those of FOCUS among them, and the shares of tokens that were fed and retained.
+
+    Args:
+        pretrained: a model's folder or name, or a model; with a model, ``tokenizer`` is needed.
+        tokenizer: a folder or name, or a tokenizer; by default that of ``pretrained``.
+        focus: False decodes densely, by the graphs that plain Inductor runs.
+        alpha: the budget factor, see :func:`~focus_compile.session`.
+        batch_size: prompts per batch; ``"auto"`` is not known.
+        max_length: most tokens of prompt and answer, by default the model's position limit; longer
+            prompts lose their beginning, with a warning.
+        max_gen_toks: most tokens of an answer, where a task does not say.
+        mask_token_id: by default looked up, as :func:`~focus_compile.compile` does.
+        trust_remote_code: run a checkpoint's own modeling code.
+        decoding: more arguments of :func:`~focus_compile.generate`: block_length,
+            confidence_threshold, remasking_strategy, tokens_per_step, shifted_logits, use_cache.
+
+    Raises:
+        ValueError: an argument is out of range, or no mask token is to be found.
+        torch._dynamo.exc.BackendCompilerFailed: FOCUS refuses the model; at the first batch.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | nn.Module,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        *,
+        focus: bool = True,
+        alpha: float = 1.5,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        mask_token_id: int | None = None,
+        trust_remote_code: bool = False,
+        **decoding: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(pretrained, str):
+            tokenizer = pretrained if tokenizer is None else tokenizer
+            pretrained = AutoModelForCausalLM.from_pretrained(
+                pretrained, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        if tokenizer is None:
+            raise ValueError("pretrained is a model: give its tokenizer, too")
+        if isinstance(tokenizer, str):
+            tokenizer = AutoTokenizer.from_pretrained(
+                tokenizer, trust_remote_code=trust_remote_code
+            )
+        self.tokenizer = tokenizer
+        tokenizer.padding_side = tokenizer.truncation_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model = pretrained.eval().to(device or "cpu")
+        self._device = next(model.parameters()).device
+        self.batch_size = _positive("batch_size", 16 if batch_size is None else batch_size)
+        self.max_gen_toks = _positive("max_gen_toks", max_gen_toks)
+        config: Any = getattr(model, "config", None)
+        limit = max_length
+        if limit is None:
+            limit = getattr(config, "max_position_embeddings", None)
+        self.max_length = None if limit is None else _positive("max_length", limit)
+        self.mask_token_id = (
+            find_mask_token(model, tokenizer) if mask_token_id is None else mask_token_id
+        )
+        self.focus, self.alpha, self.decoding = focus, alpha, decoding
+        self.model = compile(model, mask_token_id=self.mask_token_id, dynamic=True, strict=True)
+        self.ran: defaultdict[str, float] = defaultdict(float)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache of requests with chat templates."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    @property
+    def eot_token_id(self) -> int:
+        """Id of the end of text."""
+        return int(self.tokenizer.eos_token_id)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Ids of a text."""
+        special = True if add_special_tokens is None else add_special_tokens
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=special)
+        return ids
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the prompt that the tokenizer's template makes of it."""
+        text: Any = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return str(text)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> NoReturn:
+        """Refused.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "block diffusion decodes in an order that confidence chooses: a text has no likelihood "
+            "token by token; take tasks whose output_type is generate_until"
+        )
+
+    loglikelihood_rolling = loglikelihood
+    _loglikelihood_tokens = loglikelihood
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers to ``(context, generation_kwargs)``, in the order of ``requests``.
+
+        An answer ends at the first of the task's ``until`` strings, at the end of text, or after
+        ``max_gen_toks`` tokens. Prompts of about one length share a batch; a batch goes on, block
+        by block, until its last row has ended.
+        """
+        sorted_requests = Collator(
+            [request.args for request in requests],
+            sort_fn=lambda args: (-len(self.tok_encode(args[0])), args[0]),
+            group_by="gen_kwargs",
+            group_fn=lambda args: args[1],
+        )
+        answers: list[str] = []
+        batches = list(sorted_requests.get_batched(n=self.batch_size))
+        for batch in track(
+            batches, "generate_until", console=Console(stderr=True), disable=disable_tqdm
+        ):
+            contexts, kwargs = zip(*batch, strict=True)
+            made = self._answer(contexts, kwargs[0])
+            for request, answer in zip(batch, made, strict=True):
+                self.cache_hook.add_partial("generate_until", request, answer)
+            answers += made
+        ordered: list[str] = sorted_requests.get_original(answers)
+        return ordered
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What ran, for the harness's report."""
+        forwards = max(1, self.ran["forwards"])
+        return {
+            "focus": self.focus,
+            "alpha": self.alpha,
+            "mask_token_id": self.mask_token_id,
+            "decoding": self.decoding,
+            "forwards": self.ran["forwards"],
+            "focus_forwards": self.ran["focus_forwards"],
+            "fed_fraction": self.ran["fed"] / forwards,
+            "retained_fraction": self.ran["retained"] / forwards,
+        }
+
+    def _answer(self, contexts: Sequence[str], given: dict[str, Any]) -> list[str]:
+        """One batch of prompts that share their ``generation_kwargs``."""
+        kwargs = normalize_gen_kwargs(given, self.max_gen_toks)
+        stops, most = kwargs["until"], kwargs["max_gen_toks"]
+        ids, real = self._encode(contexts, most)
+        prompt = ids.shape[1]
+        stop = _StopStrings(self.tokenizer, stops, prompt)
+        with session(self.mask_token_id, alpha=self.alpha, enabled=self.focus):
+            made = generate(
+                self.model,
+                ids,
+                real,
+                max_new_tokens=most,
+                mask_token_id=self.mask_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+                stopping_criteria=StoppingCriteriaList([stop]),
+                return_dict=True,
+                **{name: kwargs[name] for name in GENERATION if name in kwargs},
+                **self.decoding,
+            )
+        assert isinstance(made, Generated)
+        if self.focus and not made.focus_steps:
+            raise RuntimeError("FOCUS did not run, every step was dense: see the warnings above")
+        self.ran["forwards"] += made.forwards
+        self.ran["focus_forwards"] += made.focus_steps
+        self.ran["fed"] += made.fed_fraction * made.forwards
+        self.ran["retained"] += made.retained_fraction * made.forwards
+        texts = self.tokenizer.batch_decode(
+            made.sequences[:, prompt : prompt + most], skip_special_tokens=True
+        )
+        return [postprocess_generated_text(text, stops, None) for text in texts]
+
+    def _encode(self, contexts: Sequence[str], most: int) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask ``[B, P]``, padded on the left, cut to leave room for ``most``."""
+        room = None if self.max_length is None else self.max_length - most
+        if room is not None and room < 1:
+            raise ValueError(f"max_gen_toks={most}: the model has {self.max_length} positions")
+        start = self.tokenizer.bos_token or self.tokenizer.eos_token
+        fed = self.tokenizer(
+            [context or start for context in contexts], padding=True, return_tensors="pt"
+        ).to(self.device)
+        ids, real = fed["input_ids"], fed["attention_mask"]
+        if room is not None and ids.shape[1] > room:
+            warning_once(log, "prompts of more than %d tokens lose their beginning", room)
+            ids, real = ids[:, -room:], real[:, -room:]
+        return ids, real
+
+
+class _StopStrings(StoppingCriteria):
+    """Whether a row's answer holds a stop string, wherever in its blocks."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[str], prompt: int) -> None:
+        self.tokenizer, self.prompt = tokenizer, prompt
+        self.stops = [stop for stop in stops if stop]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
+        found = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def _positive(name: str, value: Any) -> int:
+    if not str(value).isdigit() or not int(value):
+        raise ValueError(f"{name}={value!r}: expected at least 1")
+    return int(value)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
