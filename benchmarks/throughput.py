@@ -72,6 +72,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row."""
     torch._dynamo.reset()
+    counters.clear()
     model, work = prepare(shape, batch, strategy, device, dtype)
     cost = _cost(model, work)
     called = contestants(model, work.mask, names)
