@@ -147,8 +147,8 @@ def _emit(node: Node, env: dict[Node, Any], sizes: Sizes) -> None:
         return  # a size computation: rebuilt where it is used
     args: Any = node.args
     kwargs: Any = node.kwargs
-    if _is_copy(node):
-        env[node] = env[args[0]]
+    if (source := _copied(node)) is not None:
+        env[node] = env[source]
         return
     if node.target in RESHAPES or node.target is aten.expand.default:
         args = (env[args[0]], [sizes.size(dim) for dim in sizes.axes.of(node)])
@@ -174,15 +174,18 @@ def _emit(node: Node, env: dict[Node, Any], sizes: Sizes) -> None:
     sizes.check(node, env[node].meta["val"])
 
 
-def _is_copy(node: Node) -> bool:
-    """Whether a node returns its operand unchanged: a cast to the same dtype, a full slice."""
-    source = node.args[0] if node.args else None
+def _copied(node: Node) -> Node | None:
+    """The operand that a node returns unchanged: a cast to the same dtype, a full slice."""
+    overwritten = node.target is aten.copy.default
+    source = node.args[overwritten] if len(node.args) > overwritten else None
     values = [part.meta.get("val") for part in (source, node) if isinstance(part, Node)]
     if not isinstance(source, Node) or not all(isinstance(v, torch.Tensor) for v in values):
-        return False
+        return None
     old, new = tensor_of(source), tensor_of(node)
+    same = old.dtype == new.dtype and old.device == new.device
     if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default):
-        return old.dtype == new.dtype and old.device == new.device
-    if node.target is aten.slice.Tensor:
-        return tuple(map(expr_of, old.shape)) == tuple(map(expr_of, new.shape))
-    return node.target is aten.dropout.default and not node.args[2]
+        return source if same else None
+    if node.target is aten.slice.Tensor or (overwritten and same):
+        shapes = (tuple(map(expr_of, value.shape)) for value in (old, new))
+        return source if len(set(shapes)) == 1 else None
+    return source if node.target is aten.dropout.default and not node.args[2] else None

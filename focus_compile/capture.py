@@ -6,8 +6,7 @@ input becomes an output.
 
 from __future__ import annotations
 
-from torch import fx
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from focus_compile.axes import graph_inputs, graph_outputs
 from focus_compile.errors import Unsupported
 from focus_compile.functional import functionalize
+from focus_compile.shards import LocalRank, local_value, shard_of
 
 __all__ = ["capture"]
 
@@ -35,11 +35,7 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     """
     values = [node.meta["example_value"] for node in graph_inputs(gm)]
     for value in values:
-        if isinstance(value, DTensor):
-            raise Unsupported(
-                "weights are sharded over processes: each has the importance of its own heads alone"
-            )
-        if is_traceable_wrapper_subclass(value):
+        if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
             raise Unsupported(
                 f"an input is a {type(value).__name__}, a tensor made of others, such as quantised "
                 "weights"
@@ -47,17 +43,17 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     for node in gm.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
             raise Unsupported(_graphs_inside(str(node.target)), node)
-    modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
+    own = [local_value(value) for value in values]
+    modes = [value.fake_mode for value in own if isinstance(value, FakeTensor)]
     if not modes:
         raise Unsupported("the graph has no tensor input")
     with modes[0], preserve_node_meta():
-        graph = make_fx(fx.Interpreter(gm).run, pre_dispatch=True)(*values)
-    for node in graph.graph.nodes:
-        if isinstance(node.target, OpOverload) and node.target.namespace == "_c10d_functional":
-            raise Unsupported("weights are sharded over processes, whose parts this joins", node)
+        graph = make_fx(LocalRank(gm, values).run, pre_dispatch=True)(*own)
     for node, inner in zip(graph_inputs(gm), graph_inputs(graph), strict=True):
         if "tensor_dict" in node.meta:
             inner.meta["tensor_dict"] = node.meta["tensor_dict"]
+        inner.meta.setdefault("val", None)  # of a mesh
+        inner.meta["shard"] = shard_of(node.meta["example_value"])
     graph.graph.eliminate_dead_code()
     written = functionalize(graph)
     if written:

@@ -133,7 +133,13 @@ CURES: tuple[tuple[str, str], ...] = (
     ("the cut lies after", "compute the queries of layer 1 from what layer 0 returned alone"),
     (
         "weights are sharded over processes",
-        "load the whole model in every process, without tp_plan, and share the prompts out instead",
+        "use transformers' tp_plan='auto', or load the whole model in every process and share the "
+        "prompts out instead",
+    ),
+    (
+        "the model calls collectives of its own",
+        "shard it by transformers' tp_plan, whose DTensors tell what each process has, or load the "
+        "whole model in every process and share the prompts out instead",
     ),
     (
         "an input is a ",

@@ -54,6 +54,7 @@ def describe(analysis: Analysis) -> dict[str, Any]:
             for node in canonical.gm.graph.nodes
             if node.op == "call_function" and node in canonical.axes.dims
         },
+        "ranks": 1 if plan.heads is None else plan.heads.ranks,
         "live": {name: _place(plan, name) for name in live},
         "shapes": {
             "prefix": _shapes(analysis, halves.prefix),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from typing import Any
 
 from torch.fx import Node
 
@@ -31,6 +33,12 @@ def module_path(node: Node) -> str:
     return _LOCAL.sub("", str(path))
 
 
+def _operator(node: Node) -> str:
+    target: Any = node.target
+    function = inspect.isfunction(target)
+    return f"{target.__module__}.{target.__name__}" if function else str(target)
+
+
 class Unsupported(Exception):
     """The graph is valid, but FOCUS cannot be applied to it soundly.
 
@@ -42,7 +50,7 @@ class Unsupported(Exception):
 
     def __init__(self, reason: str, node: Node | None = None) -> None:
         self.reason = reason
-        self.op = "" if node is None else str(node.target)
+        self.op = "" if node is None else _operator(node)
         self.module = "" if node is None else module_path(node)
         where = f" [op {self.op}" if self.op else ""
         where += f" in module {self.module}]" if self.module else "]" if where else ""

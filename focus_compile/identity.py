@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.nn import Parameter
 
+from focus_compile.shards import local
+
 __all__ = ["model_key", "weights_of"]
 
 
@@ -17,8 +19,5 @@ def model_key(args: Sequence[Any]) -> tuple[int, ...]:
 
 def weights_of(args: Sequence[Any]) -> tuple[tuple[int, int], ...]:
     """What tells a model's weights from those it had before: their memory, and writes to it."""
-    return tuple(
-        (arg.data_ptr(), 0 if arg.is_inference() else arg._version)
-        for arg in args
-        if isinstance(arg, Parameter)
-    )
+    parts = [local(arg) for arg in args if isinstance(arg, Parameter)]
+    return tuple((part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts)

@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Role, tensor_of
 from focus_compile.dispatch import meaning
-from focus_compile.rules import RULES, aten, fresh, operands
+from focus_compile.rules import EMBEDDINGS, RULES, aten, fresh, operands
 
 __all__ = ["embedded_inputs", "propagate", "token_ids"]
 
@@ -31,7 +31,7 @@ def embedded_inputs(gm: GraphModule) -> dict[Node, Node]:
     """Graph inputs that index an embedding, each with the first embedding that it indexes."""
     found: dict[Node, Node] = {}
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is aten.embedding.default:
+        if node.op == "call_function" and node.target in EMBEDDINGS:
             ids = _producers(operands(node)[1])
             if ids.op == "placeholder" and tensor_of(ids).dim() in (1, 2):
                 found.setdefault(ids, node)

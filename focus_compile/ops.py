@@ -18,6 +18,7 @@ from focus_compile.attention import attend, causal, line_index, site_mask, visib
 from focus_compile.importance import importance
 from focus_compile.linear import linear
 from focus_compile.packing import join, pack, pack_rows, repack, restore, tables, unpack
+from focus_compile.ranks import embedding_shard, gather_ranks, sum_ranks
 from focus_compile.selection import retain
 from focus_compile.slots import clear, extend, extend_mask, replace
 
@@ -48,6 +49,11 @@ _DIMS = "int? batch_dim, int token_dim"
 _DEFINITIONS: dict[str, Callable[..., Any]] = {
     "block(Tensor key, Tensor masked) -> Tensor": block,
     "importance(Tensor query, Tensor key, Tensor masked, float scale) -> Tensor": importance,
+    "embedding_shard(Tensor weight, Tensor ids, int start) -> Tensor": embedding_shard,
+    "gather_ranks(Tensor x, int size, int ranks, str group) -> Tensor": gather_ranks,
+    "sum_ranks(Tensor importance0, Tensor importance1, int ranks, str group) -> (Tensor, Tensor)": (
+        sum_ranks
+    ),
     "signal(Tensor importance0, Tensor importance1, Tensor weights, Tensor bias) -> Tensor": signal,
     "retain(Tensor delta, Tensor masked, Tensor fed, Tensor progress, Tensor average, "
     "Tensor alpha) -> Tensor": retain,
@@ -99,15 +105,27 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _gather_ranks_fake(x: Tensor, size: int, *_: Any) -> Tensor:
+    """A shape for :func:`gather_ranks`."""
+    return x.new_empty((*x.shape[:-1], size))
+
+
+def _sum_ranks_fake(importance0: Tensor, importance1: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Shapes for :func:`sum_ranks`."""
+    return torch.empty_like(importance0), torch.empty_like(importance1)
+
+
 def _importance_fake(query: Tensor, key: Tensor, masked: Tensor, scale: float) -> Tensor:
     """A shape for :func:`importance`, whose pooling makes a constant of a symbolic length."""
     return query.new_empty(masked.shape, dtype=torch.float32)
 
 
 _FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
+    gather_ranks: _gather_ranks_fake,
     importance: _importance_fake,
     join: _join_fake,
     linear: _linear_fake,
+    sum_ranks: _sum_ranks_fake,
 }
 _LIBRARY: Any = torch.library.Library("focus", "DEF")  # type: ignore[no-untyped-call]
 for _schema, _function in _DEFINITIONS.items():

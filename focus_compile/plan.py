@@ -27,6 +27,7 @@ from focus_compile.errors import NothingToEvict, Unsupported
 from focus_compile.inputs import Extent, Input, runtime_inputs
 from focus_compile.labels import embedded_inputs, token_ids
 from focus_compile.rules import ARANGES, operands
+from focus_compile.shards import Group, sharded_heads
 from focus_compile.sites import Site, data_flow, find_sites
 
 __all__ = ["Domain", "Place", "Plan", "make_plan", "slot_name"]
@@ -67,6 +68,7 @@ class Plan:
         sites: attention sites in layer order, at least two.
         packed: packed values by name. Everything else is on the canvas.
         inputs: what the passes add to the graph's inputs, by name.
+        heads: the processes among which heads are shared out; None if this one has all of them.
     """
 
     ids: str
@@ -74,6 +76,7 @@ class Plan:
     sites: tuple[Site, ...]
     packed: Mapping[str, Place]
     inputs: Mapping[str, Input]
+    heads: Group | None = None
 
     def __post_init__(self) -> None:
         if len(self.sites) < _MIN_LAYERS:
@@ -121,10 +124,10 @@ def make_plan(canonical: Canonical) -> Plan:
     added = runtime_inputs(tensor_of(ids).device, shape[0] if len(shape) == 2 else 1)
     stale = _slots(canonical, sites, nodes)
     inputs = {given.name: given for given in (*added, *stale)}
+    heads = sharded_heads(gm, [nodes[site.query] for site in sites])
+    frozen = MappingProxyType(packed), MappingProxyType(inputs)
     try:
-        return Plan(
-            ids.name, embedding.name, sites, MappingProxyType(packed), MappingProxyType(inputs)
-        )
+        return Plan(ids.name, embedding.name, sites, *frozen, heads)
     except ValueError as error:
         raise Unsupported(str(error), nodes[sites[0].out]) from error
 

@@ -57,6 +57,8 @@ def _analysis(console: Console, found: Mapping[str, Any]) -> None:
     console.print(
         f"the cut: inside layer 1, after its q, k and v; live values: {places}", markup=False
     )
+    if found["ranks"] > 1:
+        console.print(f"heads shared out among {found['ranks']} processes: importances are summed")
     passes = Table("pass", "nodes", "focus operators", title="passes")
     for stage in found["passes"]:
         passes.add_row(stage["name"], str(stage["nodes"]), str(stage["focus_operators"]))

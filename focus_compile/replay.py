@@ -22,7 +22,14 @@ from focus_compile.inputs import Input, static_tensor
 
 __all__ = ["Replay", "fake_mode_of"]
 
-PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "tensor_dict", "_dynamo_source")
+PROVENANCE = (
+    "nn_module_stack",
+    "stack_trace",
+    "source_fn_stack",
+    "tensor_dict",
+    "_dynamo_source",
+    "shard",
+)
 
 
 def fake_mode_of(gm: GraphModule) -> FakeTensorMode:

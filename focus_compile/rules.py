@@ -16,10 +16,21 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from focus_compile.axes import AxisMap, Dim, Dims, Transfer, expr_of, tensor_of
+from focus_compile.ops import focus
 
-__all__ = ["ARANGES", "POINTWISE", "RESHAPES", "RULES", "argument", "operands", "transfer"]
+__all__ = [
+    "ARANGES",
+    "EMBEDDINGS",
+    "POINTWISE",
+    "RESHAPES",
+    "RULES",
+    "argument",
+    "operands",
+    "transfer",
+]
 
 aten = torch.ops.aten
+EMBEDDINGS = (aten.embedding.default, focus.embedding_shard.default)
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 Rule = Callable[[Node, AxisMap], Transfer]
 RULES: dict[OpOverload, Rule] = {}
@@ -96,7 +107,8 @@ POINTWISE = (
     aten.type_as.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
     aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default,
     aten.dropout.default, aten.addcmul.default, aten.lerp.Tensor,
-    aten.ones_like.default, aten.zeros_like.default, aten.full_like.default,
+    aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.copy.default,
+    torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default,
 )  # fmt: skip
 
 
@@ -235,11 +247,17 @@ def _empty_like(node: Node, axes: AxisMap) -> Transfer:
     return _one(*axes.dims[_source(node)][0])
 
 
-@transfer(aten.embedding.default)
+@transfer(*EMBEDDINGS)
 def _embedding(node: Node, axes: AxisMap) -> Transfer:
     weight, ids = operands(node)[:2]
     rows, features = axes.dims[weight][0]
     return _one(*axes.dims[ids][0], features, mixed=[rows])
+
+
+@transfer(focus.gather_ranks.default)
+def _gather_ranks(node: Node, axes: AxisMap) -> Transfer:
+    *rows, features = axes.dims[_source(node)][0]
+    return _one(*rows, axes.fresh(tensor_of(node).shape[-1]), mixed=[features])
 
 
 @transfer(aten.linear.default)

@@ -22,6 +22,7 @@ from focus_compile.packing import retained_tables
 from focus_compile.programs import Program
 from focus_compile.report import warning_once
 from focus_compile.session import Session, Signal, Step, current_session
+from focus_compile.shards import local
 
 __all__ = ["Executable", "Layout"]
 
@@ -265,7 +266,7 @@ class Executable:
         """The canonical graph's inputs, in the layout that the programs were compiled for."""
         values: dict[str, Tensor] = {}
         for given, argument in zip(self.layout.inputs, self.layout.arguments, strict=True):
-            value = args[argument]
+            value = local(args[argument])
             if given.strided:
                 fits = value.stride(-1) == 1
             else:

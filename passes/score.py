@@ -2,17 +2,22 @@
 
 q0, k0  ->  importance0 = focus.importance(q0, k0, masked, scale)      likewise at layer 1
 
+Where ranks share out heads, both are summed over ranks right after the second.
+
 Where keys are changed after they were joined to the history, such as by a rotary embedding, k0 are
 the block's among those that the site attends to.
 """
 
 from __future__ import annotations
 
+import operator
+
 from torch.fx import GraphModule
 
 from focus_compile.ops import focus
 from focus_compile.plan import Plan
 from focus_compile.replay import Replay
+from focus_compile.shards import Group
 
 __all__ = ["score"]
 
@@ -30,6 +35,18 @@ def score(gm: GraphModule, plan: Plan) -> GraphModule:
             replay.call(
                 focus.importance.default,
                 (query, key, masked, site.scale),
-                name=f"importance{site.layer}",
+                name=f"importance{site.layer}" + ("" if plan.heads is None else "_own"),
             )
+            if plan.heads is not None and site.layer == 1:
+                _sum_ranks(replay, plan.heads)
     return replay.finish(outputs)
+
+
+def _sum_ranks(replay: Replay, heads: Group) -> None:
+    """Where ranks have some heads each: importances of all heads, the same on every rank."""
+    own = {node.name: node for node in replay.graph.nodes}
+    parts = tuple(own[f"importance{layer}_own"] for layer in (0, 1))
+    args = (*parts, heads.ranks, heads.name)
+    sums = replay.call(focus.sum_ranks.default, args, name="importances")
+    for layer in (0, 1):
+        replay.call(operator.getitem, (sums, layer), name=f"importance{layer}")

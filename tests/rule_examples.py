@@ -14,7 +14,9 @@ import focus_compile.grow  # noqa: F401  registers rules
 from focus_compile.ops import focus
 from focus_compile.rules import POINTWISE
 
-aten = torch.ops.aten
+aten, collectives = torch.ops.aten, torch.ops._c10d_functional
+GROUP = "0"
+"""The first process group of a process, which here is of one."""
 BATCH, TOKENS, SIZE = 3, 5, 7
 
 
@@ -68,6 +70,7 @@ SPECIAL: dict[OpOverload, tuple[Any, ...]] = {
     aten.clamp.default: (X, 0.7, 1.2),
     aten.clamp_min.default: (X, 0.8),
     aten.clamp_max.default: (X, 0.8),
+    collectives.all_reduce.default: (X, "sum", GROUP),
 }
 FLAGS = {
     aten.logical_and.default, aten.logical_or.default, aten.logical_not.default,
@@ -130,6 +133,8 @@ ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
 SLOTS = torch.tensor([1, 0, 4, 2])
 MIXERS = [
     Example(aten.embedding.default, (_x(61, 13), torch.tensor([[4, 0, 9, 60, 2]] * 3)), kept=3),
+    Example(focus.embedding_shard.default, (_x(61, 13), torch.tensor([[9, 4, 2]] * 5), 3), kept=3),
+    Example(focus.gather_ranks.default, (X, SIZE, 1, GROUP), kept=2),
     Example(aten.linear.default, (X, _x(11, 7), _x(11)), kept=3),
     Example(aten.linear.default, (X, _x(11, 7)), kept=3),
     Example(aten.matmul.default, (_x(3, 2, 5, 7), _x(3, 2, 7, 11)), kept=4),

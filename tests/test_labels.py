@@ -124,8 +124,8 @@ REFUSED: dict[str, tuple[Between, str, str]] = {
     ),
     "sum over processes": (
         lambda x: torch.ops._c10d_functional.all_reduce(x, "sum", "0"),
-        "weights are sharded over processes, whose parts this joins",
-        "_c10d_functional.all_reduce.default",
+        "the model calls collectives of its own",
+        "_c10d_functional.all_reduce",
     ),
 }
 

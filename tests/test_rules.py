@@ -6,10 +6,12 @@ kept, gather along it before and after. Data are float64, so that only a wrong r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -18,6 +20,15 @@ from focus_compile.axes import Axis, AxisMap, Dims, graph_inputs
 from focus_compile.labels import propagate
 from focus_compile.rules import RULES
 from tests.rule_examples import EXAMPLES, Example
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group() -> Iterator[None]:
+    """Collectives of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
 
 RESIZED = {
     torch.ops.aten.view.default,

@@ -1,9 +1,9 @@
-"""One process of a model that is sharded by transformers' ``tp_plan="auto"``.
+"""One rank of a model that transformers' ``tp_plan="auto"`` shards, against a whole one.
 
-torchrun --nproc-per-node 2 -m tests.parallel.sharded FOLDER
+torchrun --nproc-per-node 2 -m tests.parallel.sharded FOLDER CASE [inductor]
 
-Writes ``RANK.json``: what the backend said of the graph, and how far logits are from eager ones, of
-the sharded model and of a whole one.
+Writes ``RANK.json``: what the rank's sharded model decoded and retained, with FOCUS and densely;
+rank 0 also runs a whole model.
 """
 
 from __future__ import annotations
@@ -11,44 +11,106 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from transformers.distributed import DistributedConfig
 
 import focus_compile
-from focus_compile import focus_backend
+from focus_compile import Generated, focus_backend
 from tests.harness import eager_inner
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_dllm" / "checkpoint"
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_dllm" / "aligned_checkpoint"
+MASK, BLOCK, NEW = 63, 8, 16
+SMALL: dict[str, Any] = {
+    "vocab_size": 66, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 96,
+}  # fmt: skip
+"""A vocabulary that two processes share evenly and four do not."""
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+CONFIGS = {
+    "tied": lambda: Qwen3Config(**SMALL, tie_word_embeddings=True),
+    "untied": lambda: Qwen3Config(**SMALL, tie_word_embeddings=False),
+    "experts": lambda: Qwen3MoeConfig(**SMALL, **EXPERTS),
+}
+
+
+def folder_of(case: str, folder: Path) -> Path:
+    """A saved model: the trained one, or one of random weights."""
+    if case == "trained":
+        return CHECKPOINT
+    path = folder / "model"
+    if not path.exists():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(CONFIGS[case]()).save_pretrained(path)
+    return path
+
+
+def compiled(model: Any, mask: int, inductor: bool, strict: bool = True) -> tuple[Any, list[Any]]:
+    """With FOCUS, refusals being errors; and the executables that were made."""
+    made: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[object]) -> object:
+        options = {"mask_token_id": mask, "strict": strict}
+        inner = None if inductor else eager_inner
+        made.append(focus_backend(gm, inputs, options=options, inner=inner))
+        return made[-1]
+
+    return torch.compile(model, backend=backend, dynamic=True), made
+
+
+def run(model: Any, ids: torch.Tensor, mask: int, inductor: bool) -> dict[str, Any]:
+    """A generation of two blocks for prompts of two lengths, dense and with FOCUS."""
+    visible = torch.ones_like(ids)
+    visible[0, :3] = 0
+    out: dict[str, Any] = {}
+    callable_, made = compiled(model, mask, inductor)
+    for name, enabled in (("focus", True), ("dense", False)):
+        with focus_compile.session(enabled=enabled):
+            result = focus_compile.generate(
+                callable_,
+                ids,
+                visible,
+                max_new_tokens=NEW,
+                block_length=BLOCK,
+                mask_token_id=mask,
+                remasking_strategy="fixed",
+                tokens_per_step=2,
+                return_dict=True,
+            )
+        assert isinstance(result, Generated)
+        out[name] = {
+            "tokens": result.sequences.tolist(),
+            "retained": [keep.tolist() for keep in result.retain_masks],
+            "forwards": result.forwards,
+        }
+    out["heads"] = [each.layout.slots[0].shape[1] for each in made if hasattr(each, "layout")]
+    return out
 
 
 @torch.no_grad()
-def main(folder: Path) -> None:
+def main(folder: Path, case: str, inductor: bool) -> None:
     torch.set_num_threads(1)
-    whole = AutoModelForCausalLM.from_pretrained(CHECKPOINT).eval()
     dist.init_process_group("gloo")
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, tp_plan="auto").eval()
-    projection = model.model.layers[0].self_attn.q_proj.weight
-    mask = model.config.vocab_size - 1
+    rank = dist.get_rank()
+    if rank == 0:
+        folder_of(case, folder)
+    dist.barrier()
+    path = folder_of(case, folder)
+    mask = MASK if case != "trained" else AutoConfig.from_pretrained(path).vocab_size - 1
     ids = torch.randint(0, mask, (3, 7), generator=torch.Generator().manual_seed(0))
-    ids[:, 2:] = mask
-    call = {"input_ids": ids, "attention_mask": torch.ones(3, 1, 7, 7, dtype=torch.bool)}
-    story = focus_compile.explain(model, **call)
-
-    def backend(gm: torch.fx.GraphModule, inputs: list[object]) -> object:
-        return focus_backend(gm, inputs, options={"mask_token_id": mask}, inner=eager_inner)
-
-    made = torch.compile(model, backend=backend)(**call).logits
-    report = {
-        "local_heads": projection.to_local().shape[0] // model.config.head_dim,
-        "refusals": [refusal.to_dict() for refusal in story.refusals],
-        "from_eager": float((made - model(**call).logits).abs().max()),
-        "from_whole": float((made - whole(**call).logits).abs().max()),
-    }
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(report))
+    plan = DistributedConfig(tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=plan).eval()
+    report = {"sharded": run(model, ids, mask, inductor)}
+    if rank == 0:
+        torch._dynamo.reset()
+        whole = AutoModelForCausalLM.from_pretrained(path).eval()
+        report["whole"] = run(whole, ids, mask, inductor)
+    (folder / f"{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["inductor"])

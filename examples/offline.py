@@ -1,0 +1,146 @@
+"""A job of many prompts, in parts that many processes write: what the batch examples share.
+
+Prompts are JSONL, ``{"prompt": text}`` a line, with ``"id"`` if you like. A part is one batch of
+prompts of about one length, the longest first. Each is written under another name and then renamed,
+so that a part is there whole or not at all: whoever comes back after a crash does what is missing.
+Batches do not depend on who computes them, so that the merged answers are those of one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import focus_compile
+from focus_compile.compile import find_mask_token
+
+CHECKPOINT = Path(__file__).resolve().parent / "tiny_dllm" / "aligned_checkpoint"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to decode."""
+
+    model: str
+    batch: int
+    max_new_tokens: int
+    block_length: int
+    threshold: float
+    alpha: float
+    dense: bool
+
+
+class Job:
+    """The parts of a file of prompts, and the folder ``OUT.parts`` that fills with answers.
+
+    Raises:
+        ValueError: the file holds no prompts, ``OUT`` is there already, or the folder is that of
+            another job.
+    """
+
+    def __init__(self, prompts: Path, out: Path, options: Options) -> None:
+        self.out, self.options = out, options
+        text = prompts.read_text()
+        self.rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        if not self.rows or not all(isinstance(row.get("prompt"), str) for row in self.rows):
+            raise ValueError(f'{prompts}: expected lines like {{"prompt": "text"}}')
+        if out.exists():
+            raise ValueError(f"{out} exists: remove it, or give another name")
+        order = sorted(range(len(self.rows)), key=lambda i: (-len(self.rows[i]["prompt"]), i))
+        size = options.batch
+        self.parts = [order[at : at + size] for at in range(0, len(order), size)]
+        self.folder = out.with_name(out.name + ".parts")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        same = hashlib.sha256((text + json.dumps(asdict(options))).encode()).hexdigest()
+        if (name := self.folder / "job").exists() and name.read_text() != same:
+            raise ValueError(f"{self.folder} holds answers of another job: remove it")
+        _write(name, same)
+
+    def done(self, part: int) -> bool:
+        """Whether a part is written."""
+        return self._path(part).exists()
+
+    def missing(self) -> list[int]:
+        """Numbers of the parts that are not written yet."""
+        return [part for part in range(len(self.parts)) if not self.done(part)]
+
+    def prompts(self, part: int) -> list[str]:
+        """The texts of a part."""
+        return [self.rows[line]["prompt"] for line in self.parts[part]]
+
+    def write(self, part: int, answers: list[dict[str, Any]]) -> None:
+        """Keep a part's answers, one for each of its prompts."""
+        lines = [
+            {"line": line} | self.rows[line] | answer
+            for line, answer in zip(self.parts[part], answers, strict=True)
+        ]
+        _write(self._path(part), "".join(json.dumps(line) + "\n" for line in lines))
+
+    def merge(self) -> None:
+        """Write ``OUT``, in the order of the prompts, and remove the parts.
+
+        Raises:
+            RuntimeError: a line is lost or doubled.
+        """
+        paths = [self._path(part) for part in range(len(self.parts))]
+        lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+        lines.sort(key=lambda line: line["line"])
+        if [line.pop("line") for line in lines] != list(range(len(self.rows))):
+            raise RuntimeError(f"{self.folder}: not every prompt has one answer")
+        _write(self.out, "".join(json.dumps(line) + "\n" for line in lines))
+        for path in (*paths, self.folder / "job"):
+            path.unlink()
+        self.folder.rmdir()
+
+    def _path(self, part: int) -> Path:
+        return self.folder / f"{part:06d}.jsonl"
+
+
+class Worker:
+    """A compiled model that answers batches of prompts."""
+
+    def __init__(self, options: Options, device: str = "cpu") -> None:
+        self.options, self.device = options, device
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(options.model).eval().to(device)
+        self.compiled = focus_compile.compile(model, self.tokenizer, dynamic=True, strict=True)
+        self.mask = find_mask_token(model, self.tokenizer)
+
+    def __call__(self, prompts: list[str]) -> list[dict[str, Any]]:
+        """``{"answer": text, "tokens": number}`` for each prompt."""
+        fed = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.device)
+        with focus_compile.session(
+            self.mask, alpha=self.options.alpha, enabled=not self.options.dense
+        ):
+            made = focus_compile.generate(
+                self.compiled,
+                fed["input_ids"],
+                fed["attention_mask"],
+                max_new_tokens=self.options.max_new_tokens,
+                block_length=self.options.block_length,
+                confidence_threshold=self.options.threshold,
+                mask_token_id=self.mask,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+        answers = made[:, fed["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        tokens = (answers != self.tokenizer.eos_token_id).sum(1).tolist()
+        return [
+            {"answer": text, "tokens": count} for text, count in zip(texts, tokens, strict=True)
+        ]
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing, whoever else writes the same."""
+    new = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
