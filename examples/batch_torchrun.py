@@ -5,17 +5,16 @@
 ``accelerate launch --num_processes 2 examples/batch_torchrun.py ...`` does the same. Every process
 has a whole model, on the GPU of its local rank where there is one, and takes the next batch when it
 is done with one. When a process dies, torchrun starts all of them again; when everything was
-killed, give the same command again: batches that were written are kept. Of the processes of a
-machine one compiles, then the others find its code in Inductor's cache. Several machines need one
-file system for ``OUT``; a ``--cache`` there spares all but one of them the compiling. offline.py
-has the file formats.
+killed, give the same command again: batches that were written are kept. All processes
+share Inductor's cache (``--cache``): what one has compiled, the others load. Several machines need
+one file system for ``OUT``; with the cache there too, a job of one prompt compiles for all of them.
+offline.py has the file formats.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,8 +25,6 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 console = Console(stderr=True)
-LONG = timedelta(hours=1)
-"""How long to wait for another process to compile."""
 
 
 def main(
@@ -45,6 +42,7 @@ def main(
     threads: int = 1,
 ) -> None:
     """Answer the lines of PROMPTS, ``{"prompt": text}`` each, and write OUT."""
+    began = time.monotonic()
     if cache is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     torch.set_num_threads(threads)
@@ -58,28 +56,27 @@ def main(
         console.print(f"[red]{error}", highlight=False)
         raise typer.Exit(2) from error
     store, rank, world = next(dist.rendezvous("env://"))
-    local, node = int(os.environ["LOCAL_RANK"]), os.environ.get("GROUP_RANK", "0")
-    worker = Worker(job.options, f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-    compiled = f"compiled on {node if cache is None else 'one'}"
-    first = rank == 0 if cache is not None else local == 0
-    if not first:
-        store.wait([compiled], LONG)
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}"
+    worker = Worker(job.options, gpu if torch.cuda.is_available() else "cpu")
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=rank > 0) as bar:
         shown = bar.add_task("batches", total=len(job.parts))
-        answered = 0
+        counts, times = list[int](), list[float]()
         while (part := store.add("taken", 1) - 1) < len(job.parts):
             if not job.done(part):
                 job.write(part, worker(job.prompts(part)))
-                answered += len(job.parts[part])
-                store.set(compiled, "yes")
+                counts.append(len(job.parts[part]))
+                times.append(time.monotonic() - began)
             bar.update(shown, completed=store.add("done", 1))
-        store.set(compiled, "yes")
         store.add("left", 1)
         while rank == 0 and store.add("left", 0) < world:  # whose store this may be
             bar.update(shown, completed=store.add("done", 0))
             time.sleep(0.1)
-    console.print(f"rank {rank} answered {answered} of {len(job.rows)} prompts", highlight=False)
+    told = f"rank {rank} answered {sum(counts)} of {len(job.rows)} prompts"
+    if len(times) > 1:
+        rate = sum(counts[1:]) / (times[-1] - times[0])
+        told += f", the first batch after {times[0]:.1f} s, then {rate:.2f} prompts/s"
+    console.print(told, highlight=False, soft_wrap=True)
     if rank == 0:
         job.merge()
 
