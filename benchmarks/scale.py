@@ -2,8 +2,8 @@
 
     python -m benchmarks.scale --out docs/scale.json
 
-Runs examples/batch_torchrun.py, one thread per worker. Cold runs begin with an empty Inductor cache,
-warm ones with that of the cold run before. Contestants take turns.
+Runs examples/batch_torchrun.py, one thread per worker. Cold runs begin with an empty Inductor
+cache, warm ones with that of the cold run before. Contestants take turns.
 """
 
 from __future__ import annotations
@@ -24,10 +24,22 @@ import torch
 import transformers
 import typer
 from rich.progress import track
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
+import focus_compile
 from benchmarks.provenance import commit
+from focus_compile.rows import cache_keyword
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+LARGE = {
+    "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
+}  # fmt: skip
+BATCH, BLOCK, HISTORY = 64, 32, 512
+TRACES = {"chain": (0.574, 0.154, 32), "total": (0.42, 0.42, 10)}
+"""Shares of tokens that are fed and retained, and steps per block: docs/throughput.json."""
+USE, TFLOPS, TBYTES, USD = 0.4, 989, 3.35, 2
+"""Assumed of a GPU: the share of its bf16 FLOPs that is used, its data sheet, dollars per hour."""
 TOLD = re.compile(
     r"rank \d answered (\d+) of \d+ prompts, the first batch after ([\d.]+) s, then ([\d.]+)"
 )
@@ -67,6 +79,53 @@ def run(workers: int, given: Path, out: Path, cache: Path, batch: int) -> dict[s
     }
 
 
+def cost() -> dict[str, Any]:
+    """Dollars for a million tokens, of FLOPs and bytes alone; nothing is run.
+
+    A step takes as long as its FLOPs or its bytes, whichever is longer; a block takes its steps,
+    and one dense step that commits it.
+    """
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**LARGE)).to(torch.bfloat16).eval()
+        cache = DynamicCache(config=model.config)
+        shape = (BATCH, LARGE["num_key_value_heads"], HISTORY, LARGE["head_dim"])
+        for layer in range(LARGE["num_hidden_layers"]):
+            keys, values = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(2))
+            cache.update(keys, values, layer)
+        ids = torch.zeros(BATCH, BLOCK, dtype=torch.int64)
+        mask = torch.ones(BATCH, 1, BLOCK, HISTORY + BLOCK, dtype=torch.bool)
+    with torch.no_grad():
+        story = focus_compile.explain(
+            model,
+            input_ids=ids,
+            attention_mask=mask,
+            use_cache=True,
+            **{cache_keyword(model): cache},
+        )
+    found = story.graphs[0].cost
+    assert found is not None, str(story)
+    tokens = BATCH * BLOCK
+    rows = []
+    for trace, (fed, retained, steps) in TRACES.items():
+        counts = (BATCH, BLOCK, HISTORY, round(fed * tokens), round(retained * tokens))
+        times = [
+            max(flops / (USE * TFLOPS * 1e12), moved / (TBYTES * 1e12))
+            for flops, moved in zip(found.flops(*counts), found.bytes(*counts), strict=True)
+        ]
+        dense, focus = times
+        usd = [USD / 3600 * (steps * step + dense) / tokens * 1e6 for step in times]
+        rows.append(
+            {"trace": trace, "fed": fed, "retained": retained, "steps": steps,
+             "dense_s": dense, "focus_s": focus, "dense_usd": usd[0], "focus_usd": usd[1],
+             "ratio": usd[0] / usd[1]}
+        )  # fmt: skip
+    return {
+        "model": "a Qwen3 of 8B sizes", "sizes": LARGE, "batch": BATCH, "block": BLOCK,
+        "history": HISTORY, "use": USE, "tflops": TFLOPS, "tbytes": TBYTES, "usd_per_hour": USD,
+        "rows": rows,
+    }  # fmt: skip
+
+
 def main(*, count: int = 576, batch: int = 8, rounds: int = 2, out: Path | None = None) -> None:
     """Run one and two workers in turns, each cold and then warm."""
     names = ("1 cold", "1 warm", "2 cold", "2 warm")
@@ -96,6 +155,7 @@ def main(*, count: int = 576, batch: int = 8, rounds: int = 2, out: Path | None 
             }
             for name, found in runs.items()
         },
+        "cost": cost(),
     }  # fmt: skip
     if out is not None:
         out.write_text(json.dumps(report, indent=1) + "\n")

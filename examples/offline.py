@@ -48,7 +48,8 @@ class Job:
         self.out, self.options = out, options
         text = prompts.read_text()
         self.rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if not self.rows or not all(isinstance(row.get("prompt"), str) for row in self.rows):
+        texts = [row.get("prompt") if isinstance(row, dict) else None for row in self.rows]
+        if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f'{prompts}: expected lines like {{"prompt": "text"}}')
         if out.exists():
             raise ValueError(f"{out} exists: remove it, or give another name")
@@ -77,7 +78,7 @@ class Job:
     def write(self, part: int, answers: list[dict[str, Any]]) -> None:
         """Keep a part's answers, one for each of its prompts."""
         lines = [
-            {"line": line} | self.rows[line] | answer
+            (line, self.rows[line] | answer)
             for line, answer in zip(self.parts[part], answers, strict=True)
         ]
         _write(self._path(part), "".join(json.dumps(line) + "\n" for line in lines))
@@ -90,10 +91,10 @@ class Job:
         """
         paths = [self._path(part) for part in range(len(self.parts))]
         lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-        lines.sort(key=lambda line: line["line"])
-        if [line.pop("line") for line in lines] != list(range(len(self.rows))):
+        lines.sort(key=lambda line: line[0])
+        if [number for number, _ in lines] != list(range(len(self.rows))):
             raise RuntimeError(f"{self.folder}: not every prompt has one answer")
-        _write(self.out, "".join(json.dumps(line) + "\n" for line in lines))
+        _write(self.out, "".join(json.dumps(row) + "\n" for _, row in lines))
         for path in (*paths, self.folder / "job"):
             path.unlink()
         self.folder.rmdir()

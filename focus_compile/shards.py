@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
 
 from focus_compile.errors import Unsupported
 from focus_compile.ops import focus
@@ -95,7 +96,7 @@ class LocalRank(fx.Interpreter):
         if target is DTensor.from_local:
             value, mesh, placements = args[:3]
             return self._part(value, mesh, placements, kwargs.get("shape", value.shape))
-        if target is torch.nn.functional.embedding and isinstance(args[1], Part):
+        if target is torch.nn.functional.embedding and len(args) > 1 and isinstance(args[1], Part):
             return self._embedding(*args, **kwargs)
         if isinstance(target, OpOverload | torch._ops.OpOverloadPacket):
             if "_c10d_functional" in str(target):
@@ -159,10 +160,11 @@ class LocalRank(fx.Interpreter):
             raise Unsupported(OWN, self.node)
 
     def _refuse_parts(self, *values: Any) -> None:
-        found: list[Any] = []
-        torch.utils._pytree.tree_map(found.append, values)
-        if any(isinstance(value, Part) for value in found):
-            raise Unsupported(UNKNOWN, self.node)
+        def check(value: Any) -> None:
+            if isinstance(value, Part):
+                raise Unsupported(UNKNOWN, self.node)
+
+        map_aggregate(values, check)
 
 
 def sharded_heads(gm: GraphModule, queries: Sequence[Node]) -> Group | None:

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
+
+from benchmarks import scale_page
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PROMPTS, BATCH, LIMIT = 32, 2, 500
@@ -72,12 +75,12 @@ def wait(process: subprocess.Popen[str], condition: Callable[[], object]) -> Non
 
 def kill_one(process: subprocess.Popen[str], name: str) -> None:
     """Kill one of a job's processes whose command holds a name."""
-    found = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if name in " ".join(child.cmdline())
-    ]
-    found[-1].send_signal(signal.SIGKILL)
+    for child in reversed(psutil.Process(process.pid).children(recursive=True)):
+        with suppress(psutil.Error):
+            if name in " ".join(child.cmdline()):
+                child.kill()
+                return
+    raise AssertionError(f"no process {name}")
 
 
 def parts(out: Path) -> set[str]:
@@ -132,8 +135,9 @@ def test_torchrun(prompts: Path, one: str) -> None:
     job.communicate()
     for process in psutil.process_iter(["cmdline"]):  # torchrun gives workers groups of their own
         if str(out) in (process.info["cmdline"] or []):
-            process.kill()
-            process.wait(30)
+            with suppress(psutil.Error):
+                process.kill()
+                process.wait(30)
     kept = parts(out)
     assert before < kept and len(kept) < PROMPTS / BATCH
     assert not out.exists()
@@ -155,6 +159,10 @@ def test_ray(prompts: Path, one: str) -> None:
     assert out.read_text() == one
 
 
+def test_the_page_is_written_anew() -> None:
+    assert (EXAMPLES.parent / "docs" / "scale.md").read_text() == scale_page.text()
+
+
 def options(**changed: Any) -> Any:
     given = {"model": "m", "batch": 2, "max_new_tokens": 8, "block_length": 4}
     return offline.Options(**{**given, "threshold": 0.9, "alpha": 1.5, "dense": False, **changed})
@@ -163,7 +171,9 @@ def options(**changed: Any) -> Any:
 def test_parts(tmp_path: Path) -> None:
     """The longest prompts first; merged in the order of the file; then nothing is left."""
     texts = ["bb", "a", "ccc", "dd", "eeee"]
-    (tmp_path / "in").write_text("".join(json.dumps({"prompt": text}) + "\n\n" for text in texts))
+    (tmp_path / "in").write_text(
+        "".join(json.dumps({"prompt": text, "line": 0}) + "\n\n" for text in texts)
+    )
     job = offline.Job(tmp_path / "in", tmp_path / "out", options())
     assert [job.prompts(part) for part in job.missing()] == [["eeee", "ccc"], ["bb", "dd"], ["a"]]
     job.write(1, [{"answer": "B"}, {"answer": "D"}])
@@ -173,7 +183,8 @@ def test_parts(tmp_path: Path) -> None:
     again.write(2, [{"answer": "A"}])
     again.merge()
     lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-    assert lines == [{"prompt": text, "answer": text[0].upper()} for text in texts]
+    answered = [{"prompt": text, "line": 0, "answer": text[0].upper()} for text in texts]
+    assert lines == answered
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
 
 
@@ -183,13 +194,13 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"out\.parts holds answers of another job: remove it"):
         offline.Job(tmp_path / "in", tmp_path / "out", options(alpha=2.0))
     job.write(0, [{}, {}])
-    (tmp_path / "out.parts" / "000001.jsonl").write_text('{"line": 0}\n')
+    (tmp_path / "out.parts" / "000001.jsonl").write_text("[0, {}]\n")
     with pytest.raises(RuntimeError, match="not every prompt has one answer"):
         job.merge()
     (tmp_path / "done").touch()
     with pytest.raises(ValueError, match="done exists: remove it"):
         offline.Job(tmp_path / "in", tmp_path / "done", options())
-    for text in ("", '{"text": "a"}\n'):
+    for text in ("", '{"text": "a"}\n', '["a"]\n'):
         (tmp_path / "in").write_text(text)
         with pytest.raises(ValueError, match=r"in: expected lines like \{\"prompt\": \"text\"\}"):
             offline.Job(tmp_path / "in", tmp_path / "new", options())

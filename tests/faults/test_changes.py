@@ -159,33 +159,36 @@ def test_reset_in_mid_block(run: Run, inner: Inner) -> None:
 
 
 @pytest.mark.parametrize(
-    ("half", "error"),
-    [("prefix", RuntimeError("no")), ("suffix", OSError(28, "No space left on device"))],
+    ("half", "kind", "args"),
+    [("prefix", RuntimeError, ("no",)), ("suffix", OSError, (28, "No space left on device"))],
 )
-def test_a_half_that_does_not_compile(run: Run, inner: Inner, half: str, error: Exception) -> None:
+def test_a_half_that_does_not_compile(
+    run: Run, inner: Inner, half: str, kind: type[Exception], args: tuple[Any, ...]
+) -> None:
     """One error that names it; the dense program does not stand in for it."""
-    call = first_call(run)
+    call, error = first_call(run), kind(*args)
     program = getattr(run.program_of(call), half)
     program.compiled, inner.error = None, error
     dense = run.counts()[0]
     with pytest.raises(NotCompiled, match=f"^the {half} was not compiled, ") as caught:
         run.logits(call)
-    assert str(caught.value).endswith(f": {type(error).__name__}: {error}")
+    assert str(caught.value).endswith(f": {kind.__name__}: {error}")
     assert caught.value.__cause__ is error and caught.value.program == half
     assert run.counts()[0] == dense and program.compiled is None
     check(run, call)
 
 
 @pytest.mark.parametrize(
-    ("half", "error"),
-    [("prefix", KeyboardInterrupt()), ("suffix", torch.OutOfMemoryError("out of memory"))],
+    ("half", "kind"), [("prefix", KeyboardInterrupt), ("suffix", torch.OutOfMemoryError)]
 )
-def test_a_compiler_is_interrupted(run: Run, inner: Inner, half: str, error: BaseException) -> None:
+def test_a_compiler_is_interrupted(
+    run: Run, inner: Inner, half: str, kind: type[BaseException]
+) -> None:
     """The error is the caller's own; the next call compiles."""
-    call = first_call(run)
+    call, error = first_call(run), kind("out of memory")
     program = getattr(run.program_of(call), half)
     program.compiled, inner.error = None, error
-    with pytest.raises(type(error)) as caught:
+    with pytest.raises(kind) as caught:
         run.logits(call)
     assert caught.value is error
     check(run, call)
