@@ -2,13 +2,12 @@
 
     torchrun --nproc-per-node 2 --max-restarts 3 examples/batch_torchrun.py prompts.jsonl out.jsonl
 
-``accelerate launch --num_processes 2 examples/batch_torchrun.py ...`` does the same. Every process
-has a whole model, on the GPU of its local rank where there is one, and takes the next batch when it
-is done with one. When a process dies, torchrun starts all of them again; when everything was
-killed, give the same command again: batches that were written are kept. All processes
-share Inductor's cache (``--cache``): what one has compiled, the others load. Several machines need
-one file system for ``OUT``; with the cache there too, a job of one prompt compiles for all of them.
-offline.py has the file formats.
+Run by ``python`` it is one process. Every process has a whole model, on the GPU of its local rank
+where there is one, and takes the next batch when it is done with one. When a process dies, torchrun
+starts all of them again; when everything was killed, give the same command again: batches that were
+written are kept. All processes share Inductor's cache (``--cache``): what one has compiled, the
+others load. Several machines need one file system for ``OUT``; with the cache there too, a job of
+one prompt compiles for all of them. offline.py has the file formats.
 """
 
 from __future__ import annotations
@@ -55,8 +54,9 @@ def main(
     except ValueError as error:
         console.print(f"[red]{error}", highlight=False)
         raise typer.Exit(2) from error
-    store, rank, world = next(dist.rendezvous("env://"))
-    gpu = f"cuda:{os.environ['LOCAL_RANK']}"
+    alone = "RANK" not in os.environ
+    store, rank, world = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://"))
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     worker = Worker(job.options, gpu if torch.cuda.is_available() else "cpu")
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=rank > 0) as bar:

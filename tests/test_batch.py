@@ -108,7 +108,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(prompts: Path) -> str:
     """What one process writes."""
     out = prompts.with_name("one.jsonl")
-    error = finish(start(torchrun(1, 0, prompts, out)))
+    script = str(EXAMPLES / "batch_torchrun.py")
+    error = finish(start([sys.executable, script, str(prompts), str(out), *OPTIONS]))
     assert answered(error) == PROMPTS and not out.with_name("one.jsonl.parts").exists()
     return out.read_text()
 
