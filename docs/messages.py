@@ -51,6 +51,8 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "a strategy of your own chose no token, or one that is not retained",
         "choose among the candidates"),
     "give denoising_steps or tokens_per_step": ("both were given", "give one"),
+    "which must draw alike": (
+        "temperature > 0 with a model that tp_plan shards", "give every process the same seed"),
     "give seed or generator, not both": ("both were given", "give one"),
     "no mask token: neither": ("nothing names the mask token", "give mask_token_id"),
     "give mask_token_id=...: the model is a function": ("a function has no config", "give it"),

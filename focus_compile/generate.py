@@ -15,6 +15,7 @@ from focus_compile.decoding import Decoder, Strategy, count_per_step, warpers
 from focus_compile.generated import Generated
 from focus_compile.rows import Canvas, Rows
 from focus_compile.session import Session, current_session, session
+from focus_compile.shards import is_sharded
 
 __all__ = ["generate"]
 
@@ -85,9 +86,12 @@ def generate(
         sequences int64 ``[B, P + new]``, or :class:`Generated`.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or tokens are drawn from a model that is sharded
+            over processes, with neither ``seed`` nor ``generator``.
     """
     _check(input_ids, attention_mask, max_new_tokens, block_length)
+    if temperature > 0 and seed is None and generator is None and is_sharded(model):
+        raise ValueError("the model is sharded over processes, which must draw alike: give seed")
     decoder = Decoder(
         remasking_strategy,
         confidence_threshold,

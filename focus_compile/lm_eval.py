@@ -61,9 +61,10 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
             prompts lose their beginning, with a warning.
         max_gen_toks: most tokens of an answer, where a task does not say.
         mask_token_id: by default looked up, as :func:`~focus_compile.compile` does.
+        block_length: tokens per block; answers are made in whole blocks.
         trust_remote_code: run a checkpoint's own modeling code.
-        decoding: more arguments of :func:`~focus_compile.generate`: block_length,
-            confidence_threshold, remasking_strategy, tokens_per_step, shifted_logits, use_cache.
+        decoding: more arguments of :func:`~focus_compile.generate`: confidence_threshold,
+            remasking_strategy, tokens_per_step, shifted_logits, use_cache.
 
     Raises:
         ValueError: an argument is out of range, or no mask token is to be found.
@@ -84,6 +85,7 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         max_length: int | None = None,
         max_gen_toks: int = 256,
         mask_token_id: int | None = None,
+        block_length: int = 32,
         trust_remote_code: bool = False,
         **decoding: Any,
     ) -> None:
@@ -115,7 +117,9 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         self.mask_token_id = (
             find_mask_token(model, tokenizer) if mask_token_id is None else mask_token_id
         )
-        self.focus, self.alpha, self.decoding = focus, alpha, decoding
+        self.block_length = _positive("block_length", block_length)
+        self.focus, self.alpha = focus, alpha
+        self.decoding = decoding | {"block_length": self.block_length}
         self.model = compile(model, mask_token_id=self.mask_token_id, dynamic=True, strict=True)
         self.ran: defaultdict[str, float] = defaultdict(float)
 
@@ -237,7 +241,8 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
 
     def _encode(self, contexts: Sequence[str], most: int) -> tuple[Tensor, Tensor]:
         """Ids and attention mask ``[B, P]``, padded on the left, cut to leave room for ``most``."""
-        room = None if self.max_length is None else self.max_length - most
+        made = -(-most // self.block_length) * self.block_length
+        room = None if self.max_length is None else self.max_length - made
         if room is not None and room < 1:
             raise ValueError(f"max_gen_toks={most}: the model has {self.max_length} positions")
         start = self.tokenizer.bos_token or self.tokenizer.eos_token

@@ -23,7 +23,7 @@ from torch.fx.node import map_aggregate
 from focus_compile.errors import Unsupported
 from focus_compile.ops import focus
 
-__all__ = ["Group", "LocalRank", "local", "local_value", "shard_of", "sharded_heads"]
+__all__ = ["Group", "LocalRank", "is_sharded", "local", "local_value", "shard_of", "sharded_heads"]
 
 collectives = torch.ops._c10d_functional
 UNKNOWN = "weights are sharded over processes in a way that is not known here"
@@ -46,6 +46,11 @@ class Part:
     placement: Placement
     size: int
     mesh: DeviceMesh
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether processes share a model's weights out."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def local(value: Any) -> Any:

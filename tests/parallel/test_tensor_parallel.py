@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from torch.fx import Graph, GraphModule
 
+import focus_compile
 from focus_compile.errors import Unsupported
 from focus_compile.ops import focus
 from focus_compile.ranks import embedding_shard
-from focus_compile.shards import Group, sharded_heads
+from focus_compile.shards import Group, is_sharded, sharded_heads
 
 pytestmark = pytest.mark.skipif(
     not dist.is_gloo_available(), reason="this build of PyTorch has no gloo"
@@ -100,6 +103,25 @@ def test_whose_heads_are_shared_out() -> None:
     assert graph_of_heads(group, None, None) == group
     with pytest.raises(Unsupported, match="in a way that is not known here"):
         graph_of_heads(None, group, None)
+
+
+def test_ranks_draw_alike() -> None:
+    """Tokens are not drawn from a sharded model without a seed."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.Linear(2, 2)
+        ids = torch.zeros(1, 1, dtype=torch.int64)
+        arguments: dict[str, Any] = {"max_new_tokens": 1, "mask_token_id": 1, "temperature": 1.0}
+        assert not is_sharded(model)
+        mesh = init_device_mesh("cpu", (1,))
+        model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), mesh))
+        assert is_sharded(model)
+        with pytest.raises(ValueError, match="processes, which must draw alike: give seed"):
+            focus_compile.generate(model, ids, **arguments)
+        with pytest.raises(AttributeError, match="config"):  # with a seed it is called
+            focus_compile.generate(model, ids, seed=0, **arguments)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
