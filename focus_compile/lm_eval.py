@@ -29,9 +29,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from focus_compile.compile import compile, find_mask_token
+from focus_compile.compile import compile as compile_model
+from focus_compile.compile import find_mask_token
 from focus_compile.generate import generate
 from focus_compile.generated import Generated
+from focus_compile.load import load
 from focus_compile.report import warning_once
 from focus_compile.session import session
 
@@ -52,7 +54,8 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
     those of FOCUS among them, and the shares of tokens that were fed and retained.
 
     Args:
-        pretrained: a model's folder or name, or a model; with a model, ``tokenizer`` is needed.
+        pretrained: a model's folder or name, ``module:function`` that returns a model (such as one
+            whose checkpoint brings its own code), or a model; the last two need ``tokenizer``.
         tokenizer: a folder or name, or a tokenizer; by default that of ``pretrained``.
         focus: False decodes densely, by the graphs that plain Inductor runs.
         alpha: the budget factor, see :func:`~focus_compile.session`.
@@ -62,7 +65,6 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         max_gen_toks: most tokens of an answer, where a task does not say.
         mask_token_id: by default looked up, as :func:`~focus_compile.compile` does.
         block_length: tokens per block; answers are made in whole blocks.
-        trust_remote_code: run a checkpoint's own modeling code.
         decoding: more arguments of :func:`~focus_compile.generate`: confidence_threshold,
             remasking_strategy, tokens_per_step, shifted_logits, use_cache.
 
@@ -86,26 +88,24 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         max_gen_toks: int = 256,
         mask_token_id: int | None = None,
         block_length: int = 32,
-        trust_remote_code: bool = False,
         **decoding: Any,
     ) -> None:
         super().__init__()
-        if isinstance(pretrained, str):
+        model: Any = pretrained
+        if isinstance(pretrained, str) and ":" in pretrained:
+            model, _ = load(pretrained)
+        elif isinstance(pretrained, str):
             tokenizer = pretrained if tokenizer is None else tokenizer
-            pretrained = AutoModelForCausalLM.from_pretrained(
-                pretrained, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype)
         if tokenizer is None:
             raise ValueError("pretrained is a model: give its tokenizer, too")
         if isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(
-                tokenizer, trust_remote_code=trust_remote_code
-            )
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.tokenizer = tokenizer
         tokenizer.padding_side = tokenizer.truncation_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        model = pretrained.eval().to(device or "cpu")
+        model = model.eval().to(device or "cpu")
         self._device = next(model.parameters()).device
         self.batch_size = _positive("batch_size", 16 if batch_size is None else batch_size)
         self.max_gen_toks = _positive("max_gen_toks", max_gen_toks)
@@ -120,7 +120,9 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         self.block_length = _positive("block_length", block_length)
         self.focus, self.alpha = focus, alpha
         self.decoding = decoding | {"block_length": self.block_length}
-        self.model = compile(model, mask_token_id=self.mask_token_id, dynamic=True, strict=True)
+        self.model = compile_model(
+            model, mask_token_id=self.mask_token_id, dynamic=True, strict=True
+        )
         self.ran: defaultdict[str, float] = defaultdict(float)
 
     @property

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 import focus_compile
 from focus_compile.lm_eval import FocusLM
+from focus_compile.load import BadInput
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "tiny_dllm"
 ALIGNED = FOLDER / "aligned_checkpoint"
@@ -212,6 +213,20 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="max_length=0: expected at least 1"):
         FocusLM(model, words, max_length=0)
     assert FocusLM(model, words).mask_token_id == words.mask_token_id
+
+
+def test_a_function_that_returns_a_model() -> None:
+    """For checkpoints with code of their own, which is never run for its name."""
+    made = FocusLM("tests.test_lm_eval:function", str(ALIGNED), max_length=9)
+    assert made.model._orig_mod.training is False and made.max_length == 9
+    with pytest.raises(ValueError, match="give its tokenizer, too"):
+        FocusLM("tests.test_lm_eval:function")
+    with pytest.raises(BadInput, match="has no attribute 'nothing'"):
+        FocusLM("tests.test_lm_eval:nothing", str(ALIGNED))
+
+
+def function() -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM.from_pretrained(ALIGNED)
 
 
 def test_dense_steps_are_no_evaluation_of_focus(
