@@ -60,6 +60,7 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         focus: False decodes densely, by the graphs that plain Inductor runs.
         alpha: the budget factor, see :func:`~focus_compile.session`.
         batch_size: prompts per batch; ``"auto"`` is not known.
+        max_batch_size: ignored; the harness gives it to every model, for ``"auto"``.
         max_length: most tokens of prompt and answer, by default the model's position limit; longer
             prompts lose their beginning, with a warning.
         max_gen_toks: most tokens of an answer, where a task does not say.
