@@ -14,8 +14,10 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEAD = """# Performance
 
 Written by `benchmarks/performance_page.py` from `throughput.json`, `profile.json`, `scaling.json`
-and `compile_time.json`. {machine}, {threads} threads, {dtype}, torch {torch}, transformers
-{transformers}. No GPU has been measured.
+and `compile_time.json`. {threads} threads, {dtype}, torch {torch}. CPUs and versions of
+transformers differ between rows of the first table; the other files do not record theirs. A ratio
+compares what ran on one CPU; do not compare tokens per second between CPUs. No GPU has been
+measured.
 
 The same model object and the same loop (`focus_compile.generate`) run eagerly, through plain
 Inductor, and through FOCUS, in turns, in one process. Random weights decode in random order, which
@@ -39,8 +41,8 @@ python -m benchmarks.performance_page
 
 ## Tokens per second
 
-Blocks of {block} after a prompt of {prompt}, {pairs} alternating pairs; median, least and largest
-of the ratios focus / inductor, pair by pair. What `--full` lists and this table lacks has not been
+Blocks of {block}, {pairs} alternating pairs; prompts in tokens; median, least and largest of the
+ratios focus / inductor, pair by pair. What `--full` lists and this table lacks has not been
 run. Rows were measured on different commits, as a row takes up to half an hour.
 
 """
@@ -95,6 +97,8 @@ NOTES = """
   matrix products, plain Inductor MKL, which is slower for few rows (`focus_compile/linear.py`).
 - Models as small as `tiny` and `bench-3l` spend their steps in small operators, not in FLOPs.
 """
+COMMON = ("threads", "dtype", "torch", "block", "pairs")
+"""What all rows of throughput.json share."""
 ALIGNED = "`aligned_checkpoint`, see [quality](quality.md)"
 
 
@@ -103,14 +107,16 @@ def _ratio(ratio: dict[str, float]) -> str:
 
 
 def _throughput(rows: list[dict[str, Any]]) -> str:
-    first = rows[0]
-    out = HEAD.format(alignment=ALIGNED, **first)
+    (common,) = {tuple(row[name] for name in COMMON) for row in rows}
+    out = HEAD.format(alignment=ALIGNED, **dict(zip(COMMON, common, strict=True)))
     out += _head(
-        *("shape", "batch", "strategy", "fed", "retained", "eager", "inductor", "focus"),
+        *("shape", "batch", "prompt", "strategy", "fed", "retained"),
+        *("eager", "inductor", "focus"),
         *("blocks: ratio", "by FLOPs", "reached", "steps: ratio", "by FLOPs", "commit"),
+        *("CPU", "transformers"),
     )
     for row in rows:
-        cells = [row["shape"], row["batch"], f"`{row['strategy']}`"]
+        cells = [row["shape"], row["batch"], row["prompt"], f"`{row['strategy']}`"]
         cells += [f"{row['focus'][key]:.0%}" for key in ("fed_fraction", "retained_fraction")]
         cells += [
             f"{row[name]['tokens_per_s']:.1f}" if name in row else "-"
@@ -119,7 +125,7 @@ def _throughput(rows: list[dict[str, Any]]) -> str:
         cells += [_ratio(row["ratio_focus_inductor"]), f"{row['limit_ratio']:.2f}"]
         cells += [f"{row['limit_efficiency']:.0%}", _ratio(row["ratio_steps_only"])]
         cells += [f"{row['limit_ratio_steps_only']:.2f}", row["commit"]]
-        out += _line(cells)
+        out += _line([*cells, row["machine"], row["transformers"]])
     out += DETAIL + _head(
         *("shape", "batch", "strategy", "contestant", "forward", "commit", "outside"),
         *("tokens/s, least to largest", "peak, MiB", "exact match"),
