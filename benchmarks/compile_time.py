@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import focus_compile
-from benchmarks.provenance import commit
+from benchmarks.provenance import commit, cpu
 from benchmarks.shapes import build
 
 SHAPES = ("bench-3l", "bench-12l")
@@ -116,7 +115,7 @@ def main(
                         kind[name].append(_spawn(f"{shape},{name},{what}", threads, cache))
                         print(shape, what, name, f"{kind[name][-1]:.1f} s", flush=True)
         row: dict[str, Any] = {"shape": shape, "work": what, "runs": runs, "threads": threads}
-        row |= {"torch": torch.__version__, "machine": platform.machine(), "commit": commit()}
+        row |= {"torch": torch.__version__, "machine": cpu(), "commit": commit()}
         for label, kind in (("cold", cold), ("warm", warm)):
             ratios = [f / d for d, f in zip(kind["inductor"], kind["focus"], strict=True)]
             row[label] = {

@@ -1,11 +1,12 @@
-"""Which code a figure was measured on."""
+"""Which code and which CPU a figure was measured on."""
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from pathlib import Path
 
-__all__ = ["commit"]
+__all__ = ["commit", "cpu"]
 
 
 def commit() -> str:
@@ -20,3 +21,11 @@ def commit() -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "focus_compile", "passes")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def cpu() -> str:
+    """The CPU's name as Linux has it, elsewhere its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

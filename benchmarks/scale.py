@@ -27,7 +27,7 @@ from rich.progress import track
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 import focus_compile
-from benchmarks.provenance import commit
+from benchmarks.provenance import commit, cpu
 from focus_compile.rows import cache_keyword
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -144,7 +144,7 @@ def main(*, count: int = 576, batch: int = 8, rounds: int = 2, out: Path | None 
                     print(number, workers, state, figures, flush=True)
     report = {
         "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "machine": platform.machine(),
+        "transformers": transformers.__version__, "machine": cpu(),
         "cores": os.cpu_count(), "threads_per_worker": 1, "dtype": "torch.float32",
         "commit": commit(), "prompts": count, "batch": batch, "max_new_tokens": 96,
         "equal": len(texts) == 1, "runs": runs,

@@ -9,7 +9,6 @@ row retain its ``kept`` leftmost tokens. The contestants of a curve take turns.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ import torch
 import typer
 from rich.progress import Progress
 
-from benchmarks.provenance import commit
+from benchmarks.provenance import commit, cpu
 from benchmarks.shapes import build
 from focus_compile import Signal, session
 from focus_compile.rows import Rows
@@ -62,7 +61,7 @@ def main(
         "repeats": repeats,
         "dtype": str(model.dtype),
         "torch": torch.__version__,
-        "machine": platform.machine(),
+        "machine": cpu(),
         "commit": commit(),
         **asdict(Point()),
         "curves": {},

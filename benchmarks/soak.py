@@ -30,7 +30,7 @@ from torch._inductor.codecache import PyCodeCache
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.memory import resident
-from benchmarks.provenance import commit
+from benchmarks.provenance import commit, cpu
 from focus_compile import Generated, Session, focus_backend, generate
 from focus_compile.block import BlockState
 from focus_compile.decoding import Candidates
@@ -180,7 +180,7 @@ def main(*, generations: int = 2000, threads: int = 1, out: Path | None = None) 
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": platform.machine(),
+        "machine": cpu(),
         "threads": threads,
         "commit": commit(),
         "recompile_limit": torch._dynamo.config.recompile_limit,

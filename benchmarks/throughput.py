@@ -16,7 +16,6 @@ and not a result. Rows are kept in the file ``--out``.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from transformers import DynamicCache
 import focus_compile
 from benchmarks.contest import Run, Work, contestants, prepare
 from benchmarks.memory import sampled
-from benchmarks.provenance import commit
+from benchmarks.provenance import commit, cpu
 from benchmarks.trace import BLOCK, Trace
 from focus_compile.rows import cache_keyword
 
@@ -107,7 +106,7 @@ def measure(
         "pairs": pairs,
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype),
-        "machine": _machine(),
+        "machine": cpu(),
         "commit": commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -226,15 +225,6 @@ def _total(run: Run, count: Callable[..., tuple[int, int]], work: Work) -> tuple
 
 def _spread(ratios: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-
-
-def _machine() -> str:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return names[0] if names else platform.machine()
 
 
 def _print(row: dict[str, Any]) -> None:
