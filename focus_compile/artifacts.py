@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from torch._logging._internal import trace_structured
-
 from focus_compile.analysis import Analysis
 from focus_compile.describe import code, describe
 from focus_compile.errors import Unsupported
+from focus_compile.torch_private import trace_structured
 
 __all__ = ["trace_analysis", "trace_refusal"]
 

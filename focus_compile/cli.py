@@ -19,7 +19,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch._dynamo.exc import BackendCompilerFailed
 
 from focus_compile.compile import compile as compile_model
 from focus_compile.cost import Cost
@@ -31,6 +30,7 @@ from focus_compile.generated import Generated
 from focus_compile.load import BadInput, denoising_call, load, mask_token, tokenizer
 from focus_compile.page import page
 from focus_compile.session import session
+from focus_compile.torch_private import BackendCompilerFailed
 
 __all__ = ["app"]
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from focus_compile.torch_private import ConstantSource, DimDynamic, FakeTensorMode, ShapeEnv
 
 __all__ = [
     "GENERIC",

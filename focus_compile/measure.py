@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 
 from focus_compile.backend import focus_backend
 from focus_compile.output_code import output_files
 from focus_compile.programs import Inner
 from focus_compile.runtime import Executable
 from focus_compile.session import SessionStats, session
+from focus_compile.torch_private import tree_leaves
 
 __all__ = ["Measured", "measure", "own_code"]
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.graph_module import _format_import_block
-from torch.package.importer import sys_importer
 
 from focus_compile.analysis import analyze
 from focus_compile.axes import graph_inputs
 from focus_compile.errors import EmptyCall, Unsupported
+from focus_compile.torch_private import import_block
 
 __all__ = ["script", "smallest"]
 
@@ -59,7 +58,7 @@ def script(gm: GraphModule, refusal: Unsupported, name: str) -> str | None:
         reason=str(refusal).replace("\\", "/").replace('"""', "'''"),
         cure=refusal.cure,
         name=name,
-        imports=_format_import_block(made.globals, sys_importer),
+        imports=import_block(made.globals),
         forward="\n".join(f"    {line}".rstrip() for line in made.src.strip().splitlines()),
         inputs="\n".join(f"    {line}," for line in lines),
     )
