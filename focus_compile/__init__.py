@@ -1,5 +1,7 @@
 """FOCUS for diffusion LLMs as a compiler pass: ``torch.compile(model, backend="focus")``."""
 
+from importlib.metadata import version
+
 from focus_compile.backend import focus_backend
 from focus_compile.compile import compile
 from focus_compile.config import FocusConfig
@@ -16,6 +18,8 @@ from focus_compile.generate import generate
 from focus_compile.generated import Generated
 from focus_compile.session import PackedLogits, Session, SessionStats, Signal, Step, session
 
+__version__ = version("focus-compile")
+
 __all__ = [
     "Candidates",
     "Cost",
@@ -31,6 +35,7 @@ __all__ = [
     "Step",
     "UncommittedHistory",
     "Unsupported",
+    "__version__",
     "compile",
     "explain",
     "focus_backend",

@@ -2,12 +2,14 @@
 
 PATH is a folder that ``AutoModelForCausalLM`` reads, or ``module:function``, a function that
 returns a model, or a model and the keyword arguments of a denoising call. Exit codes: 0; 1 where
-FOCUS is refused or ``verify`` finds a difference; 2 for bad input, with one line that says why.
+FOCUS is refused or ``verify`` finds a difference; 2 for bad input and all that goes wrong, with one
+line that says why.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -16,21 +18,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from focus_compile import __version__
 from focus_compile.compile import compile as compile_model
 from focus_compile.cost import Cost
-from focus_compile.errors import Unsupported
 from focus_compile.explain import Explanation
 from focus_compile.explain import explain as explain_call
+from focus_compile.failure import one_line
 from focus_compile.generate import generate as generate_blocks
 from focus_compile.generated import Generated
 from focus_compile.load import BadInput, denoising_call, load, mask_token, tokenizer
 from focus_compile.page import page
 from focus_compile.session import session
-from focus_compile.torch_private import BackendCompilerFailed
+from focus_compile.text import answers, end_tokens, left_padded, prompt_ids
 
 __all__ = ["app"]
 
@@ -47,9 +51,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 WithTrace = Annotated[bool, typer.Option("--traceback", help="show where an error came from")]
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"focus-compile {__version__} (torch {torch.__version__})")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="print it")
+    ] = False,
+) -> None:
     """FOCUS as a compiler pass: see what it makes of a model."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may know few characters
+            stream.reconfigure(errors="backslashreplace")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # module:function of the working folder
 
@@ -66,11 +84,11 @@ def explain(
     traceback: WithTrace = False,
 ) -> None:
     """Capture a denoising call, and tell what FOCUS makes of it."""
-    with _one_line(traceback):
+    with one_line(traceback):
         story = _story(path, batch, block, history)
+        _tell(story, as_json)
         if save is not None:
             story.save(save)
-    _tell(story, as_json)
     raise typer.Exit(0 if story.applied else 1)
 
 
@@ -86,7 +104,7 @@ def verify(
     traceback: WithTrace = False,
 ) -> None:
     """Run a denoising call, eager and compiled, evicting and not, and compare the outputs."""
-    with _one_line(traceback), _waiting("compiling and running"):
+    with one_line(traceback), _waiting("compiling and running"):
         model, call = load(path)
         mask = mask_token(model, None, mask_token_id)
         arguments = call or denoising_call(model, batch, block, history, mask)
@@ -124,7 +142,7 @@ def cost(
     traceback: WithTrace = False,
 ) -> None:
     """FLOPs and bytes of a denoising step, dense and with FOCUS, read off the model's graph."""
-    with _one_line(traceback):
+    with one_line(traceback):
         story = _story(path, 2, block, history)
         costs = [graph.cost for graph in story.graphs if graph.cost is not None]
         if len(costs) != 1:
@@ -134,12 +152,12 @@ def cost(
             found = costs[0] if layers is None else costs[0].of_layers(layers)
         except ValueError as error:
             raise BadInput(str(error)) from error
-    tokens = batch * block
-    counts = (batch, block, history, round(fed * tokens), round(retained * tokens))
-    if as_json:
-        typer.echo(json.dumps(_cost_data(found, counts), indent=1))
-    else:
-        _print_cost(found, counts)
+        tokens = batch * block
+        counts = (batch, block, history, round(fed * tokens), round(retained * tokens))
+        if as_json:
+            typer.echo(json.dumps(_cost_data(found, counts), indent=1))
+        else:
+            _print_cost(found, counts)
 
 
 @app.command()
@@ -158,7 +176,7 @@ def report(
     traceback: WithTrace = False,
 ) -> None:
     """Write one HTML file: graphs, funnel, difference, refusals, cost, and a generation's steps."""
-    with _one_line(traceback):
+    with one_line(traceback):
         _check_shares(fed, retained)
         steps = None if trace is None else _read_trace(trace)
         story = _story(path, 2, block, history)
@@ -188,54 +206,43 @@ def generate(
     traceback: WithTrace = False,
 ) -> None:
     """Generate text block by block, compiled with FOCUS."""
-    with _one_line(traceback):
+    with one_line(traceback):
+        if not all(prompt):
+            raise BadInput("--prompt is empty: give a text to go on from")
         words = tokenizer(path)
         model, _ = load(path)
         mask = mask_token(model, words, mask_token_id)
-        words.padding_side = "left"
-        ids = words(prompt, return_tensors="pt", padding=len(prompt) > 1)
+        ids, real = left_padded([prompt_ids(words, text) for text in prompt])
         compiled = compile_model(model, mask_token_id=mask, dynamic=True, strict=True)
         with session(mask, alpha=alpha, enabled=not dense):
             made = generate_blocks(
                 compiled,
-                ids["input_ids"],
-                ids["attention_mask"],
+                ids,
+                real,
                 max_new_tokens=max_new_tokens,
                 block_length=block,
                 confidence_threshold=threshold,
                 mask_token_id=mask,
-                eos_token_id=words.eos_token_id,
-                progress=not as_json,
+                eos_token_id=end_tokens(words, model),
+                progress=not as_json and sys.stdout.isatty(),
                 return_dict=True,
             )
         assert isinstance(made, Generated)
-        if trace is not None:
+        _tell_answers(answers(words, made.sequences[:, ids.shape[1] :]), made, as_json)
+        if trace is not None:  # last: if it cannot be written, the answers are there
             trace.write_text(json.dumps(made.trace()))
-    answers = words.batch_decode(
-        made.sequences[:, ids["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    figures = {
-        "forwards": made.forwards,
-        "tokens_per_forward": made.tokens_per_forward,
-        "fed_fraction": made.fed_fraction,
-        "retained_fraction": made.retained_fraction,
-    }
-    if as_json:
-        typer.echo(json.dumps({"answers": answers} | figures, indent=1))
-        return
-    for answer in answers:
-        typer.echo(answer)
-    typer.echo(
-        f"{made.forwards} forwards, {made.tokens_per_forward:.2f} tokens each; "
-        f"fed {made.fed_fraction:.0%}, retained {made.retained_fraction:.0%}",
-        err=True,
-    )
+        if not as_json:
+            typer.echo(
+                f"{made.forwards} forwards, {made.tokens_per_forward:.2f} tokens each; "
+                f"fed {made.fed_fraction:.0%}, retained {made.retained_fraction:.0%}",
+                err=True,
+            )
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context, *, traceback: WithTrace = False) -> None:
     """Throughput of eager, Inductor and FOCUS; options of `python -m benchmarks.throughput`."""
-    with _one_line(traceback):
+    with one_line(traceback):
         if importlib.util.find_spec("benchmarks") is None:
             raise BadInput("no benchmarks here: run `focus-compile bench` in a checkout")
     command = [sys.executable, "-m", "benchmarks.throughput", *context.args]
@@ -253,6 +260,20 @@ def _tell(story: Explanation, as_json: bool) -> None:
         typer.echo(story.to_json())
     else:
         story.print()
+
+
+def _tell_answers(texts: list[str], made: Generated, as_json: bool) -> None:
+    figures = {
+        "forwards": made.forwards,
+        "tokens_per_forward": made.tokens_per_forward,
+        "fed_fraction": made.fed_fraction,
+        "retained_fraction": made.retained_fraction,
+    }
+    if as_json:
+        typer.echo(json.dumps({"answers": texts} | figures, indent=1))
+    else:
+        for text in texts:
+            typer.echo(text)
 
 
 def _check_shares(fed: float, retained: float) -> None:
@@ -296,24 +317,3 @@ def _print_cost(found: Cost, counts: tuple[int, int, int, int, int]) -> None:
 def _waiting(what: str) -> Iterator[None]:
     with Console(stderr=True).status(what):
         yield
-
-
-@contextmanager
-def _one_line(traceback: bool) -> Iterator[None]:
-    """Bad input: one line and exit code 2; a refusal: one line and exit code 1.
-
-    With ``traceback`` the error as it is.
-    """
-    try:
-        yield
-    except BadInput as error:
-        if traceback:
-            raise
-        typer.echo(f"focus-compile: {error}", err=True)
-        raise typer.Exit(2) from error
-    except BackendCompilerFailed as error:
-        refusal = error.inner_exception
-        if traceback or not isinstance(refusal, Unsupported):
-            raise
-        typer.echo(f"focus-compile: refused: {refusal}; {refusal.cure}", err=True)
-        raise typer.Exit(1) from error

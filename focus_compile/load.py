@@ -6,6 +6,8 @@ A function returns a model, or a model and the keyword arguments of a denoising 
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers import (
 
 from focus_compile.compile import find_mask_token
 from focus_compile.rows import attention_mask, cache_keyword
+from focus_compile.stored import damage
 
 __all__ = ["BadInput", "denoising_call", "load", "mask_token", "tokenizer"]
 
@@ -37,6 +40,7 @@ def load(path: str) -> tuple[Any, dict[str, Any] | None]:
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise BadInput(f"{path} is not a model: it has no config.json")
+        _check_files(path)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(path)
             return model.eval(), None
@@ -46,9 +50,12 @@ def load(path: str) -> tuple[Any, dict[str, Any] | None]:
     if not colon:
         raise BadInput(f"no such folder: {path}; give a model's folder, or module:function")
     try:
-        made = getattr(importlib.import_module(module), function)()
+        make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise BadInput(f"{path}: {error}") from error
+    if not callable(make) or _needs_arguments(make):
+        raise BadInput(f"{path} is no function that can be called without arguments")
+    made = make()
     model, call = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise BadInput(f"{path} returned a {type(model).__name__}, not a torch.nn.Module")
@@ -63,6 +70,7 @@ def tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     if not Path(path).is_dir():
         raise BadInput(f"no tokenizer: {path} is not a folder")
+    _check_files(path)
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (ValueError, OSError) as error:
@@ -90,7 +98,15 @@ def denoising_call(
     """Arguments of a denoising call: a block, every token visible, and a cache.
 
     Ids are zeros, or, where the id ``mask`` is given, random with two thirds of masks.
+
+    Raises:
+        BadInput: the model has no config that tells its sizes.
     """
+    if getattr(model, "config", None) is None:
+        raise BadInput(
+            f"{type(model).__name__} has no config: let the function return the model and the "
+            "keyword arguments of a denoising call"
+        )
     ids = torch.zeros(batch, block, dtype=torch.int64)
     if mask is not None:
         generator = torch.Generator().manual_seed(0)
@@ -121,6 +137,21 @@ def _cache(model: Any, batch: int, history: int) -> DynamicCache:
         keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         cache.update(keys, values, layer)
     return cache
+
+
+def _check_files(path: str) -> None:
+    if (found := damage(Path(path))) is not None:
+        raise BadInput(found)
+
+
+def _needs_arguments(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    except ValueError:  # a builtin that does not tell
+        return False
+    return False
 
 
 def _line(error: Exception) -> str:
