@@ -14,6 +14,7 @@ from focus_compile.errors import (
 from focus_compile.explain import Explanation, explain
 from focus_compile.generate import generate
 from focus_compile.generated import Generated
+from focus_compile.masks import block_mask
 from focus_compile.session import PackedLogits, Session, SessionStats, Signal, Step, session
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Step",
     "UncommittedHistory",
     "Unsupported",
+    "block_mask",
     "compile",
     "explain",
     "focus_backend",
