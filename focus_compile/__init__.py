@@ -16,6 +16,7 @@ from focus_compile.errors import (
 from focus_compile.explain import Explanation, explain
 from focus_compile.generate import generate
 from focus_compile.generated import Generated
+from focus_compile.masks import block_mask
 from focus_compile.session import PackedLogits, Session, SessionStats, Signal, Step, session
 
 __version__ = version("focus-compile")
@@ -36,6 +37,7 @@ __all__ = [
     "UncommittedHistory",
     "Unsupported",
     "__version__",
+    "block_mask",
     "compile",
     "explain",
     "focus_backend",

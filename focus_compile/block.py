@@ -152,7 +152,8 @@ class BlockState:
     @property
     def average(self) -> Tensor:
         """Tokens decoded per decoding step of this block, fp32 ``[B]``; 1 before the first."""
-        return torch.where(self.decode_steps > 0, self.decoded_sum / self.decode_steps, 1.0)
+        average = self.decoded_sum.float() / self.decode_steps.float()  # whatever the default dtype
+        return torch.where(self.decode_steps > 0, average, 1.0)
 
     def advance(
         self, fed: Tensor, retained: Tensor, slots: dict[str, Tensor], delayed_cache: bool

@@ -23,12 +23,18 @@ class FocusConfig:
 
     Attributes:
         mask_token_id: the id of the mask token; None if a session or the caller gives the masks.
-        alpha: budget factor of docs/algorithm.md section 2, at least 1 (paper: 1.5).
+        alpha: budget factor of docs/algorithm.md section 2, at least 1 (paper: 1.5). However large,
+            it is not ``exact``: the delayed cache of a session keeps keys and values as they were
+            when their tokens became final.
         visibility: which block slots a retained query sees, ``"written"`` or ``"prefix"``
             (section 5.4).
         delayed_cache: whether a session stops feeding final tokens (section 6).
         stale_kv: whether the keys and values of evicted tokens stay visible in later steps
             (section 5.2); without, only those of this step and of final tokens are.
+        exact: nothing is evicted and nothing delayed: FOCUS's programs compute every token of a
+            masked call in every layer, and the logits are the model's own to rounding, in every
+            step of a session too. For regression tests (:mod:`focus_compile.testing`): it saves
+            nothing. alpha and delayed_cache have no effect then.
         strict: raise instead of falling back to the dense program when a graph is refused.
         mode: Inductor's mode, as ``torch.compile(mode=...)`` names it.
         inductor: Inductor config patches for all three programs.
@@ -42,6 +48,7 @@ class FocusConfig:
     visibility: str = "written"
     delayed_cache: bool = True
     stale_kv: bool = True
+    exact: bool = False
     strict: bool = False
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -64,7 +71,7 @@ class FocusConfig:
             self.visibility in _VISIBILITIES,
             f"one of {_VISIBILITIES}",
         )
-        for name in ("delayed_cache", "stale_kv", "strict"):
+        for name in ("delayed_cache", "stale_kv", "exact", "strict"):
             _expect(
                 name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
             )

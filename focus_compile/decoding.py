@@ -77,7 +77,7 @@ def propose(
         picked = probabilities.argmax(-1)
     confidence = probabilities.gather(1, picked.unsqueeze(1)).squeeze(1)
     tokens = torch.zeros(where.shape, dtype=torch.int64, device=where.device)
-    values = torch.full(where.shape, -1.0, device=where.device)
+    values = torch.full(where.shape, -1.0, dtype=torch.float32, device=where.device)
     return Candidates(
         tokens.masked_scatter(where, picked), values.masked_scatter(where, confidence)
     )

@@ -68,7 +68,7 @@ def generate(
     model's attention is transformers' eager one) that hides left padding only: the prompt attends
     to itself in both directions, a block to the history and to itself. Blocks are in lockstep; a
     row that has ended stays in the batch, idle. Runs in a session of its own, which takes alpha,
-    visibility, signal and enabled from the session around it.
+    visibility, signal, enabled and exact from the session around it.
 
     Args:
         input_ids: ids ``[B, P]``, prompts padded on the left; attention_mask: ``[B, P]``, 0 at
@@ -92,9 +92,10 @@ def generate(
         shifted_logits: the model predicts the token at p by the logits of p - 1 (Dream): a token
             can be decoded where its left neighbour was retained.
         use_cache: False for models without a cache (LLaDA, Dream as published): they are called
-            with the prompt and all blocks, ``input_ids`` ``[B, P + new]`` alone, or, where prompts
-            are padded, with a bool ``attention_mask`` ``[B, 1, P + new, P + new]`` and
-            ``position_ids`` too. With FOCUS, what is not in the block at hand keeps the keys and
+            with the prompt and all blocks, ``input_ids`` ``[B, P + new]``, and with those of
+            these that their forward takes, whether or not prompts are padded: ``attention_mask``,
+            as above, or LLaDA's ``attention_bias``, additive, ``[B, 1, P + new, P + new]``;
+            ``position_ids``. With FOCUS, what is not in the block at hand keeps the keys and
             values that it had when the block began (docs/models.md).
         streamer: gets the prompt, then each committed block, as from transformers (whose own
             streamers take one row); nothing behind the end of the longest row. progress: show a
@@ -104,8 +105,9 @@ def generate(
         sequences int64 ``[B, P + new]``, or :class:`Generated`.
 
     Raises:
-        ValueError: an argument is out of range, or tokens are drawn from a model that is sharded
-            over processes, with neither ``seed`` nor ``generator``.
+        ValueError: an argument is out of range; tokens are drawn from a model that is sharded over
+            processes, with neither ``seed`` nor ``generator``; or prompts are padded, and a model
+            without a cache sees their padding (it has no mask, or ignores it).
     """
     input_ids, valid = prompts(input_ids, attention_mask)
     mask_token_id = token_id("mask_token_id", mask_token_id)
@@ -147,6 +149,7 @@ def generate(
             "packed",
             outer.enabled,
             shifted_logits,
+            outer.exact,
         ) as focus,
         Progress(disable=not progress, transient=True) as bar,
     ):

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from focus_compile.compile import find_mask_token
-from focus_compile.rows import attention_mask, cache_keyword
+from focus_compile.masks import attention_mask
+from focus_compile.rows import cache_keyword
 from focus_compile.stored import damage
 
 __all__ = ["BadInput", "denoising_call", "load", "mask_token", "tokenizer"]

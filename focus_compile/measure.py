@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from focus_compile.backend import focus_backend
 from focus_compile.output_code import output_files
 from focus_compile.programs import Inner
+from focus_compile.rounding import TOLERANCE
 from focus_compile.runtime import Executable
 from focus_compile.session import SessionStats, session
 from focus_compile.torch_private import tree_leaves
@@ -21,7 +22,6 @@ from focus_compile.torch_private import tree_leaves
 __all__ = ["Measured", "measure", "own_code"]
 
 _NOTHING_EVICTED = 1e9
-_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _TIMES_DENSE = 4
 
 
@@ -107,7 +107,7 @@ def measure(
         return None
     same = torch.equal(kept, other)
     largest = max((value.abs().max().item() for value in expected if value.numel()), default=0.0)
-    allowed = max(_TOLERANCE[value.dtype] for value in expected) * max(1.0, largest)
+    allowed = max(TOLERANCE[value.dtype] for value in expected) * max(1.0, largest)
     rounding = _difference(expected, dense)
     return Measured(
         fed=stats.fed,
@@ -153,7 +153,7 @@ class _Compiled:
 def _tensors(made: Any) -> list[Tensor]:
     """Numbers among a model's outputs; a cache is none of them."""
     leaves = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
-    return [leaf for leaf in leaves if leaf.dtype in _TOLERANCE]
+    return [leaf for leaf in leaves if leaf.dtype in TOLERANCE]
 
 
 def _difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

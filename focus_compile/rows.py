@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-__all__ = ["Canvas", "Rows", "attention_mask", "cache_keyword"]
+from focus_compile.masks import (
+    attention_mask,
+    canvas_arguments,
+    forward_arguments,
+    refuse_neighbours,
+)
+
+__all__ = ["Canvas", "Rows", "cache_keyword"]
 
 
 def cache_keyword(model: nn.Module) -> str:
     """What a model calls the argument for its K/V cache: transformers 5.24 renamed it."""
-    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
-
-
-def attention_mask(model: nn.Module, visible: Tensor) -> Tensor:
-    """A bool mask in the form that a model takes.
-
-    transformers' eager attention adds its mask to the scores: a bool one would add 1.
-    """
-    config: Any = model.config
-    if config._attn_implementation != "eager":
-        return visible
-    dtype = next(model.parameters()).dtype
-    zeros = torch.zeros_like(visible, dtype=dtype)
-    return zeros.masked_fill(~visible, torch.finfo(dtype).min)
+    return "cache" if "cache" in forward_arguments(model)[0] else "past_key_values"
 
 
 def _laid_out(x: Tensor) -> Tensor:
@@ -114,6 +106,10 @@ class Canvas:
     Attributes:
         sequences: what is decoded so far, ``[B, L]``; active: rows that go on.
         block: ``(start, stop)``, positions of the block at hand.
+        arguments: what the model gets beside the ids (``masks.canvas_arguments``).
+
+    Raises:
+        ValueError: prompts are padded, and the model does not keep the padding out.
     """
 
     def __init__(self, model: nn.Module, ids: Tensor, valid: Tensor, masks: Tensor) -> None:
@@ -122,12 +118,10 @@ class Canvas:
         self.ids = torch.cat([ids, masks], 1)
         self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         self.block = (ids.shape[1], ids.shape[1])
-        self.arguments: dict[str, Tensor] = {}
+        seen = torch.cat([valid, torch.ones_like(masks, dtype=torch.bool)], 1)
         if not bool(valid.all()):
-            seen = torch.cat([valid, torch.ones_like(masks, dtype=torch.bool)], 1)
-            places = (seen.long().cumsum(1) - 1).clamp_min(0)
-            visible = seen[:, None, None, :].expand(-1, 1, seen.shape[1], -1).contiguous()
-            self.arguments = {"attention_mask": visible, "position_ids": places}
+            refuse_neighbours(model, self.ids, seen)
+        self.arguments = canvas_arguments(model, seen)
 
     def prefill(self) -> None:
         """Nothing is stored."""

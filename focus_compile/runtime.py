@@ -133,9 +133,10 @@ class Executable:
     ) -> Any:
         values = self._arguments(args)
         state = self._state(args, values, ids, masked, session)
-        delayed = self.config.delayed_cache
+        exact = self._exact(session)
+        delayed = self.config.delayed_cache and not exact
         skip = session is not None and session.commits_exactly
-        tables = feed(state.fed(delayed, skip))
+        tables = feed(torch.ones_like(masked) if exact else state.fed(delayed, skip))
         values |= self._controls(state, values, tables, session)
         # the suffix is compiled for contiguous values at the cut, whatever the prefix prefers
         values |= {name: value.contiguous() for name, value in self.prefix(values).items()}
@@ -159,6 +160,12 @@ class Executable:
             session.stats.record(masked.numel(), tables.tokens.numel(), count)
             session.keep(model_key(args), state)  # last: a call that is interrupted has no state
         return made[:own]
+
+    def _exact(self, session: Session | None) -> bool:
+        """Whether every token is fed and retained: by the session's setting, or the option."""
+        if session is None or session.exact is None:
+            return self.config.exact
+        return session.exact
 
     def _state(
         self,
@@ -220,7 +227,11 @@ class Executable:
             visibility = session.visibility or visibility
             step = Step(session.stats.steps, state.ids, state.masked, tables.fed)
             signal = session.signal_of(step)
-        bias = torch.zeros(batch, tokens) if signal.bias is None else signal.bias
+        if self._exact(session):
+            alpha = torch.inf
+        bias = signal.bias
+        if bias is None:
+            bias = torch.zeros(batch, tokens, dtype=torch.float32, device=device)
         if bias.shape != state.masked.shape:
             shape = tuple(bias.shape)
             raise ValueError(f"the signal's bias has shape {shape}: expected {(batch, tokens)}")
@@ -242,7 +253,7 @@ class Executable:
             "written01": state.written01 & exact,
             "written": state.written & exact,
             "prefix_visibility": torch.tensor(visibility == "prefix", device=device),
-            "reuse": torch.tensor(reuse),
+            "reuse": torch.tensor(reuse, device="cpu"),  # the host reads it
         }
 
     def _slots(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

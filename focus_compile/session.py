@@ -104,7 +104,7 @@ class Session:
     """Block state of the compiled models called inside; made by :func:`session`.
 
     Attributes:
-        mask_token_id, alpha, visibility: override the model's options where not None.
+        mask_token_id, alpha, visibility, exact: override the model's options where not None.
         signal: replaces the ranking signal: a :class:`Signal`, or a function of the
             :class:`Step` that returns one. For ablations and benchmarks.
         enabled: whether masked calls run FOCUS's programs, or the dense one like all others.
@@ -131,6 +131,7 @@ class Session:
         logits: str = "canvas",
         enabled: bool = True,
         shifted_logits: bool = False,
+        exact: bool | None = None,
     ) -> None:
         if alpha is not None and not alpha >= 1:
             raise ValueError(f"alpha={alpha!r}: expected a number >= 1")
@@ -141,6 +142,7 @@ class Session:
         self.mask_token_id = mask_token_id
         self.alpha = alpha
         self.visibility = visibility
+        self.exact = exact
         self.signal = signal
         self.stats = SessionStats()
         self.retain_mask: Tensor | None = None
@@ -235,6 +237,7 @@ def session(
     logits: str = "canvas",
     enabled: bool = True,
     shifted_logits: bool = False,
+    exact: bool | None = None,
 ) -> Iterator[Session]:
     """Scope of one generation: K/V slots, averages and progress live until it ends.
 
@@ -244,11 +247,16 @@ def session(
             an expanded zero in their place, and ``session.logits`` those of the retained tokens,
             ``[N, V]``: a large vocabulary is never spread over the canvas.
         enabled: False runs the dense program, plain Inductor's, in every call: for comparisons.
+        exact: True evicts nothing and feeds every token in every step: logits of FOCUS's programs
+            equal eager's to rounding throughout. A large alpha alone does not: the delayed cache
+            stops feeding final tokens, and keeps their keys and values as they were.
 
     Raises:
         ValueError: a value is out of range.
     """
-    opened = Session(mask_token_id, alpha, visibility, signal, logits, enabled, shifted_logits)
+    opened = Session(
+        mask_token_id, alpha, visibility, signal, logits, enabled, shifted_logits, exact
+    )
     token = _CURRENT.set(opened)
     try:
         yield opened
