@@ -22,7 +22,7 @@ from transformers import (
 
 from focus_compile.compile import find_mask_token
 from focus_compile.rows import attention_mask, cache_keyword
-from focus_compile.stored import damage
+from focus_compile.stored import check_files
 
 __all__ = ["BadInput", "denoising_call", "load", "mask_token", "tokenizer"]
 
@@ -40,12 +40,12 @@ def load(path: str) -> tuple[Any, dict[str, Any] | None]:
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise BadInput(f"{path} is not a model: it has no config.json")
-        _check_files(path)
         try:
+            check_files(Path(path))
             model: Any = AutoModelForCausalLM.from_pretrained(path)
             return model.eval(), None
         except (ValueError, OSError) as error:
-            raise BadInput(f"{path}: {_line(error)}") from error
+            raise BadInput(_of(path, error)) from error
     module, colon, function = path.partition(":")
     if not colon:
         raise BadInput(f"no such folder: {path}; give a model's folder, or module:function")
@@ -70,11 +70,11 @@ def tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     if not Path(path).is_dir():
         raise BadInput(f"no tokenizer: {path} is not a folder")
-    _check_files(path)
     try:
+        check_files(Path(path))
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (ValueError, OSError) as error:
-        raise BadInput(f"{path}: {_line(error)}") from error
+        raise BadInput(_of(path, error)) from error
     return found
 
 
@@ -139,11 +139,6 @@ def _cache(model: Any, batch: int, history: int) -> DynamicCache:
     return cache
 
 
-def _check_files(path: str) -> None:
-    if (found := damage(Path(path))) is not None:
-        raise BadInput(found)
-
-
 def _needs_arguments(function: Callable[..., Any]) -> bool:
     try:
         inspect.signature(function).bind()
@@ -154,5 +149,7 @@ def _needs_arguments(function: Callable[..., Any]) -> bool:
     return False
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _of(path: str, error: Exception) -> str:
+    """One line that names the path."""
+    line = " ".join(str(error).split())
+    return line if line.startswith(path) else f"{path}: {line}"
