@@ -68,6 +68,8 @@ def test_two_sessions_in_turns_on_two_streams(run: Run, where: Where) -> None:
                 logits = contexts[which].run(step, which, len(out[which]))
                 out[which].append(logits.clone())
         where.wait()
+        for context, scope in zip(contexts, opened, strict=True):
+            context.run(scope.__exit__, None, None, None)
         return out
 
     @torch.no_grad()
