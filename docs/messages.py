@@ -77,7 +77,15 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "a task that compares likelihoods", "take tasks of output_type generate_until"),
     # command line
     "is not a model: it has no config.json": ("the folder holds no model", "give a model's folder"),
-    "no such folder": ("PATH is no folder and no module:function", "check its spelling"),
+    "no such folder": (
+        "PATH is no folder, no hub id and no module:function", "check its spelling"),
+    "holds no prompts": (
+        "the file of --prompts is empty or no text", "give UTF-8 text, one prompt a line"),
+    'expected {"prompt": text}': (
+        "a line of a .jsonl file is something else", 'write {"prompt": "text"} on it'),
+    "a prompt has no tokens": ("the tokenizer makes nothing of a prompt", "leave it out"),
+    "needs --prompts FILE": ("`bench PATH` alone", "give --prompts FILE"),
+    "--prompts needs a model": ("`bench --prompts` without PATH", "give PATH first"),
     ", not a torch.nn.Module": ("the function returned something else", "return a model"),
     "is a pointer of git-lfs": ("a clone without its large files", "run `git lfs pull`"),
     "is cut off or damaged": ("a download that broke off", "download the file again"),
