@@ -1,5 +1,6 @@
 """FOCUS for diffusion LLMs as a compiler pass: ``torch.compile(model, backend="focus")``."""
 
+from focus_compile import testing
 from focus_compile.backend import focus_backend
 from focus_compile.compile import compile
 from focus_compile.config import FocusConfig
@@ -38,4 +39,5 @@ __all__ = [
     "focus_backend",
     "generate",
     "session",
+    "testing",
 ]

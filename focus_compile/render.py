@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from focus_compile.runtime import CAUSAL
+
 __all__ = ["render"]
 
 
@@ -45,10 +47,12 @@ def _refusal(console: Console, refusal: Mapping[str, str]) -> None:
 def _analysis(console: Console, found: Mapping[str, Any]) -> None:
     sites = Table("layer", "module", "queries", "mask", "K/V write", title="attention sites")
     for site in found["sites"]:
-        mask = "yes" if site["mask"] else "causal" if site["causal"] else "none"
+        mask = "causal" if site["causal"] else "yes" if site["mask"] else "none"
         words = (str(site["layer"]), site["module"], site["query"], mask, site["write"])
         sites.add_row(*map(escape, words))
     console.print(sites)
+    if any(site["causal"] for site in found["sites"]):
+        console.print(CAUSAL, markup=False)
     inputs = Table("input", "labels", title="labelled inputs")
     for name, text in found["inputs"].items():
         inputs.add_row(escape(name), escape(text))
