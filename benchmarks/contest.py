@@ -15,7 +15,7 @@ import focus_compile
 from benchmarks.shapes import build
 from benchmarks.trace import BLOCK, Replay, Trace, prompts, record, trained
 
-__all__ = ["Contestant", "Run", "Work", "contestants", "prepare"]
+__all__ = ["Contestant", "Run", "Timed", "Work", "contestants", "now", "prepare"]
 
 PROMPT = 64
 """Tokens of a prompt of random ids."""
@@ -93,8 +93,8 @@ class Work:
     tokenizer: Any = None
     answers: tuple[str, ...] = ()
 
-    def run(self, contestant: Contestant) -> Run:
-        timed = Timed(contestant.model)
+    def run(self, contestant: Contestant, timer: Callable[[Any], Timed] = Timed) -> Run:
+        timed = timer(contestant.model)
         arguments, signal = {"max_new_tokens": BLOCK} | self.arguments, None
         if self.trace is not None:
             replay = Replay(self.trace)

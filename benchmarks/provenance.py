@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,8 +11,13 @@ __all__ = ["commit", "cpu"]
 
 
 def commit() -> str:
-    """Abbreviated hash of the checkout's commit, with ``+`` where files differ from it."""
+    """Abbreviated hash of the checkout's commit, with ``+`` where files differ from it.
+
+    ``unknown`` where there is no git, or this is no checkout, such as an unpacked archive.
+    """
     root = Path(__file__).resolve().parent.parent
+    if shutil.which("git") is None or not (root / ".git").exists():
+        return "unknown"
 
     def git(*arguments: str) -> str:
         made = subprocess.run(

@@ -272,6 +272,7 @@ def main(
     full: Annotated[bool, typer.Option("--full", help="every row of docs/performance.md")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="a three-layer model, two pairs")] = False,
     out: Annotated[Path | None, typer.Option(help=f"for --full: {OUT.name}")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="rows as JSON, no tables")] = False,
 ) -> None:
     """Measure one row, or all."""
     torch.set_num_threads(threads)
@@ -283,16 +284,19 @@ def main(
         wanted, out = FULL, out or OUT
     rows = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
     done = {(row["shape"], row["batch"], row["strategy"], row["threads"]) for row in rows}
-    with Progress(transient=True) as bar:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
         for key in wanted:
             if (*key, threads) in done:
                 continue
             chosen = FEW if full and key[0].startswith("sdar") else contestants
             row = measure(*key, pairs, chosen.split(";"), bar)
             rows.append(row)
-            _print(row)
+            if not as_json:
+                _print(row)
             if out is not None:
                 out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ to find its own deltas is still computed, and then replaced.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,10 @@ from tests.reference.state import Config
 sys.path.insert(0, str(ALIGNED.parent))
 from tasks import Example, examples
 
-__all__ = ["Replay", "Trace", "TraceStep", "prompts", "record", "trained"]
+__all__ = [
+    *("Line", "Replay", "Trace", "TraceStep", "assemble", "prompts", "record"),
+    *("record_rows", "trained"),
+]
 
 BLOCK = 32
 
@@ -59,6 +63,15 @@ class Trace:
         canvas = sum(step.delta.numel() for step in self.steps)
         return sum(int(step.retained.sum()) for step in self.steps) / canvas
 
+    def to(self, device: str) -> Trace:
+        """The same on a device: what is replayed there is copied once."""
+        return Trace(
+            tuple(
+                TraceStep(step.delta.to(device), step.decoded.to(device), step.retained, step.fed)
+                for step in self.steps
+            )
+        )
+
 
 def trained() -> tuple[Qwen3ForCausalLM, Any]:
     """The aligned checkpoint and its tokenizer."""
@@ -76,15 +89,28 @@ def record(task: str, batch: int, *, blocks: int = 1) -> Trace:
 
     Prompts are the first ones of seed 1 whose answers fill the first ``blocks`` blocks.
     """
+    return assemble(record_rows(task, batch, blocks=blocks))
+
+
+Line = tuple[Tensor, Tensor, Tensor, int]
+"""One step of one row: delta, decoded and retained ``[T]``, how many tokens were fed."""
+
+
+def record_rows(task: str, count: int, *, blocks: int = 1) -> list[list[list[Line]]]:
+    """As :func:`record`, the steps of each row by block, before rows are put side by side."""
     model, tokenizer = trained()
     drawn = [
-        e for e in prompts(task, 20 * batch) if len(tokenizer.encode(e.answer)) > blocks * BLOCK
+        e for e in prompts(task, 20 * count) if len(tokenizer.encode(e.answer)) > blocks * BLOCK
     ]
-    rows = [_row(model, tokenizer, e.prompt, blocks) for e in drawn[:batch]]
-    if len(rows) < batch:
-        raise ValueError(f"{task}: only {len(rows)} of {batch} prompts have long answers")
+    if len(drawn) < count:
+        raise ValueError(f"{task}: only {len(drawn)} of {count} prompts have long answers")
+    return [_row(model, tokenizer, e.prompt, blocks) for e in drawn[:count]]
+
+
+def assemble(rows: Sequence[list[list[Line]]]) -> Trace:
+    """Rows side by side, in lockstep: one that is done with a block waits for the others."""
     steps: list[TraceStep] = []
-    for block in range(blocks):
+    for block in range(len(rows[0])):
         number = max(len(row[block]) for row in rows)
         for index in range(number):
             lines = [row[block][index] if index < len(row[block]) else _IDLE for row in rows]
@@ -96,12 +122,11 @@ def record(task: str, batch: int, *, blocks: int = 1) -> Trace:
     return Trace(tuple(steps))
 
 
-_Line = tuple[Tensor, Tensor, Tensor, int]
 _NONE = torch.zeros(BLOCK, dtype=torch.bool)
-_IDLE: _Line = (torch.zeros(BLOCK), _NONE, _NONE, 0)
+_IDLE: Line = (torch.zeros(BLOCK), _NONE, _NONE, 0)
 
 
-def _row(model: Qwen3ForCausalLM, tokenizer: Any, prompt: str, blocks: int) -> list[list[_Line]]:
+def _row(model: Qwen3ForCausalLM, tokenizer: Any, prompt: str, blocks: int) -> list[list[Line]]:
     """Steps of one row, block by block."""
     deltas: list[Tensor] = []
 
@@ -120,7 +145,7 @@ def _row(model: Qwen3ForCausalLM, tokenizer: Any, prompt: str, blocks: int) -> l
         decoding=Decoding(confidence_threshold=0.9, ban_mask_token=True),
         signal=listen,
     )
-    out: list[list[_Line]] = [[] for _ in range(blocks)]
+    out: list[list[Line]] = [[] for _ in range(blocks)]
     for step, delta in zip(made.steps, deltas, strict=True):
         decoded = _NONE.index_fill(0, torch.tensor(list(step.decoded)), True)
         retained = torch.tensor(step.retain_mask)

@@ -15,7 +15,8 @@ HEAD = """# Refusals: what they say, and what to do
 A graph that FOCUS cannot be applied to soundly is compiled unchanged, with one warning that gives
 the reason, the operator and the module; `options={"strict": True}` raises `Unsupported` instead.
 `focus_compile.explain(model, ...)` prints reason and cure, and `explain(...).save(folder)` writes a
-script of a few lines that is refused for the same reason. Written by `python docs/refusals.py`.
+script that is refused for the same reason: the graph's nodes up to the one at fault, without the
+model and its weights. Written by `python docs/refusals.py`.
 
 | The reason begins with | What to do |
 | --- | --- |

@@ -60,8 +60,8 @@ def main(
             out.resolve(),
             Options(model, batch, max_new_tokens, block_length, threshold, alpha, dense),
         )
-    except ValueError as error:
-        console.print(f"[red]{error}", highlight=False)
+    except (ValueError, OSError) as error:
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     ray.init(address, num_cpus=None if address else workers, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is one below
@@ -82,7 +82,8 @@ def main(
             for row in done.iter_rows():
                 answered[row["worker"]] = answered.get(row["worker"], 0) + row["prompts"]
                 bar.advance(shown)
-    job.merge()
+    for error in job.merge():
+        console.print(error, style="red", markup=False, highlight=False, soft_wrap=True)
     shares = ", ".join(map(str, answered.values()))
     console.print(f"workers answered {shares or 0} of {len(job.rows)} prompts", highlight=False)
 

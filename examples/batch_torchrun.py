@@ -51,8 +51,8 @@ def main(
             out,
             Options(model, batch, max_new_tokens, block_length, threshold, alpha, dense),
         )
-    except ValueError as error:
-        console.print(f"[red]{error}", highlight=False)
+    except (ValueError, OSError) as error:
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     alone = "RANK" not in os.environ
     store, rank, world = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://"))
@@ -78,7 +78,8 @@ def main(
         told += f", the first batch after {times[0]:.1f} s, then {rate:.2f} prompts/s"
     console.print(told, highlight=False, soft_wrap=True)
     if rank == 0:
-        job.merge()
+        for error in job.merge():
+            console.print(error, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """A job of many prompts, in parts that many processes write: what the batch examples share.
 
-Prompts are JSONL, ``{"prompt": text}`` a line, with ``"id"`` if you like. A part is one batch of
-prompts of about one length, the longest first. Each is written under another name and then renamed,
-so that a part is there whole or not at all: whoever comes back after a crash does what is missing.
-Batches do not depend on who computes them, so that the merged answers are those of one process.
+Prompts are JSONL in UTF-8, ``{"prompt": text}`` a line, with ``"id"`` if you like. One that cannot
+be answered, such as an empty one for a tokenizer that has nothing to begin a text with, gets an
+``"error"`` instead; the others are answered. A part is one batch of prompts of about one length,
+the longest first. Each is written under another name and then renamed, so that a part is there
+whole or not at all: whoever comes back after a crash does what is missing. Batches do not depend on
+who computes them, so that the merged answers are those of one process.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -15,10 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import focus_compile
 from focus_compile.compile import find_mask_token
+from focus_compile.text import answers, end_tokens, left_padded, prompt_ids
 
 CHECKPOINT = Path(__file__).resolve().parent / "tiny_dllm" / "aligned_checkpoint"
 
@@ -40,17 +45,21 @@ class Job:
     """The parts of a file of prompts, and the folder ``OUT.parts`` that fills with answers.
 
     Raises:
-        ValueError: the file holds no prompts, ``OUT`` is there already, or the folder is that of
-            another job.
+        OSError: the file is not to be read, or the folder not to be made.
+        ValueError: the file holds no prompts, a line of it is none, ``OUT`` is there already, or
+            the folder is that of another job.
     """
 
     def __init__(self, prompts: Path, out: Path, options: Options) -> None:
         self.out, self.options = out, options
-        text = prompts.read_text()
-        self.rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        texts = [row.get("prompt") if isinstance(row, dict) else None for row in self.rows]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f'{prompts}: expected lines like {{"prompt": "text"}}')
+        data = prompts.read_bytes()
+        self.prompt_file, self.rows, self.lines = prompts, list[dict[str, Any]](), list[int]()
+        for number, line in enumerate(data.split(b"\n"), 1):  # no other character ends a line
+            if line.strip(b" \t\r" + codecs.BOM_UTF8):
+                self.rows.append(_row(prompts, number, line))
+                self.lines.append(number)
+        if not self.rows:
+            raise ValueError(f"{prompts}: {EXPECTED}, but there is none")
         if out.exists():
             raise ValueError(f"{out} exists: remove it, or give another name")
         order = sorted(range(len(self.rows)), key=lambda i: (-len(self.rows[i]["prompt"]), i))
@@ -58,7 +67,7 @@ class Job:
         self.parts = [order[at : at + size] for at in range(0, len(order), size)]
         self.folder = out.with_name(out.name + ".parts")
         self.folder.mkdir(parents=True, exist_ok=True)
-        same = hashlib.sha256((text + json.dumps(asdict(options))).encode()).hexdigest()
+        same = hashlib.sha256(data + json.dumps(asdict(options)).encode()).hexdigest()
         if (name := self.folder / "job").exists() and name.read_text() != same:
             raise ValueError(f"{self.folder} holds answers of another job: remove it")
         _write(name, same)
@@ -83,8 +92,10 @@ class Job:
         ]
         _write(self._path(part), "".join(json.dumps(line) + "\n" for line in lines))
 
-    def merge(self) -> None:
+    def merge(self) -> list[str]:
         """Write ``OUT``, in the order of the prompts, and remove the parts.
+
+        Returns a line for each prompt that has no answer.
 
         Raises:
             RuntimeError: a line is lost or doubled.
@@ -98,6 +109,11 @@ class Job:
         for path in (*paths, self.folder / "job"):
             path.unlink()
         self.folder.rmdir()
+        return [
+            f"{self.prompt_file}, line {self.lines[number]}: {row['error']}"
+            for number, row in lines
+            if "error" in row and "error" not in self.rows[number]
+        ]
 
     def _path(self, part: int) -> Path:
         return self.folder / f"{part:06d}.jsonl"
@@ -108,33 +124,61 @@ class Worker:
 
     def __init__(self, options: Options, device: str = "cpu") -> None:
         self.options, self.device = options, device
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model).eval().to(device)
         self.compiled = focus_compile.compile(model, self.tokenizer, dynamic=True, strict=True)
         self.mask = find_mask_token(model, self.tokenizer)
 
     def __call__(self, prompts: list[str]) -> list[dict[str, Any]]:
-        """``{"answer": text, "tokens": number}`` for each prompt."""
-        fed = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.device)
+        """``{"answer": text, "tokens": number}`` for each prompt, or ``{"error": why}``."""
+        told: list[dict[str, Any]] = []
+        fed: list[list[int]] = []
+        for prompt in prompts:
+            try:
+                fed.append(prompt_ids(self.tokenizer, prompt))
+                told.append({})
+            except ValueError as error:
+                told.append({"error": str(error)})
+        made = iter(self._answer(fed) if fed else [])
+        return [row or next(made) for row in told]
+
+    def _answer(self, prompts: list[list[int]]) -> list[dict[str, Any]]:
+        ids, real = left_padded(prompts)
+        ends = end_tokens(self.tokenizer, self.compiled)
         with focus_compile.session(
             self.mask, alpha=self.options.alpha, enabled=not self.options.dense
         ):
             made = focus_compile.generate(
                 self.compiled,
-                fed["input_ids"],
-                fed["attention_mask"],
+                ids.to(self.device),
+                real.to(self.device),
                 max_new_tokens=self.options.max_new_tokens,
                 block_length=self.options.block_length,
                 confidence_threshold=self.options.threshold,
                 mask_token_id=self.mask,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=ends,
             )
-        answers = made[:, fed["input_ids"].shape[1] :]
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        tokens = (answers != self.tokenizer.eos_token_id).sum(1).tolist()
+        new = made[:, ids.shape[1] :].cpu()
+        ended = torch.isin(new, torch.tensor(ends, dtype=torch.int64)).cumsum(1) > 0
+        counts = (~ended).sum(1).tolist()
+        texts = answers(self.tokenizer, new)
         return [
-            {"answer": text, "tokens": count} for text, count in zip(texts, tokens, strict=True)
+            {"answer": text, "tokens": count} for text, count in zip(texts, counts, strict=True)
         ]
+
+
+EXPECTED = 'expected lines like {"prompt": "text"}'
+
+
+def _row(prompts: Path, number: int, line: bytes) -> dict[str, Any]:
+    """One prompt, with what else its line holds; files that were joined hold marks in between."""
+    try:
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except ValueError as error:
+        raise ValueError(f"{prompts}: {EXPECTED}, but line {number} is none: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f"{prompts}: {EXPECTED}, but line {number} has no such prompt")
+    return row
 
 
 def _write(path: Path, text: str) -> None:

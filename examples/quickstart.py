@@ -25,6 +25,8 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 import focus_compile
+from focus_compile.text import answers as texts_of
+from focus_compile.text import end_tokens, left_padded, prompt_ids
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "tiny_dllm"))
@@ -72,12 +74,12 @@ def main(
                 block_length=BLOCK,
                 confidence_threshold=threshold,
                 mask_token_id=tokenizer.mask_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=end_tokens(tokenizer, model),
                 return_dict=True,
             )
         seconds = time.perf_counter() - start
-        answers = out.sequences[:, fed["input_ids"].shape[1] :]
-        return tokenizer.batch_decode(answers, skip_special_tokens=True), seconds, out
+        made = out.sequences[:, fed["input_ids"].shape[1] :]
+        return texts_of(tokenizer, made), seconds, out
 
     table = Table("task", "backend", "exact", "steps", "tokens/s", "fed", "retained")
     with Progress(console=console, transient=True) as bar:
@@ -119,8 +121,8 @@ def main(
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, torch.Tensor]:
     """Token ids and attention mask ``[B, P]``, padded on the left."""
-    fed = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-    return {"input_ids": fed["input_ids"], "attention_mask": fed["attention_mask"]}
+    ids, real = left_padded([prompt_ids(tokenizer, text) for text in texts])
+    return {"input_ids": ids, "attention_mask": real}
 
 
 if __name__ == "__main__":

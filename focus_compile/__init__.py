@@ -1,5 +1,7 @@
 """FOCUS for diffusion LLMs as a compiler pass: ``torch.compile(model, backend="focus")``."""
 
+from importlib.metadata import version
+
 from focus_compile import testing
 from focus_compile.backend import focus_backend
 from focus_compile.compile import compile
@@ -18,6 +20,8 @@ from focus_compile.generated import Generated
 from focus_compile.masks import block_mask
 from focus_compile.session import PackedLogits, Session, SessionStats, Signal, Step, session
 
+__version__ = version("focus-compile")
+
 __all__ = [
     "Candidates",
     "Cost",
@@ -33,6 +37,7 @@ __all__ = [
     "Step",
     "UncommittedHistory",
     "Unsupported",
+    "__version__",
     "block_mask",
     "compile",
     "explain",

@@ -23,7 +23,7 @@ from focus_compile.window import widen
 __all__ = ["Analysis", "analyze"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Analysis:
     """All that is known of one captured graph: its stages from capture to the cut."""
 

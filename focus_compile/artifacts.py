@@ -9,25 +9,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from torch._logging._internal import trace_structured
+from torch.fx import GraphModule
 
 from focus_compile.analysis import Analysis
-from focus_compile.describe import code, describe
+from focus_compile.describe import code, describe, legend
 from focus_compile.errors import Unsupported
+from focus_compile.torch_private import trace_structured
 
 __all__ = ["trace_analysis", "trace_refusal"]
 
 
 def trace_analysis(analysis: Analysis) -> None:
     """Write what was made of a graph, if a trace is being taken; else nothing is computed."""
-    _artifact("focus_before", "string", lambda: code(analysis.canonical.gm))
+    _artifact("focus_before", "string", lambda: _code(analysis.canonical.gm))
     _artifact("focus_plan", "json", lambda: json.dumps(describe(analysis), indent=1))
-    _artifact("focus_after", "string", lambda: code(analysis.stages[-1][1]))
+    _artifact("focus_after", "string", lambda: _code(analysis.stages[-1][1]))
 
 
 def trace_refusal(refusal: Unsupported) -> None:
     """Write why a graph was refused, if a trace is being taken."""
     _artifact("focus_refusals", "json", lambda: json.dumps(refusal.to_dict(), indent=1))
+
+
+def _code(gm: GraphModule) -> str:
+    text = code(gm)
+    return legend(text) + text
 
 
 def _artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._sympy.functions import FloorDiv
 
 from focus_compile.errors import Unsupported
+from focus_compile.torch_private import FloorDiv
 
 __all__ = [
     "Axis",

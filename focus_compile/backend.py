@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._guards import CompileContext
-from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from focus_compile.analysis import Analysis, analyze
@@ -21,6 +19,7 @@ from focus_compile.lower import drop_unread, lower
 from focus_compile.programs import Inner, make_programs
 from focus_compile.report import warning_once
 from focus_compile.runtime import Executable
+from focus_compile.torch_private import compile_fx, frame_compile_id, recompile_limit
 from focus_compile.unchanged import Unchanged
 
 __all__ = ["focus_backend", "has_attention"]
@@ -125,9 +124,8 @@ def _refuse_modes(example_inputs: Sequence[Any]) -> None:
 
 def _report_recompile_limit() -> None:
     """Say so when this is the last graph that Dynamo compiles of a function."""
-    compile_id = CompileContext.current_compile_id()
-    limit = torch._dynamo.config.recompile_limit
-    if compile_id is not None and compile_id.frame_compile_id == limit - 1:
+    limit = recompile_limit()
+    if frame_compile_id() == limit - 1:
         warning_once(
             log,
             "this is the last of %d graphs that Dynamo compiles of this function; later calls that "

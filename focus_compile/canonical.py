@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from focus_compile.axes import (
@@ -33,6 +32,7 @@ from focus_compile.ranges import arange, is_window, progression, window
 from focus_compile.replay import Replay
 from focus_compile.rules import ARANGES, RESHAPES
 from focus_compile.sizes import Sizes
+from focus_compile.torch_private import FakeTensorMode
 
 __all__ = ["Canonical", "canonicalize"]
 

@@ -6,18 +6,20 @@ input becomes an output.
 
 from __future__ import annotations
 
-from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from focus_compile.axes import graph_inputs, graph_outputs
 from focus_compile.errors import Unsupported
 from focus_compile.functional import functionalize
 from focus_compile.shards import LocalRank, local_value, shard_of
+from focus_compile.torch_private import (
+    FakeTensor,
+    HigherOrderOperator,
+    is_traceable_wrapper_subclass,
+    make_fx,
+)
 
 __all__ = ["capture"]
 

@@ -1,13 +1,15 @@
 """The command line: ``focus-compile explain PATH`` and its siblings.
 
-PATH is a folder that ``AutoModelForCausalLM`` reads, or ``module:function``, a function that
-returns a model, or a model and the keyword arguments of a denoising call. Exit codes: 0; 1 where
-FOCUS is refused or ``verify`` finds a difference; 2 for bad input, with one line that says why.
+PATH is a folder that ``AutoModelForCausalLM`` reads, the id of one on the Hugging Face hub, or
+``module:function``, a function that returns a model, or a model and the keyword arguments of a
+denoising call. Exit codes: 0; 1 where FOCUS is refused, or ``verify`` finds a difference or could
+evict nothing; 2 for bad input and all that goes wrong, with one line that says why.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -16,40 +18,67 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch._dynamo.exc import BackendCompilerFailed
+from typer.core import TyperCommand
 
+from focus_compile import __version__
 from focus_compile.compile import compile as compile_model
+from focus_compile.contest import Plan, contest, read_prompts
 from focus_compile.cost import Cost
-from focus_compile.errors import Unsupported
+from focus_compile.counts import ASSUMED, counts_of
 from focus_compile.explain import Explanation
 from focus_compile.explain import explain as explain_call
+from focus_compile.failure import one_line
 from focus_compile.generate import generate as generate_blocks
 from focus_compile.generated import Generated
 from focus_compile.load import BadInput, denoising_call, load, mask_token, tokenizer
 from focus_compile.page import page
+from focus_compile.render import evicting
 from focus_compile.session import session
+from focus_compile.text import answers, end_tokens, left_padded, prompt_ids
 
 __all__ = ["app"]
 
 app = typer.Typer()
 
-Source = Annotated[str, typer.Argument(metavar="PATH", help="model folder, or module:function")]
+Source = Annotated[
+    str, typer.Argument(metavar="PATH", help="model folder, hub id, or module:function")
+]
 Batch = Annotated[int, typer.Option(min=1, help="rows")]
 Block = Annotated[int, typer.Option(min=2, help="tokens of a block")]
 History = Annotated[int, typer.Option(min=0, help="tokens in the cache")]
 Fed = Annotated[float, typer.Option(min=0, max=1, help="share of the block that is fed")]
 Retained = Annotated[float, typer.Option(min=0, max=1, help="share that is retained")]
 MaskToken = Annotated[int | None, typer.Option(help="id of the mask token, if nothing tells it")]
+Trusted = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="run the Python files that come with the model"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 WithTrace = Annotated[bool, typer.Option("--traceback", help="show where an error came from")]
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"focus-compile {__version__} (torch {torch.__version__})")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="print it")
+    ] = False,
+) -> None:
     """FOCUS as a compiler pass: see what it makes of a model."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may know few characters
+            stream.reconfigure(errors="backslashreplace")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # module:function of the working folder
 
@@ -62,15 +91,16 @@ def explain(
     block: Block = 32,
     history: History = 64,
     save: Annotated[Path | None, typer.Option(help="folder for text, JSON and graphs")] = None,
+    trust_remote_code: Trusted = False,
     as_json: AsJson = False,
     traceback: WithTrace = False,
 ) -> None:
     """Capture a denoising call, and tell what FOCUS makes of it."""
-    with _one_line(traceback):
-        story = _story(path, batch, block, history)
+    with one_line(traceback):
+        story = _story(path, batch, block, history, trust_remote_code)
+        _tell(story, as_json)
         if save is not None:
             story.save(save)
-    _tell(story, as_json)
     raise typer.Exit(0 if story.applied else 1)
 
 
@@ -82,12 +112,13 @@ def verify(
     block: Block = 32,
     history: History = 64,
     mask_token_id: MaskToken = None,
+    trust_remote_code: Trusted = False,
     as_json: AsJson = False,
     traceback: WithTrace = False,
 ) -> None:
     """Run a denoising call, eager and compiled, evicting and not, and compare the outputs."""
-    with _one_line(traceback), _waiting("compiling and running"):
-        model, call = load(path)
+    with one_line(traceback), _waiting("compiling and running"):
+        model, call = load(path, trust_remote_code)
         mask = mask_token(model, None, mask_token_id)
         arguments = call or denoising_call(model, batch, block, history, mask)
         story = explain_call(model, run=True, mask_token_id=mask, **arguments)
@@ -98,16 +129,18 @@ def verify(
         story.print()
     else:
         told = {
-            "FOCUS with nothing evicted and eager": made.nothing_evicted,
-            "FOCUS evicting, compiled and operator by operator": made.evicting,
-            "for comparison: Inductor's dense program and eager": made.dense,
+            "FOCUS with nothing evicted and eager": f"{made.nothing_evicted:.1e}",
+            "FOCUS evicting, compiled and operator by operator": evicting(made.to_dict()),
+            "for comparison: Inductor's dense program and eager": f"{made.dense:.1e}",
         }
-        for what, difference in told.items():
-            found = "other tokens retained" if difference is None else f"{difference:.1e}"
+        for what, found in told.items():
             typer.echo(f"{what}: {found}")
-        typer.echo(f"fed {made.fed} tokens, retained {made.retained}")
-        typer.echo(f"{'equal' if made.equal else 'NOT EQUAL'} within {made.tolerance:.1e}")
-    raise typer.Exit(0 if made is not None and made.equal else 1)
+        typer.echo(f"the call itself: fed {made.fed} tokens, retained {made.retained}")
+        typer.echo(f"{made.steps} steps compared, in which {made.evicted} tokens were evicted")
+        verdict = "equal" if made.equal else "NOT EQUAL"
+        verdict += "" if made.tested else ", as far as tested,"
+        typer.echo(f"{verdict} within {made.tolerance:.1e}")
+    raise typer.Exit(0 if made is not None and made.equal and made.tested else 1)
 
 
 @app.command()
@@ -120,12 +153,13 @@ def cost(
     fed: Fed = 1.0,
     retained: Retained = 0.15,
     layers: Annotated[int | None, typer.Option(min=2, help="as if there were so many")] = None,
+    trust_remote_code: Trusted = False,
     as_json: AsJson = False,
     traceback: WithTrace = False,
 ) -> None:
     """FLOPs and bytes of a denoising step, dense and with FOCUS, read off the model's graph."""
-    with _one_line(traceback):
-        story = _story(path, 2, block, history)
+    with one_line(traceback):
+        story = _story(path, 2, block, history, trust_remote_code)
         costs = [graph.cost for graph in story.graphs if graph.cost is not None]
         if len(costs) != 1:
             raise BadInput(f"FOCUS was not applied: {'; '.join(map(str, story.refusals))}")
@@ -134,12 +168,12 @@ def cost(
             found = costs[0] if layers is None else costs[0].of_layers(layers)
         except ValueError as error:
             raise BadInput(str(error)) from error
-    tokens = batch * block
-    counts = (batch, block, history, round(fed * tokens), round(retained * tokens))
-    if as_json:
-        typer.echo(json.dumps(_cost_data(found, counts), indent=1))
-    else:
-        _print_cost(found, counts)
+        tokens = batch * block
+        counts = (batch, block, history, round(fed * tokens), round(retained * tokens))
+        if as_json:
+            typer.echo(json.dumps(_cost_data(found, counts), indent=1))
+        else:
+            _print_cost(found, counts)
 
 
 @app.command()
@@ -147,28 +181,43 @@ def report(
     path: Source,
     *,
     output: Annotated[Path, typer.Option("-o", "--output", help="the file")] = Path("report.html"),
-    batch: Batch = 16,
-    block: Block = 32,
-    history: History = 64,
-    fed: Fed = 1.0,
-    retained: Retained = 0.15,
+    batch: Annotated[int | None, typer.Option(min=1, help="rows; 16 where no trace tells")] = None,
+    block: Annotated[int | None, typer.Option(min=2, help="tokens of a block; 32 likewise")] = None,
+    history: Annotated[int | None, typer.Option(min=0, help="cached tokens; 64 likewise")] = None,
+    fed: Annotated[
+        float | None, typer.Option(min=0, max=1, help="share of the block that is fed; 1 likewise")
+    ] = None,
+    retained: Annotated[
+        float | None, typer.Option(min=0, max=1, help="share that is retained; 0.15 likewise")
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="a generation, from `generate --trace`", exists=True)
     ] = None,
+    trust_remote_code: Trusted = False,
+    as_json: AsJson = False,
     traceback: WithTrace = False,
 ) -> None:
     """Write one HTML file: graphs, funnel, difference, refusals, cost, and a generation's steps."""
-    with _one_line(traceback):
-        _check_shares(fed, retained)
+    given = {"batch": batch, "block": block, "history": history, "fed": fed, "retained": retained}
+    with one_line(traceback):
+        if fed is not None and retained is not None:
+            _check_shares(fed, retained)
         steps = None if trace is None else _read_trace(trace)
-        story = _story(path, 2, block, history)
-        sizes = {"batch": batch, "block": block, "history": history}
+        sizes = (int(block or ASSUMED["block"]), int(ASSUMED["history"]))
+        story = _story(
+            path, 2, sizes[0], sizes[1] if history is None else history, trust_remote_code
+        )
         try:
-            text = page(story, path, steps, **sizes, fed=fed, retained=retained)
+            text = page(story, path, steps, **given)
+            counts = counts_of(given, steps)
         except ValueError as error:
             raise BadInput(str(error)) from error
         output.write_text(text)
-    typer.echo(f"wrote {output}")
+    if as_json:
+        data = {"file": str(output), "sizes": counts.to_dict(), "explanation": story.to_dict()}
+        typer.echo(json.dumps(data, indent=1))
+    else:
+        typer.echo(f"wrote {output}")
     raise typer.Exit(0 if story.applied else 1)
 
 
@@ -184,58 +233,98 @@ def generate(
     dense: Annotated[bool, typer.Option("--dense", help="without FOCUS")] = False,
     trace: Annotated[Path | None, typer.Option(help="file for `report --trace`")] = None,
     mask_token_id: MaskToken = None,
+    trust_remote_code: Trusted = False,
     as_json: AsJson = False,
     traceback: WithTrace = False,
 ) -> None:
     """Generate text block by block, compiled with FOCUS."""
-    with _one_line(traceback):
-        words = tokenizer(path)
-        model, _ = load(path)
+    with one_line(traceback):
+        if not all(prompt):
+            raise BadInput("--prompt is empty: give a text to go on from")
+        words = tokenizer(path, trust_remote_code)
+        model, _ = load(path, trust_remote_code)
         mask = mask_token(model, words, mask_token_id)
-        words.padding_side = "left"
-        ids = words(prompt, return_tensors="pt", padding=len(prompt) > 1)
+        ids, real = left_padded([prompt_ids(words, text) for text in prompt])
         compiled = compile_model(model, mask_token_id=mask, dynamic=True, strict=True)
         with session(mask, alpha=alpha, enabled=not dense):
             made = generate_blocks(
                 compiled,
-                ids["input_ids"],
-                ids["attention_mask"],
+                ids,
+                real,
                 max_new_tokens=max_new_tokens,
                 block_length=block,
                 confidence_threshold=threshold,
                 mask_token_id=mask,
-                eos_token_id=words.eos_token_id,
-                progress=not as_json,
+                eos_token_id=end_tokens(words, model),
+                progress=not as_json and sys.stdout.isatty(),
                 return_dict=True,
             )
         assert isinstance(made, Generated)
-        if trace is not None:
+        _tell_answers(answers(words, made.sequences[:, ids.shape[1] :]), made, as_json)
+        if trace is not None:  # last: if it cannot be written, the answers are there
             trace.write_text(json.dumps(made.trace()))
-    answers = words.batch_decode(
-        made.sequences[:, ids["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    figures = {
-        "forwards": made.forwards,
-        "tokens_per_forward": made.tokens_per_forward,
-        "fed_fraction": made.fed_fraction,
-        "retained_fraction": made.retained_fraction,
-    }
-    if as_json:
-        typer.echo(json.dumps({"answers": answers} | figures, indent=1))
-        return
-    for answer in answers:
-        typer.echo(answer)
-    typer.echo(
-        f"{made.forwards} forwards, {made.tokens_per_forward:.2f} tokens each; "
-        f"fed {made.fed_fraction:.0%}, retained {made.retained_fraction:.0%}",
-        err=True,
-    )
+        if not as_json:
+            typer.echo(
+                f"{made.forwards} forwards, {made.tokens_per_forward:.2f} tokens each; "
+                f"fed {made.fed_fraction:.0%}, retained {made.retained_fraction:.0%}",
+                err=True,
+            )
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context, *, traceback: WithTrace = False) -> None:
-    """Throughput of eager, Inductor and FOCUS; options of `python -m benchmarks.throughput`."""
-    with _one_line(traceback):
+class _PathFirst(TyperCommand):
+    """Words that do not begin with PATH are those of another program, and kept as they are."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ours = not args[:1] or not args[0].startswith("-")
+        if ours or "--help" in args or any(word.startswith("--prompts") for word in args):
+            return super().parse_args(ctx, args)
+        own = [word for word in args if word == "--traceback"]
+        super().parse_args(ctx, own)
+        ctx.args = [word for word in args if word not in own]
+        return ctx.args
+
+
+@app.command(cls=_PathFirst)
+def bench(
+    context: typer.Context,
+    path: Annotated[
+        str | None, typer.Argument(metavar="[PATH]", help="model folder, hub id, module:function")
+    ] = None,
+    *,
+    prompts: Annotated[
+        Path | None, typer.Option(help='one a line; in a .jsonl file {"prompt": text}')
+    ] = None,
+    batch: Batch = 8,
+    block: Block = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="rounded up to whole blocks")] = 64,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="confidence to decode at")] = 0.9,
+    alpha: Annotated[float, typer.Option(min=1, help="budget factor")] = 1.5,
+    rounds: Annotated[int, typer.Option(min=1, help="timed runs of each, in turns")] = 3,
+    mask_token_id: MaskToken = None,
+    trust_remote_code: Trusted = False,
+    as_json: AsJson = False,
+    traceback: WithTrace = False,
+) -> None:
+    """With PATH and --prompts: dense against FOCUS on a model of yours, speed and answers.
+
+    Without PATH: Throughput of eager, Inductor and FOCUS on this repository's shapes; options of
+    `python -m benchmarks.throughput` (in a checkout; `--quick` is the shortest).
+    """
+    if path is not None:
+        with one_line(traceback):
+            if prompts is None:
+                raise BadInput(f"bench {path} needs --prompts FILE: one prompt a line")
+            texts = read_prompts(prompts)
+            words = tokenizer(path, trust_remote_code)
+            model, _ = load(path, trust_remote_code)
+            mask = mask_token(model, words, mask_token_id)
+            plan = Plan(batch, block, max_new_tokens, threshold, alpha, rounds)
+            result = contest(model, words, mask, texts, plan, quiet=as_json)
+        typer.echo(json.dumps(result.to_dict(), indent=1) if as_json else str(result))
+        raise typer.Exit(0)
+    with one_line(traceback):
+        if prompts is not None:
+            raise BadInput("--prompts needs a model: focus-compile bench PATH --prompts FILE")
         if importlib.util.find_spec("benchmarks") is None:
             raise BadInput("no benchmarks here: run `focus-compile bench` in a checkout")
     command = [sys.executable, "-m", "benchmarks.throughput", *context.args]
@@ -243,8 +332,8 @@ def bench(context: typer.Context, *, traceback: WithTrace = False) -> None:
     raise typer.Exit(made.returncode)
 
 
-def _story(path: str, batch: int, block: int, history: int) -> Explanation:
-    model, call = load(path)
+def _story(path: str, batch: int, block: int, history: int, trusted: bool) -> Explanation:
+    model, call = load(path, trusted)
     return explain_call(model, **(call or denoising_call(model, batch, block, history)))
 
 
@@ -253,6 +342,20 @@ def _tell(story: Explanation, as_json: bool) -> None:
         typer.echo(story.to_json())
     else:
         story.print()
+
+
+def _tell_answers(texts: list[str], made: Generated, as_json: bool) -> None:
+    figures = {
+        "forwards": made.forwards,
+        "tokens_per_forward": made.tokens_per_forward,
+        "fed_fraction": made.fed_fraction,
+        "retained_fraction": made.retained_fraction,
+    }
+    if as_json:
+        typer.echo(json.dumps({"answers": texts} | figures, indent=1))
+    else:
+        for text in texts:
+            typer.echo(text)
 
 
 def _check_shares(fed: float, retained: float) -> None:
@@ -296,24 +399,3 @@ def _print_cost(found: Cost, counts: tuple[int, int, int, int, int]) -> None:
 def _waiting(what: str) -> Iterator[None]:
     with Console(stderr=True).status(what):
         yield
-
-
-@contextmanager
-def _one_line(traceback: bool) -> Iterator[None]:
-    """Bad input: one line and exit code 2; a refusal: one line and exit code 1.
-
-    With ``traceback`` the error as it is.
-    """
-    try:
-        yield
-    except BadInput as error:
-        if traceback:
-            raise
-        typer.echo(f"focus-compile: {error}", err=True)
-        raise typer.Exit(2) from error
-    except BackendCompilerFailed as error:
-        refusal = error.inner_exception
-        if traceback or not isinstance(refusal, Unsupported):
-            raise
-        typer.echo(f"focus-compile: refused: {refusal}; {refusal.cure}", err=True)
-        raise typer.Exit(1) from error

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from focus_compile.config import FocusConfig
 
@@ -16,7 +16,19 @@ __all__ = ["FAMILIES", "compile", "find_mask_token"]
 log = logging.getLogger(__name__)
 
 FAMILIES = {"llada2": 156895, "llada": 126336, "sdar": 151669, "dream": 151666}
-"""Ids of the mask token that the public checkpoints of a family use, by the start of model_type."""
+"""Ids of the mask token that the public checkpoints of a family use."""
+
+MODEL_TYPES = {
+    "llada2_moe": ("llada2", "LLaDA2MoeModelLM"),
+    "llada": ("llada", "LLaDAModelLM"),
+    "sdar": ("sdar", "SDARForCausalLM"),
+    "sdar_moe": ("sdar", "SDARMoeForCausalLM"),
+    "dream": ("dream", "DreamModel"),
+}
+"""model_type -> family, and its architecture: other models borrow these types, or begin alike.
+
+LLaDA-MoE is of type "llada", too, and its mask token is not LLaDA's.
+"""
 
 
 def compile(
@@ -29,8 +41,9 @@ def compile(
     """``torch.compile(model, backend="focus")``, with the id of the mask token looked up.
 
     The id is ``options["mask_token_id"]``, or else the tokenizer's, or else that of
-    ``model.config``, or else that of the family named by ``model.config.model_type``
-    (:data:`FAMILIES`). Which of them it was is logged: a guess from the family as a warning.
+    ``model.config``, or else that of the family (:data:`FAMILIES`) to which exactly this
+    ``model_type`` and this architecture belong. Which of them it was is logged: a guess from the
+    family as a warning.
 
     Args:
         dynamic: as in ``torch.compile``.
@@ -52,7 +65,7 @@ def find_mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None 
         ValueError: neither tokenizer, config nor family tells.
     """
     config: Any = getattr(model, "config", None)
-    family = str(getattr(config, "model_type", "")).lower()
+    kind = str(getattr(config, "model_type", "")).lower()
     places = {
         "the tokenizer": getattr(tokenizer, "mask_token_id", None),
         "model.config": getattr(config, "mask_token_id", None),
@@ -61,11 +74,17 @@ def find_mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None 
         if found is not None:
             log.info("mask_token_id=%d, from %s", found, place)
             return int(found)
-    for name, known in FAMILIES.items():
-        if family.startswith(name):
-            log.warning("mask_token_id=%d, guessed: the family %r uses it", known, name)
-            return known
+    family, architecture = MODEL_TYPES.get(kind, (None, ""))
+    named: list[str] = getattr(config, "architectures", None) or []
+    if not named:  # a config made by hand
+        known_class = isinstance(model, PreTrainedModel)
+        named = [type(model).__name__] if known_class else [architecture]
+    if family is not None and list(named) == [architecture]:
+        known = FAMILIES[family]
+        log.warning("mask_token_id=%d, guessed: the family %r uses it", known, family)
+        return known
     raise ValueError(
         "no mask token: neither the tokenizer nor model.config names one, and model_type "
-        f"{family!r} is no family that we know ({', '.join(FAMILIES)}); give mask_token_id=..."
+        f"{kind!r} of {', '.join(map(str, named)) or 'no architecture'} is no family that we know "
+        f"({', '.join(FAMILIES)}); give mask_token_id=..., see the model's card"
     )

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from focus_compile.torch_private import cudagraphs_by_default, inductor_modes, mode_options
+
 __all__ = ["FocusConfig"]
 
 _VISIBILITIES = ("written", "prefix")
@@ -73,7 +75,7 @@ class FocusConfig:
             _expect(
                 name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
             )
-        modes = tuple(torch._inductor.list_mode_options())
+        modes = inductor_modes()
         _expect(
             "mode", self.mode, self.mode is None or self.mode in modes, f"None or one of {modes}"
         )
@@ -109,7 +111,7 @@ class FocusConfig:
 
     def captures(self, devices: Iterable[torch.device]) -> bool:
         """Whether Inductor is to record programs on these devices as CUDA graphs."""
-        default = torch._inductor.config.triton.cudagraphs
+        default = cudagraphs_by_default()
         wanted = bool(self.patches().get("triton.cudagraphs", default))
         return wanted and any(device.type == "cuda" for device in devices)
 
@@ -117,7 +119,7 @@ class FocusConfig:
         """Inductor config patches of ``mode`` and ``inductor``."""
         out: dict[str, Any] = {}
         if self.mode is not None:
-            out |= torch._inductor.list_mode_options(self.mode)
+            out |= mode_options(self.mode)
         return out | dict(self.inductor)
 
 

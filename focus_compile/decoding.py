@@ -5,19 +5,23 @@ docs/algorithm.md section 7. Plain tensors in, plain tensors out; no model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from focus_compile.request import fraction, whole
 
 __all__ = [
     "STRATEGIES",
@@ -156,24 +160,31 @@ class Decoder:
 
 
 def warpers(
-    given: LogitsProcessorList | None,
+    given: Sequence[LogitsProcessor] | None,
     mask_token_id: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     device: torch.device,
 ) -> LogitsProcessorList:
-    """The mask token is never decoded; the caller's processors; what sampling needs, if any."""
-    if not temperature >= 0:
+    """The mask token is never decoded; the caller's processors; what sampling needs, if any.
+
+    ``top_k`` of 0 or -1, and ``top_p`` of 1, keep all tokens.
+    """
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature}: expected a number >= 0")
+    count = 0 if top_k is None else whole("top_k", top_k, least=-1)
+    share = 1.0 if top_p is None else fraction("top_p", top_p)
+    if not 0 <= share <= 1:
+        raise ValueError(f"top_p={top_p}: expected a number from 0 to 1")
     never = SuppressTokensLogitsProcessor([mask_token_id], device=str(device))
     processors = LogitsProcessorList([never, *(given or [])])
     if temperature > 0:
-        processors.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k is not None:
-            processors.append(TopKLogitsWarper(top_k))
-        if top_p is not None:
-            processors.append(TopPLogitsWarper(top_p))
+        processors.append(TemperatureLogitsWarper(temperature))
+        if count > 0:
+            processors.append(TopKLogitsWarper(count))
+        if share < 1:
+            processors.append(TopPLogitsWarper(share))
     return processors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -10,12 +11,12 @@ from torch.fx import GraphModule, Node
 from focus_compile.analysis import Analysis
 from focus_compile.axes import AxisMap, Dim, graph_inputs
 from focus_compile.cut import Half
-from focus_compile.inputs import Extent, is_generic
+from focus_compile.inputs import Extent, is_generic, name_of
 from focus_compile.own_masks import is_causal
 from focus_compile.plan import Place, Plan
 from focus_compile.sites import Site
 
-__all__ = ["code", "describe", "difference"]
+__all__ = ["code", "describe", "difference", "legend"]
 
 
 def describe(analysis: Analysis) -> dict[str, Any]:
@@ -96,6 +97,19 @@ def difference(analysis: Analysis) -> str:
         before.splitlines(), after.splitlines(), "canonical", analysis.stages[-1][0], lineterm=""
     )
     return "\n".join(lines) + "\n"
+
+
+def legend(text: str) -> str:
+    """What the numbers that stand for sizes mean, for the head of a file that holds ``text``."""
+    numbers = sorted({int(word) for word in re.findall(r"\b\d{5}\b", text)})
+    known = [(number, name_of(number)) for number in numbers]
+    told = [f"#   {number}  {name}\n" for number, name in known if name is not None]
+    if not told:
+        return ""
+    return (
+        "# Sizes that vary from call to call are written as numbers that stand for them,\n"
+        "# their sums and products likewise:\n" + "".join(told)
+    )
 
 
 def labels(axes: AxisMap, node: Node) -> str:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
-import pydot
 import torch
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from focus_compile.analysis import Analysis
@@ -24,6 +22,10 @@ from focus_compile.errors import module_path
 from focus_compile.inputs import GENERIC, is_generic
 from focus_compile.plan import Domain, Plan
 from focus_compile.sites import Site
+from focus_compile.torch_private import OpOverload
+
+if TYPE_CHECKING:
+    import pydot  # needed where a graph is drawn, nowhere else
 
 __all__ = ["AFTER", "BEFORE", "dot"]
 
@@ -62,6 +64,8 @@ def dot(analysis: Analysis, after: bool) -> str:
     ``focus`` where the passes put the operator there; ``entry`` where tokens come in. What the
     model returns has a double outline.
     """
+    import pydot
+
     gm = analysis.stages[-1][1] if after else analysis.canonical.gm
     weights = {given.name for given in analysis.canonical.inputs if not given.symbolic}
     flow = _flow(gm, weights)
@@ -166,6 +170,8 @@ def _stack(node: Node) -> list[str]:
 
 
 def _node(node: Node, kind: str, shape: str, returned: bool) -> pydot.Node:
+    import pydot
+
     name, target = node.name, node.target
     style: dict[str, Any] = {}
     if isinstance(target, OpOverload):
@@ -190,6 +196,8 @@ def _node(node: Node, kind: str, shape: str, returned: bool) -> pydot.Node:
 
 
 def _box(count: int, last: int) -> pydot.Node:
+    import pydot
+
     layers = "layer 3" if last == 3 else f"layers 3 to {last}"
     style: dict[str, Any] = {
         "label": _quoted(f"{layers}\n{count} nodes, folded"),

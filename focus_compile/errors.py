@@ -18,10 +18,12 @@ __all__ = [
     "UncommittedHistory",
     "Unsupported",
     "module_path",
+    "source_line",
 ]
 
 
 _LOCAL = re.compile(r"^L\['\w+'\]\.?")  # how Dynamo writes the variable that holds the model
+_FRAME = re.compile(r'File "(.*)", line (\d+), in .*\n(.*)')  # of a traceback, as Dynamo keeps it
 
 
 def module_path(node: Node) -> str:
@@ -31,6 +33,15 @@ def module_path(node: Node) -> str:
         return ""
     path, _ = list(stack.values())[-1]
     return _LOCAL.sub("", str(path))
+
+
+def source_line(node: Node) -> str:
+    """The line of Python that ``node`` comes from, ``file:number `code```; empty when unknown."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    file, number, text = frames[-1]
+    return f"{file}:{number} `{text.strip()}`"
 
 
 def _operator(node: Node) -> str:
@@ -46,10 +57,12 @@ class Unsupported(Exception):
         reason: one sentence that a user can act on.
         op: the operator at fault, or empty.
         module: dotted path of the module that called it, or empty.
+        line: the model's own line that called it, ``file:number `code```, or empty.
     """
 
     def __init__(self, reason: str, node: Node | None = None) -> None:
         self.reason = reason
+        self.line = "" if node is None else source_line(node)
         self.op = "" if node is None else _operator(node)
         self.module = "" if node is None else module_path(node)
         where = f" [op {self.op}" if self.op else ""
@@ -63,7 +76,7 @@ class Unsupported(Exception):
 
     def to_dict(self) -> dict[str, str]:
         """Its attributes and the cure, as plain data."""
-        told = {"reason": self.reason, "op": self.op, "module": self.module}
+        told = {"reason": self.reason, "op": self.op, "module": self.module, "line": self.line}
         return told | {"cure": self.cure}
 
 

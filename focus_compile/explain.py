@@ -30,7 +30,7 @@ from focus_compile.render import render
 __all__ = ["Explanation", "GraphReport", "explain"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GraphReport:
     """One graph that Dynamo captured.
 
@@ -50,6 +50,10 @@ class GraphReport:
     analysis: Analysis | None = None
     cost: Cost | None = None
     broke: GraphBreak | None = None
+
+    def __repr__(self) -> str:
+        found = "applied" if self.analysis is not None else self.refusal or "no attention"
+        return f"<GraphReport: {self.nodes} nodes; {found}>"
 
     @property
     def nodes(self) -> int:
@@ -77,7 +81,7 @@ class GraphReport:
         }
 
 
-@dataclass
+@dataclass(repr=False)
 class Explanation:
     """The whole story of one call of a model; ``print`` it, ``save`` it, or read its parts.
 
@@ -86,6 +90,13 @@ class Explanation:
 
     graphs: list[GraphReport] = field(default_factory=list)
     measured: Measured | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<Explanation: FOCUS applied: {'yes' if self.applied else 'no'}; graphs: "
+            f"{len(self.graphs)}, refusals: {len(self.refusals)}, graph breaks: "
+            f"{len(self.breaks)}; print(...) tells the whole story>"
+        )
 
     @property
     def applied(self) -> bool:

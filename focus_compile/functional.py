@@ -13,11 +13,11 @@ from typing import Any
 
 import sympy
 import torch
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from focus_compile.axes import expr_of, tensor_of
 from focus_compile.rules import operands
+from focus_compile.torch_private import OpOverload
 
 __all__ = ["functionalize"]
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from focus_compile.kernels import attend_columns, attend_rows, list_masked, number_kept, select
 from focus_compile.ops import focus
+from focus_compile.torch_private import launchable
 
 __all__ = ["ROW", "SELECT", "choose", "importance", "launch_choose", "launch_importance", "tile"]
 
@@ -43,15 +44,15 @@ def launch_importance(query_BHTD: Tensor, key_BGTD: Tensor, masked: Tensor, scal
     query, key, masked = query_BHTD.contiguous(), key_BGTD.contiguous(), masked.contiguous()
     order = torch.empty((batch, tokens), dtype=torch.int32, device=masked.device)
     rank, count = torch.empty_like(order), order.new_empty((batch,))
-    wrap_triton(list_masked)[(batch,)](masked, order, rank, count, tokens, **ROW)
+    launchable(list_masked)[(batch,)](masked, order, rank, count, tokens, **ROW)
     top = query.new_empty((batch, heads, tokens), dtype=torch.float32)
     mass, columns = torch.empty_like(top), torch.empty_like(top)
     tiles = tile(size)
     grid = (batch, heads, (tokens + tiles["BLOCK"] - 1) // tiles["BLOCK"])
     given = (query, key, order, count, top, mass)
     sizes = (tokens, heads, groups, scale)
-    wrap_triton(attend_rows)[grid](*given, *sizes, **tiles)
-    wrap_triton(attend_columns)[grid](*given, columns, *sizes, **tiles)
+    launchable(attend_rows)[grid](*given, *sizes, **tiles)
+    launchable(attend_columns)[grid](*given, columns, *sizes, **tiles)
     return torch.where(masked, columns.sum(1).gather(1, rank.long()), 0.0)
 
 
@@ -71,7 +72,7 @@ def launch_choose(
     delta, retained = torch.empty_like(importance0), torch.empty_like(masked)
     chosen = torch.empty_like(masked, dtype=torch.int8)
     count = progress.new_empty((batch,))
-    wrap_triton(select)[(batch,)](
+    launchable(select)[(batch,)](
         importance0, importance1, weights, bias, masked, fed, progress, average, alpha,
         delta, chosen, retained, count, tokens, **SELECT,
     )  # fmt: skip
@@ -79,7 +80,7 @@ def launch_choose(
     order = progress.new_empty((batch * tokens,))
     inverse = progress.new_empty((batch, tokens))
     places = torch.empty_like(inverse)
-    wrap_triton(number_kept)[(batch,)](retained, ends, order, inverse, places, tokens, batch, **ROW)
+    launchable(number_kept)[(batch,)](retained, ends, order, inverse, places, tokens, batch, **ROW)
     return delta, retained, order, inverse, places, torch.stack([ends[-1], count.amax()])
 
 

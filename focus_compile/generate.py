@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from focus_compile.decoding import Decoder, Strategy, count_per_step, warpers
+from focus_compile.endings import Endings
 from focus_compile.generated import Generated
+from focus_compile.request import (
+    check_vocabulary,
+    criteria,
+    fraction,
+    lengths,
+    prompts,
+    token_id,
+    token_ids,
+)
 from focus_compile.rows import Canvas, Rows
 from focus_compile.session import Session, current_session, session
 from focus_compile.shards import is_sharded
+from focus_compile.text import StopStrings
 
 __all__ = ["generate"]
 
@@ -42,8 +52,10 @@ def generate(
     shifted_logits: bool = False,
     use_cache: bool = True,
     streamer: BaseStreamer | None = None,
-    logits_processor: LogitsProcessorList | None = None,
-    stopping_criteria: StoppingCriteriaList | None = None,
+    logits_processor: Sequence[LogitsProcessor] | None = None,
+    stopping_criteria: StoppingCriteria | Sequence[StoppingCriteria] | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
     progress: bool = False,
@@ -59,19 +71,24 @@ def generate(
     visibility, signal, enabled and exact from the session around it.
 
     Args:
-        input_ids: int64 ``[B, P]``, prompts padded on the left; attention_mask: ``[B, P]``, 0 at
-            padding.
+        input_ids: ids ``[B, P]``, prompts padded on the left; attention_mask: ``[B, P]``, 0 at
+            padding. A mask token in a prompt is a part of it, and stays.
         max_new_tokens: rounded up to whole blocks of ``block_length``.
         remasking_strategy: ``"threshold"``: decode every token of confidence >=
             ``confidence_threshold``, or else the most confident one; ``"fixed"``: the
             ``tokens_per_step`` most confident ones; ``"sequential"``: the leftmost ones. Or a
             function, :data:`~focus_compile.decoding.Strategy`, of the step's candidates.
         denoising_steps: sets ``tokens_per_step`` to ``ceil(block_length / denoising_steps)``.
-        temperature: 0 decodes greedily; else tokens are sampled, after ``top_k`` and ``top_p``,
-            with ``generator`` or with one made from ``seed``. The mask token is never decoded.
+        temperature: 0 decodes greedily; else tokens are sampled, after ``top_k`` (0 or -1: off)
+            and ``top_p`` (1: off), with ``generator`` or with one made from ``seed``. The mask
+            token is never decoded.
         eos_token_id: one id or several; ends a row; ``eos_early_stop=False`` goes on to the end of
-            the last block. What follows an end of text is filled with ``pad_token_id``, by default
-            the (first) end of text.
+            the last block. What follows the end of a row is filled with ``pad_token_id``, by
+            default the (first) end of text, or else the mask token.
+        stopping_criteria: one or several, as of transformers; each sees a row after each of its
+            tokens, from left to right, as if they had come one by one; ``scores`` are None.
+        stop_strings: end a row, too, behind the token that completes one of them in the answer's
+            text, special tokens included; they need ``tokenizer``.
         shifted_logits: the model predicts the token at p by the logits of p - 1 (Dream): a token
             can be decoded where its left neighbour was retained.
         use_cache: False for models without a cache (LLaDA, Dream as published): they are called
@@ -81,7 +98,8 @@ def generate(
             ``position_ids``. With FOCUS, what is not in the block at hand keeps the keys and
             values that it had when the block began (docs/models.md).
         streamer: gets the prompt, then each committed block, as from transformers (whose own
-            streamers take one row). progress: show a bar.
+            streamers take one row); nothing behind the end of the longest row. progress: show a
+            bar.
 
     Returns:
         sequences int64 ``[B, P + new]``, or :class:`Generated`.
@@ -91,21 +109,26 @@ def generate(
             processes, with neither ``seed`` nor ``generator``; or prompts are padded, and a model
             without a cache sees their padding (it has no mask, or ignores it).
     """
-    _check(input_ids, attention_mask, max_new_tokens, block_length)
+    input_ids, valid = prompts(input_ids, attention_mask)
+    mask_token_id = token_id("mask_token_id", mask_token_id)
+    check_vocabulary(model, input_ids, mask_token_id)
+    max_new_tokens, block_length = lengths(max_new_tokens, block_length)
+    temperature = fraction("temperature", temperature)
     if temperature > 0 and seed is None and generator is None and is_sharded(model):
         raise ValueError("the model is sharded over processes, which must draw alike: give seed")
     decoder = Decoder(
         remasking_strategy,
-        confidence_threshold,
+        fraction("confidence_threshold", confidence_threshold),
         count_per_step(block_length, denoising_steps, tokens_per_step),
         warpers(logits_processor, mask_token_id, temperature, top_k, top_p, input_ids.device),
         temperature > 0,
         _generator(generator, seed, input_ids.device),
     )
-    ends = _ends(eos_token_id, input_ids.device)
-    pad = int(ends[0]) if pad_token_id is None and len(ends) else pad_token_id
-    fill = mask_token_id if pad is None else pad
-    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    ends = token_ids("eos_token_id", eos_token_id)
+    pad = token_ids("pad_token_id", pad_token_id) or ends
+    fill = pad[0] if pad else mask_token_id
+    stops = None if not stop_strings else StopStrings(tokenizer, stop_strings)
+    endings = Endings(input_ids, ends, eos_early_stop, criteria(stopping_criteria), stops)
     blocks = -(-max_new_tokens // block_length)
     rows: Rows | Canvas
     if use_cache:
@@ -140,11 +163,11 @@ def generate(
             block = _denoise(rows, decoder, focus, result, block=block, masked=masked, last=last)
             focus.masked = torch.zeros_like(masked)
             last = rows.commit(block)
-            done = _after_end(rows.sequences, input_ids.shape[1], ends, fill)
-            if streamer is not None:
-                streamer.put(done[:, -block_length:].cpu())  # type: ignore[no-untyped-call]
-            made = rows.sequences[:, -block_length:]
-            _stop(rows, made, ends if eos_early_stop else ends[:0], stopping_criteria)
+            rows.active = endings.observe(rows.sequences, rows.active, block_length)
+            done = endings.filled(rows.sequences, fill)
+            start, end = done.shape[1] - block_length, endings.longest(done.shape[1])
+            if streamer is not None and end > start:
+                streamer.put(done[:, start:end].cpu())  # type: ignore[no-untyped-call]
             bar.advance(task)
             if not bool(rows.active.any()):
                 break
@@ -205,21 +228,6 @@ def _denoise(
     return block
 
 
-def _check(ids: Tensor, valid: Tensor | None, new: int, block: int) -> None:
-    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
-        raise ValueError(
-            f"input_ids has shape {tuple(ids.shape)}: expected [batch, prompt], not empty"
-        )
-    if valid is not None and valid.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(valid.shape)}: input_ids has {tuple(ids.shape)}"
-        )
-    if valid is not None and not bool(valid[:, -1].all()):
-        raise ValueError("attention_mask ends with 0: expected prompts padded on the left")
-    if new < 1 or block < 1:
-        raise ValueError(f"max_new_tokens={new}, block_length={block}: expected at least 1")
-
-
 def _generator(
     given: torch.Generator | None, seed: int | None, device: torch.device
 ) -> torch.Generator | None:
@@ -228,27 +236,3 @@ def _generator(
     if given is not None:
         raise ValueError("give seed or generator, not both")
     return torch.Generator(device).manual_seed(seed)
-
-
-def _ends(eos: int | Sequence[int] | None, device: torch.device) -> Tensor:
-    """Ids that end a text, int64 ``[E]``."""
-    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return torch.tensor(ids, dtype=torch.int64, device=device)
-
-
-def _stop(
-    rows: Rows | Canvas, block: Tensor, ends: Tensor, criteria: StoppingCriteriaList | None
-) -> None:
-    """Mark rows that have ended."""
-    rows.active = rows.active & ~torch.isin(block, ends).any(1)
-    if criteria:
-        none: Any = None
-        rows.active = rows.active & ~criteria(rows.sequences, none)
-
-
-def _after_end(sequences: Tensor, prompt: int, ends: Tensor, fill: int) -> Tensor:
-    """Replace what follows the first end of text of an answer."""
-    answer = sequences[:, prompt:]
-    end = torch.isin(answer, ends).long()
-    after = end.cumsum(1) - end > 0
-    return torch.cat([sequences[:, :prompt], answer.masked_fill(after, fill)], 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["Generated"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Generated:
     """What :func:`~focus_compile.generate` returns with ``return_dict=True``.
 
@@ -39,6 +39,14 @@ class Generated:
     retain_masks: list[Tensor] = field(default_factory=list)
     decode_masks: list[Tensor] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        rows, tokens = self.sequences.shape
+        return (
+            f"<Generated: {rows} rows of {tokens} tokens, {len(self.steps_per_block)} blocks in "
+            f"{self.forwards} denoising forwards, {self.focus_steps} of them FOCUS's; "
+            f"fed {self.fed_fraction:.0%}, retained {self.retained_fraction:.0%}>"
+        )
+
     @property
     def focus_steps(self) -> int:
         """Denoising forwards that ran FOCUS's prefix and suffix."""
@@ -52,9 +60,10 @@ class Generated:
     def trace(self) -> dict[str, Any]:
         """What became of each token of a block at each step, as plain data.
 
-        ``{"block_length": T, "rows": B, "steps": [...]}``; a step has ``block``, the number of the
-        block, and ``masked``, ``retained`` and ``decoded``, ``[B][T]`` each. All is retained where
-        a dense program ran.
+        ``{"block_length": T, "rows": B, "history": P, "steps": [...]}``; a step has ``block``, the
+        number of the block, and ``masked``, ``retained`` and ``decoded``, ``[B][T]`` each. All is
+        retained where a dense program ran. P: tokens before the first block; 0 without a cache,
+        where T is the whole canvas.
         """
         steps: list[dict[str, Any]] = []
         done = 0
@@ -73,4 +82,5 @@ class Generated:
                 steps.append({"block": block} | step)
             done += len(forwards)
         rows, length = self.decode_masks[0].shape
-        return {"block_length": length, "rows": rows, "steps": steps}
+        history = max(0, self.sequences.shape[1] - length * len(self.steps_per_block))
+        return {"block_length": length, "rows": rows, "history": history, "steps": steps}

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from focus_compile.torch_private import ConstantSource, DimDynamic, FakeTensorMode, ShapeEnv
 
 __all__ = [
     "GENERIC",
@@ -25,6 +24,7 @@ __all__ = [
     "generic",
     "is_generic",
     "length",
+    "name_of",
     "overlap",
     "runtime_inputs",
     "static_tensor",
@@ -141,6 +141,16 @@ class _Numbers(dict[str, int]):
 def generic(extent: Extent) -> int:
     """The number that stands for an extent."""
     return int(length(extent, _Numbers(GENERIC)))
+
+
+def name_of(number: int) -> str | None:
+    """The name (or the sum ``history + token``) that a number stands for, or None."""
+    names = {stands: name for name, stands in GENERIC.items()}
+    names[GENERIC["history"] + GENERIC["token"]] = "history + token"
+    if number in names or not is_generic(number):
+        return names.get(number)
+    stem = "extra" if number > GENERIC["extra"] else "history"
+    return f"{stem}{(number - GENERIC[stem]) // 18}"
 
 
 def is_generic(number: int) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from focus_compile.torch_private import onednn_linear
 
 __all__ = ["linear"]
 
@@ -16,5 +17,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     GFLOP/s, oneDNN with the weights as they lie at 71, 90, 101, 102 and 107; with 30,000 columns 80
     rows at 66 and 93.
     """
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
+    return onednn_linear(x, weight, bias)

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -21,13 +20,7 @@ from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_gen
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from focus_compile.compile import compile as compile_model
 from focus_compile.compile import find_mask_token
@@ -36,6 +29,7 @@ from focus_compile.generated import Generated
 from focus_compile.load import load
 from focus_compile.report import warning_once
 from focus_compile.session import session
+from focus_compile.text import answers, end_tokens, left_padded, prompt_ids
 
 __all__ = ["FocusLM"]
 
@@ -44,6 +38,19 @@ log = logging.getLogger(__name__)
 GENERATION = ("temperature", "top_k", "top_p")
 """What of a task's ``generation_kwargs`` goes to :func:`~focus_compile.generate`; lengths and stop
 strings have arguments of their own, and ``do_sample=False`` is temperature 0."""
+
+DECODING = (
+    "confidence_threshold",
+    "remasking_strategy",
+    "denoising_steps",
+    "tokens_per_step",
+    "shifted_logits",
+    "use_cache",
+    "seed",
+    "eos_early_stop",
+    "pad_token_id",
+)
+"""Arguments of :func:`~focus_compile.generate` that ``model_args`` may hold."""
 
 
 @register_model("focus")
@@ -66,11 +73,10 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         max_gen_toks: most tokens of an answer, where a task does not say.
         mask_token_id: by default looked up, as :func:`~focus_compile.compile` does.
         block_length: tokens per block; answers are made in whole blocks.
-        decoding: more arguments of :func:`~focus_compile.generate`: confidence_threshold,
-            remasking_strategy, tokens_per_step, shifted_logits, use_cache.
+        decoding: more arguments of :func:`~focus_compile.generate`, those of ``DECODING``.
 
     Raises:
-        ValueError: an argument is out of range, or no mask token is to be found.
+        ValueError: an argument is unknown or out of range, or no mask token is to be found.
         torch._dynamo.exc.BackendCompilerFailed: FOCUS refuses the model; at the first batch.
     """
 
@@ -92,6 +98,11 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         **decoding: Any,
     ) -> None:
         super().__init__()
+        if unknown := [name for name in decoding if name not in DECODING]:
+            raise ValueError(
+                f"unknown model_args: {', '.join(unknown)}; a checkpoint that brings its own code "
+                f"is given as module:function, and how to decode by {', '.join(DECODING)}"
+            )
         model: Any = pretrained
         if isinstance(pretrained, str) and ":" in pretrained:
             model, _ = load(pretrained)
@@ -103,9 +114,7 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         if isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.tokenizer = tokenizer
-        tokenizer.padding_side = tokenizer.truncation_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        self.ends = end_tokens(tokenizer, model)
         model = model.eval().to(device or "cpu")
         self._device = next(model.parameters()).device
         self.batch_size = _positive("batch_size", 16 if batch_size is None else batch_size)
@@ -133,15 +142,22 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the end of text."""
-        return int(self.tokenizer.eos_token_id)
+        """Id of the (first) end of text.
+
+        Raises:
+            ValueError: neither the tokenizer nor the model has one.
+        """
+        if not self.ends:
+            raise ValueError("neither the tokenizer nor the model names an end of text")
+        return self.ends[0]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Ids of a text."""
-        special = True if add_special_tokens is None else add_special_tokens
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=special)
+        """Ids of a text; by default with a beginning of text, but never twice."""
+        if add_special_tokens is None:
+            return prompt_ids(self.tokenizer, string)
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         return ids
 
     def apply_chat_template(
@@ -173,9 +189,10 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers to ``(context, generation_kwargs)``, in the order of ``requests``.
 
-        An answer ends at the first of the task's ``until`` strings, at the end of text, or after
-        ``max_gen_toks`` tokens. Prompts of about one length share a batch; a batch goes on, block
-        by block, until its last row has ended.
+        An answer ends at the first of the task's ``until`` strings (special tokens' among them), at
+        an end of text (:func:`~focus_compile.text.end_tokens`), or after ``max_gen_toks`` tokens.
+        Prompts of about one length share a batch; a batch goes on, block by block, until its last
+        row has ended.
         """
         sorted_requests = Collator(
             [request.args for request in requests],
@@ -183,7 +200,7 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
             group_by="gen_kwargs",
             group_fn=lambda args: args[1],
         )
-        answers: list[str] = []
+        found: list[str] = []
         batches = list(sorted_requests.get_batched(n=self.batch_size))
         for batch in track(
             batches, "generate_until", console=Console(stderr=True), disable=disable_tqdm
@@ -192,8 +209,8 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
             made = self._answer(contexts, kwargs[0])
             for request, answer in zip(batch, made, strict=True):
                 self.cache_hook.add_partial("generate_until", request, answer)
-            answers += made
-        ordered: list[str] = sorted_requests.get_original(answers)
+            found += made
+        ordered: list[str] = sorted_requests.get_original(found)
         return ordered
 
     def get_model_info(self) -> dict[str, Any]:
@@ -216,7 +233,6 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         stops, most = kwargs["until"], kwargs["max_gen_toks"]
         ids, real = self._encode(contexts, most)
         prompt = ids.shape[1]
-        stop = _StopStrings(self.tokenizer, stops, prompt)
         with session(self.mask_token_id, alpha=self.alpha, enabled=self.focus):
             made = generate(
                 self.model,
@@ -224,8 +240,9 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
                 real,
                 max_new_tokens=most,
                 mask_token_id=self.mask_token_id,
-                eos_token_id=self.tokenizer.eos_token_id,
-                stopping_criteria=StoppingCriteriaList([stop]),
+                eos_token_id=self.ends,
+                stop_strings=stops,
+                tokenizer=self.tokenizer,
                 return_dict=True,
                 **{name: kwargs[name] for name in GENERATION if name in kwargs},
                 **self.decoding,
@@ -237,9 +254,7 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         self.ran["focus_forwards"] += made.focus_steps
         self.ran["fed"] += made.fed_fraction * made.forwards
         self.ran["retained"] += made.retained_fraction * made.forwards
-        texts = self.tokenizer.batch_decode(
-            made.sequences[:, prompt : prompt + most], skip_special_tokens=True
-        )
+        texts = answers(self.tokenizer, made.sequences[:, prompt : prompt + most], stops)
         return [postprocess_generated_text(text, stops, None) for text in texts]
 
     def _encode(self, contexts: Sequence[str], most: int) -> tuple[Tensor, Tensor]:
@@ -248,28 +263,12 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         room = None if self.max_length is None else self.max_length - made
         if room is not None and room < 1:
             raise ValueError(f"max_gen_toks={most}: the model has {self.max_length} positions")
-        start = self.tokenizer.bos_token or self.tokenizer.eos_token
-        fed = self.tokenizer(
-            [context or start for context in contexts], padding=True, return_tensors="pt"
-        ).to(self.device)
-        ids, real = fed["input_ids"], fed["attention_mask"]
+        ids, real = left_padded([self.tok_encode(context) for context in contexts])
+        ids, real = ids.to(self.device), real.to(self.device)
         if room is not None and ids.shape[1] > room:
             warning_once(log, "prompts of more than %d tokens lose their beginning", room)
             ids, real = ids[:, -room:], real[:, -room:]
         return ids, real
-
-
-class _StopStrings(StoppingCriteria):
-    """Whether a row's answer holds a stop string, wherever in its blocks."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[str], prompt: int) -> None:
-        self.tokenizer, self.prompt = tokenizer, prompt
-        self.stops = [stop for stop in stops if stop]
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
-        found = [any(stop in text for stop in self.stops) for text in texts]
-        return torch.tensor(found, device=input_ids.device)
 
 
 def _positive(name: str, value: Any) -> int:

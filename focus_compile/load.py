@@ -1,17 +1,24 @@
-"""The command line's PATH: a model's folder, or ``module:function``; and a call to look at.
+"""The command line's PATH: a model's folder, the id of one on the Hugging Face hub, or
+``module:function``; and a call to look at.
 
-A function returns a model, or a model and the keyword arguments of a denoising call.
+A function returns a model, or a model and the keyword arguments of a denoising call. Python files
+that come with a model are run only where the user says so: ``--trust-remote-code``.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -21,54 +28,96 @@ from transformers import (
 from focus_compile.compile import find_mask_token
 from focus_compile.masks import attention_mask
 from focus_compile.rows import cache_keyword
+from focus_compile.stored import damage
 
 __all__ = ["BadInput", "denoising_call", "load", "mask_token", "tokenizer"]
+
+
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""``owner/name``, as models on the hub are called."""
 
 
 class BadInput(Exception):
     """What the user gave is no model, or lacks something; one line that says what."""
 
 
-def load(path: str) -> tuple[Any, dict[str, Any] | None]:
-    """The model of a folder, or of ``module:function``, and the call that comes with it, if any.
+def load(path: str, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any] | None]:
+    """The model of a PATH, and the call that comes with it, if any.
 
     Raises:
         BadInput: there is none.
     """
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise BadInput(f"{path} is not a model: it has no config.json")
+    if _is_stored(path):
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(path)
-            return model.eval(), None
-        except (ValueError, OSError) as error:
-            raise BadInput(f"{path}: {_line(error)}") from error
+            return _stored_model(path, trust_remote_code).eval(), None
+        except (ValueError, OSError, ImportError) as error:
+            raise BadInput(f"{path}: {_line(error)}{_trusting(error)}") from error
     module, colon, function = path.partition(":")
     if not colon:
-        raise BadInput(f"no such folder: {path}; give a model's folder, or module:function")
+        raise BadInput(
+            f"no such folder: {path}; give a model's folder, the id of one on the hub "
+            "(owner/name), or module:function"
+        )
     try:
-        made = getattr(importlib.import_module(module), function)()
+        make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise BadInput(f"{path}: {error}") from error
+    if not callable(make) or _needs_arguments(make):
+        raise BadInput(f"{path} is no function that can be called without arguments")
+    made = make()
     model, call = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise BadInput(f"{path} returned a {type(model).__name__}, not a torch.nn.Module")
     return model.eval(), call
 
 
-def tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder.
+def tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that comes with a model.
 
     Raises:
         BadInput: there is none.
     """
-    if not Path(path).is_dir():
-        raise BadInput(f"no tokenizer: {path} is not a folder")
+    if not _is_stored(path):
+        raise BadInput(f"no tokenizer: {path} is not a folder, nor the id of a model on the hub")
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (ValueError, OSError) as error:
-        raise BadInput(f"{path}: {_line(error)}") from error
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise BadInput(f"{path}: {_line(error)}{_trusting(error)}") from error
     return found
+
+
+def _is_stored(path: str) -> bool:
+    """Whether a PATH is a model's folder, or looks like the id of one on the hub.
+
+    Raises:
+        BadInput: it is a folder without a model, or with a damaged one.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise BadInput(f"{path} is not a model: it has no config.json")
+        if (found := damage(folder)) is not None:
+            raise BadInput(found)
+        return True
+    return _HUB.fullmatch(path) is not None and not folder.parent.is_dir()
+
+
+def _stored_model(path: str, trust_remote_code: bool) -> Any:
+    """A model as its config says; some name an ``AutoModel`` only, such as Dream."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    own: dict[str, str] = getattr(config, "auto_map", None) or {}
+    base = "AutoModel" in own and "AutoModelForCausalLM" not in own
+    loader: Any = AutoModel if base else AutoModelForCausalLM
+    return loader.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def _trusting(error: Exception) -> str:
+    """What to add where transformers asks for the trust that only the user can give."""
+    if "trust_remote_code" not in str(error):
+        return ""
+    return "; on this command line: --trust-remote-code (docs/security.md)"
 
 
 def mask_token(model: Any, words: PreTrainedTokenizerBase | None, given: int | None) -> int:
@@ -91,7 +140,15 @@ def denoising_call(
     """Arguments of a denoising call: a block, every token visible, and a cache.
 
     Ids are zeros, or, where the id ``mask`` is given, random with two thirds of masks.
+
+    Raises:
+        BadInput: the model has no config that tells its sizes.
     """
+    if getattr(model, "config", None) is None:
+        raise BadInput(
+            f"{type(model).__name__} has no config: let the function return the model and the "
+            "keyword arguments of a denoising call"
+        )
     ids = torch.zeros(batch, block, dtype=torch.int64)
     if mask is not None:
         generator = torch.Generator().manual_seed(0)
@@ -122,6 +179,16 @@ def _cache(model: Any, batch: int, history: int) -> DynamicCache:
         keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         cache.update(keys, values, layer)
     return cache
+
+
+def _needs_arguments(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    except ValueError:  # a builtin that does not tell
+        return False
+    return False
 
 
 def _line(error: Exception) -> str:

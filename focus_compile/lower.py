@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -68,7 +69,7 @@ def _on_gpu(node: Node) -> bool:
     return tensor_of(node).device.type == "cuda"
 
 
-def _fused() -> torch._ops._OpNamespace:
+def _fused() -> Any:
     """The fused operators; their module needs Triton, which every CUDA build of PyTorch has."""
     import focus_compile.fused  # noqa: F401
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 
 from focus_compile.backend import focus_backend
 from focus_compile.output_code import output_files
+from focus_compile.play import (
+    Call,
+    apart,
+    difference,
+    left_first,
+    own_signal,
+    play,
+    tensors,
+)
 from focus_compile.programs import Inner
 from focus_compile.rounding import TOLERANCE
 from focus_compile.runtime import Executable
-from focus_compile.session import SessionStats, session
+from focus_compile.session import session
 
 __all__ = ["Measured", "measure", "own_code"]
 
@@ -29,15 +36,20 @@ _TIMES_DENSE = 4
 class Measured:
     """One call, run in several ways. Differences are the largest absolute ones of any output.
 
+    Several steps are played, each decoding what the one before retained: with the model's own
+    budget, and with the smallest one, alpha 1, and a signal that prefers the left, which evicts
+    wherever a row has masks enough, whatever the model's own signal says.
+
     Attributes:
-        fed, retained: tokens of the batch that layers 0 and 1, and the later layers, computed;
-            retained_row: the most of one row.
+        fed, retained: tokens of the batch that layers 0 and 1, and the later layers, computed in
+            the call itself, with the model's own budget; retained_row: the most of one row.
+        steps: steps that were compared; evicted: tokens that these evicted, all together.
         largest: largest absolute value of eager's outputs.
         dense: difference between eager and Inductor's dense program.
-        nothing_evicted: between eager and FOCUS with a budget so large that nothing is evicted.
+        nothing_evicted: between eager and FOCUS with a budget so large that nothing is evicted,
+            each step as the first of a session.
         evicting: between prefix and suffix as Inductor compiled them and the same graphs run
-            operator by operator, with the model's own budget; None where they did not retain the
-            same tokens.
+            operator by operator; None where they did not retain the same tokens.
         tolerance: what rounding may do: relative to ``largest`` or 1, by dtype (1e-5 for fp32), or
             four times what it does to the dense program.
         code: files of Inductor's output code, by program.
@@ -46,6 +58,8 @@ class Measured:
     fed: int
     retained: int
     retained_row: int
+    steps: int
+    evicted: int
     largest: float
     dense: float
     nothing_evicted: float
@@ -54,13 +68,18 @@ class Measured:
     code: dict[str, list[str]]
 
     @property
+    def tested(self) -> bool:
+        """Whether any step evicted a token: else nothing is known of evicting."""
+        return self.evicted > 0
+
+    @property
     def equal(self) -> bool:
         """Whether FOCUS's differences are within the tolerance."""
         found = (self.nothing_evicted, self.evicting)
         return all(value is not None and value <= self.tolerance for value in found)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"equal": self.equal}
+        return asdict(self) | {"equal": self.equal, "tested": self.tested}
 
 
 def own_code(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,33 +109,36 @@ def measure(
         None where FOCUS is not applied to the call, or no token of it is masked.
     """
     compiled, by_operator = _Compiled(model, None), _Compiled(model, _as_it_is)
-
-    def outputs(
-        of: Callable[..., Any], **options: Any
-    ) -> tuple[list[Tensor], Tensor | None, SessionStats]:
-        with session(mask_token_id, **options) as focus:
-            made = of(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-            return _tensors(made), focus.retain_mask, focus.stats
-
-    expected, _, _ = outputs(model)
-    dense, _, _ = outputs(compiled.call, enabled=False)
-    whole, _, _ = outputs(compiled.call, alpha=_NOTHING_EVICTED)
-    made, kept, stats = outputs(compiled.call, alpha=alpha)
-    again, other, _ = outputs(by_operator.call, alpha=alpha)
-    if kept is None or other is None:
-        return None
-    same = torch.equal(kept, other)
-    largest = max((value.abs().max().item() for value in expected if value.numel()), default=0.0)
+    given = Call(args, kwargs, mask_token_id)
+    own, evicting, steps = [], 0.0, []
+    for budget, signal in ((alpha, own_signal), (1.0, left_first)):
+        made = play(compiled.call, given, budget, signal)
+        if not made:
+            return None
+        again = play(by_operator.call, given, budget, signal)
+        own, steps = own or made, steps + made
+        evicting = max(evicting, apart(made, again))
+    largest = nothing_evicted = 0.0
+    for step in own:
+        expected = tensors(step.call.run(model))
+        largest = max([largest, *(value.abs().max().item() for value in expected if value.numel())])
+        with session(mask_token_id, alpha=_NOTHING_EVICTED):
+            whole = tensors(step.call.run(compiled.call))
+        nothing_evicted = max(nothing_evicted, difference(expected, whole))
+    expected = tensors(given.run(model))
+    with session(mask_token_id, enabled=False):
+        rounding = difference(expected, tensors(given.run(compiled.call)))
     allowed = max(TOLERANCE[value.dtype] for value in expected) * max(1.0, largest)
-    rounding = _difference(expected, dense)
     return Measured(
-        fed=stats.fed,
-        retained=stats.retained,
-        retained_row=int(kept.sum(1).max()),
+        fed=own[0].fed,
+        retained=own[0].retained,
+        retained_row=int(own[0].kept.sum(1).max()),
+        steps=len(steps),
+        evicted=sum(step.fed - step.retained for step in steps),
         largest=largest,
         dense=rounding,
-        nothing_evicted=_difference(expected, whole),
-        evicting=_difference(made, again) if same else None,
+        nothing_evicted=nothing_evicted,
+        evicting=None if math.isinf(evicting) else evicting,
         tolerance=max(allowed, _TIMES_DENSE * rounding),
         code=compiled.files(),
     )
@@ -148,15 +170,3 @@ class _Compiled:
         prefixes = [path for made in self.executables for path in made.prefix.files]
         suffixes = [path for made in self.executables for path in made.suffix.files]
         return {"dense": self.dense, "prefix": prefixes, "suffix": suffixes}
-
-
-def _tensors(made: Any) -> list[Tensor]:
-    """Numbers among a model's outputs; a cache is none of them."""
-    leaves = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
-    return [leaf for leaf in leaves if leaf.dtype in TOLERANCE]
-
-
-def _difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    pairs = zip(left, right, strict=True)
-    found = [(a.double() - b.double()).abs().max().item() for a, b in pairs if a.numel()]
-    return max(found, default=0.0)

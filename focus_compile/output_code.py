@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch._inductor.codecache import PyCodeCache
+from focus_compile.torch_private import output_modules
 
 __all__ = ["output_files"]
 
@@ -17,7 +17,7 @@ def output_files() -> Iterator[list[str]]:
     Empty where another compiler is at work. One compilation writes one file.
     """
     files: list[str] = []
-    before = len(PyCodeCache.modules)
+    before = len(output_modules())
     yield files
-    modules = [module for module in PyCodeCache.modules[before:] if "call" in vars(module)]
+    modules = [module for module in output_modules()[before:] if "call" in vars(module)]
     files += [str(module.__file__) for module in modules]

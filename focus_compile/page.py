@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from focus_compile.analysis import Analysis
 from focus_compile.cost import BATCH, FED, HISTORY, RETAINED, TOKENS, Cost
+from focus_compile.counts import Counts, counts_of
 from focus_compile.curves import Curve, curves, svg
 from focus_compile.describe import describe, difference
 from focus_compile.draw import AFTER, BEFORE, dot
@@ -22,21 +23,6 @@ from focus_compile.inputs import GENERIC
 __all__ = ["page"]
 
 SCRIPTS = ("vendor/viz-global.js", "vendor/svg-pan-zoom.min.js", "page.js")
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Sizes of a step; ``tokens`` of the batch, of which ``fed`` and ``retained`` are computed."""
-
-    batch: int
-    block: int
-    history: int
-    fed: int
-    retained: int
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.block
 
 
 @dataclass(frozen=True)
@@ -91,11 +77,11 @@ def page(
     title: str,
     trace: Mapping[str, Any] | None = None,
     *,
-    batch: int,
-    block: int,
-    history: int,
-    fed: float,
-    retained: float,
+    batch: int | None = None,
+    block: int | None = None,
+    history: int | None = None,
+    fed: float | None = None,
+    retained: float | None = None,
 ) -> str:
     """HTML text of the report.
 
@@ -103,16 +89,15 @@ def page(
         explanation: from :func:`focus_compile.explain`.
         trace: of a generation, for the heat map: see :func:`focus_compile.heatmap.grids`.
         batch, block, history: sizes of the step whose cost is told; fed, retained: shares of its
-            tokens, from 0 to 1.
+            tokens, from 0 to 1. What is None is read off the trace, or else assumed, and the page
+            says so: see :mod:`focus_compile.counts`.
 
     Raises:
         ValueError: the trace is malformed, or more is retained than fed.
     """
-    if not 0 <= retained <= fed <= 1:
-        raise ValueError(f"retained {retained} and fed {fed}: expected 0 <= retained <= fed <= 1")
     heat = None if trace is None else grids(trace)
-    tokens = batch * block
-    counts = Counts(batch, block, history, round(fed * tokens), round(retained * tokens))
+    given = {"batch": batch, "block": block, "history": history, "fed": fed, "retained": retained}
+    counts = counts_of(given, trace)
     environment = Environment(
         loader=PackageLoader("focus_compile", "assets"),
         autoescape=True,

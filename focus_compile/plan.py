@@ -17,7 +17,6 @@ from types import MappingProxyType
 
 import networkx as nx
 import torch
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Dims, Role, tensor_of
@@ -29,6 +28,7 @@ from focus_compile.labels import embedded_inputs, token_ids
 from focus_compile.rules import ARANGES, operands
 from focus_compile.shards import Group, sharded_heads
 from focus_compile.sites import Site, data_flow, find_sites
+from focus_compile.torch_private import OpOverload
 
 __all__ = ["Domain", "Place", "Plan", "make_plan", "slot_name"]
 

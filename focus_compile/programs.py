@@ -8,15 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.convert_frame import compile_lock
-from torch._guards import TracingContext, tracing
-from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Interpreter
 
 from focus_compile.cut import Half, Halves
 from focus_compile.errors import NotCompiled
 from focus_compile.inputs import Input, Symbols
 from focus_compile.output_code import output_files
+from focus_compile.torch_private import (
+    TracingContext,
+    compile_lock,
+    is_contiguous_or_false,
+    symbolic_mode,
+    tracing,
+)
 
 __all__ = ["Inner", "Program", "SpecializedSize", "make_programs"]
 
@@ -103,7 +107,7 @@ def make_programs(halves: Halves, inputs: Sequence[Input], inner: Inner) -> tupl
     def inside() -> tuple[Symbols, dict[str, Tensor]]:
         symbols, values = outside()
         given = [values[name] for name in halves.prefix.inputs]
-        with symbols.mode, torch.no_grad():
+        with symbolic_mode(symbols.mode), torch.no_grad():
             made = Interpreter(halves.prefix.gm).run(*given)
             made = [
                 torch.empty(value.shape, dtype=value.dtype, device=value.device) for value in made

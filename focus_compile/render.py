@@ -7,15 +7,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from focus_compile.runtime import CAUSAL
 
-__all__ = ["render"]
+__all__ = ["evicting", "render"]
 
 
 def render(console: Console, data: Mapping[str, Any]) -> None:
     """Print what :meth:`~focus_compile.Explanation.to_dict` returns."""
+    console.print(f"FOCUS applied: {'yes' if data['applied'] else 'no'}", markup=False)
     console.print(f"Dynamo captured {len(data['graphs'])} graph(s)", markup=False)
     for index, graph in enumerate(data["graphs"]):
         console.rule(f"graph {index}: {graph['nodes']} nodes")
@@ -40,12 +41,16 @@ def _refusal(console: Console, refusal: Mapping[str, str]) -> None:
     where = f" [op {refusal['op']}" if refusal["op"] else ""
     where += f" in module {refusal['module']}]" if refusal["module"] else "]" if where else ""
     console.print(f"refused, compiled unchanged: {refusal['reason']}{where}", markup=False)
+    if refusal["line"]:
+        console.print(f"the line: {refusal['line']}", markup=False, soft_wrap=True)
     if refusal["cure"]:
         console.print(f"what to do: {refusal['cure']}", markup=False)
 
 
 def _analysis(console: Console, found: Mapping[str, Any]) -> None:
-    sites = Table("layer", "module", "queries", "mask", "K/V write", title="attention sites")
+    sites = Table("layer", title="attention sites")
+    for name in ("module", "queries", "mask", "K/V write"):
+        sites.add_column(name, overflow="fold")  # a path that is cut cannot be looked up
     for site in found["sites"]:
         mask = "causal" if site["causal"] else "yes" if site["mask"] else "none"
         words = (str(site["layer"]), site["module"], site["query"], mask, site["write"])
@@ -53,7 +58,7 @@ def _analysis(console: Console, found: Mapping[str, Any]) -> None:
     console.print(sites)
     if any(site["causal"] for site in found["sites"]):
         console.print(CAUSAL, markup=False)
-    inputs = Table("input", "labels", title="labelled inputs")
+    inputs = Table("input", Column("labels", overflow="fold"), title="labelled inputs")
     for name, text in found["inputs"].items():
         inputs.add_row(escape(name), escape(text))
     console.print(inputs)
@@ -79,19 +84,25 @@ def _cost(console: Console, graph: Mapping[str, Any]) -> None:
     )
 
 
+def evicting(made: Mapping[str, Any]) -> str:
+    """What a run says of evicting, from :meth:`focus_compile.measure.Measured.to_dict`."""
+    if made["evicting"] is None:
+        return "other tokens retained"
+    return f"{made['evicting']:.1e}" if made["tested"] else "not tested: nothing was evicted"
+
+
 def _measured(console: Console, made: Mapping[str, Any]) -> None:
     table = Table("compared", "largest difference", "within", title="equality")
     limit = f"{made['tolerance']:.1e}"
     table.add_row("eager, Inductor's dense program", f"{made['dense']:.1e}", "")
     table.add_row("eager, FOCUS with nothing evicted", f"{made['nothing_evicted']:.1e}", limit)
-    evicting = made["evicting"]
-    told = "other tokens retained" if evicting is None else f"{evicting:.1e}"
-    table.add_row("FOCUS evicting: compiled, operator by operator", told, limit)
+    table.add_row("FOCUS evicting: compiled, operator by operator", evicting(made), limit)
     console.print(table)
     console.print(
-        f"fed {made['fed']} tokens, retained {made['retained']}, at most "
+        f"the call itself: fed {made['fed']} tokens, retained {made['retained']}, at most "
         f"{made['retained_row']} of one row"
     )
+    console.print(f"{made['steps']} steps compared, in which {made['evicted']} tokens were evicted")
     for name, files in made["code"].items():
         for path in files:
             console.print(f"{name}: {path}", markup=False, soft_wrap=True)

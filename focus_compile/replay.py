@@ -12,13 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument, map_arg
 
 from focus_compile.axes import graph_outputs
 from focus_compile.errors import Unsupported
 from focus_compile.inputs import Input, static_tensor
+from focus_compile.torch_private import FakeTensor, FakeTensorMode, OpOverload
 
 __all__ = ["Replay", "fake_mode_of"]
 
@@ -36,7 +36,7 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
     """The fake mode that a graph's values belong to."""
     for node in gm.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch._subclasses.FakeTensor):
+        if isinstance(value, FakeTensor):
             return value.fake_mode
     raise ValueError("the graph holds no fake tensor")
 
@@ -176,7 +176,7 @@ class Replay:
 
 def _repeatable(target: Any) -> bool:
     """Whether a second call with the same arguments gives the same, and does nothing else."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return True
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 

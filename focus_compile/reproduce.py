@@ -1,4 +1,8 @@
-"""A refused graph as a script of its own: no model, no weights, the same refusal."""
+"""A refused graph as a script of its own: no model, no weights, the same refusal.
+
+It holds the graph from its inputs to the operator at fault, one line per node: some ten lines for
+each layer in front of it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,11 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.graph_module import _format_import_block
-from torch.package.importer import sys_importer
 
 from focus_compile.analysis import analyze
 from focus_compile.axes import graph_inputs
 from focus_compile.errors import EmptyCall, Unsupported
+from focus_compile.torch_private import import_block
 
 __all__ = ["script", "smallest"]
 
@@ -19,7 +22,7 @@ _TEXT = '''"""FOCUS refuses this graph: {reason}
 
 What to do: {cure}
 
-Run it to see: python {name}
+Here are {kept} of its {whole} nodes, those that lead to it. Run it to see: python {name}
 """
 
 import torch
@@ -52,14 +55,16 @@ def script(gm: GraphModule, refusal: Unsupported, name: str) -> str | None:
     """
     if any(node.op in ("get_attr", "call_module") for node in gm.graph.nodes):
         return None
-    gm = smallest(gm, refusal.reason)
+    whole, gm = gm, smallest(gm, refusal.reason)
     made = gm.graph.python_code("self")
     lines = [_input(node.meta["example_value"]) for node in graph_inputs(gm)]
     return _TEXT.format(
         reason=str(refusal).replace("\\", "/").replace('"""', "'''"),
         cure=refusal.cure,
+        kept=len(gm.graph.nodes),
+        whole=len(whole.graph.nodes),
         name=name,
-        imports=_format_import_block(made.globals, sys_importer),
+        imports=import_block(made.globals),
         forward="\n".join(f"    {line}".rstrip() for line in made.src.strip().splitlines()),
         inputs="\n".join(f"    {line}," for line in lines),
     )

@@ -12,11 +12,11 @@ from typing import Any
 
 import sympy
 import torch
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from focus_compile.axes import AxisMap, Dim, Dims, Transfer, expr_of, tensor_of
 from focus_compile.ops import focus
+from focus_compile.torch_private import OpOverload
 
 __all__ = [
     "ARANGES",

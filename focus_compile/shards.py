@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -22,6 +21,7 @@ from torch.fx.node import map_aggregate
 
 from focus_compile.errors import Unsupported
 from focus_compile.ops import focus
+from focus_compile.torch_private import OpOverload, OpOverloadPacket
 
 __all__ = ["Group", "LocalRank", "is_sharded", "local", "local_value", "shard_of", "sharded_heads"]
 
@@ -103,7 +103,7 @@ class LocalRank(fx.Interpreter):
             return self._part(value, mesh, placements, kwargs.get("shape", value.shape))
         if target is torch.nn.functional.embedding and len(args) > 1 and isinstance(args[1], Part):
             return self._embedding(*args, **kwargs)
-        if isinstance(target, OpOverload | torch._ops.OpOverloadPacket):
+        if isinstance(target, OpOverload | OpOverloadPacket):
             if "_c10d_functional" in str(target):
                 self._check_collective(str(target), args)
         self._refuse_parts(args, kwargs)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._pytree import tree_leaves
 
 from focus_compile.axes import graph_inputs
 from focus_compile.inputs import is_generic
 from focus_compile.replay import fake_mode_of
+from focus_compile.torch_private import tree_leaves
 
 __all__ = ["InvalidGraph", "verify"]
 

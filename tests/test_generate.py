@@ -91,7 +91,7 @@ class Recorder(BaseStreamer):
         ({"tokens_per_step": 0}, "tokens_per_step=0: expected at least 1"),
         ({"temperature": -1.0}, "temperature=-1.0: expected a number >= 0"),
         ({"temperature": 1.0, "top_p": 2.0}, "top_p"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k"),
+        ({"temperature": 1.0, "top_k": -2}, "top_k"),
     ],
 )
 def test_refused(model: Qwen3ForCausalLM, given: dict[str, Any], message: str) -> None:

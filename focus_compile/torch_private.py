@@ -1,0 +1,129 @@
+"""Every name of PyTorch that has no promise of stability, in one place.
+
+The rest of the package imports them from here, and asks for no version: what differs between
+releases is answered by a function of this module. tests/test_torch_private.py holds what each name
+must do, and names the releases on which that was seen (docs/versions.md has the suites).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.convert_frame import compile_lock
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.source import ConstantSource
+from torch._guards import CompileContext, TracingContext, tracing
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.compile_fx import compile_fx
+from torch._logging._internal import trace_structured
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._prims_common import is_contiguous_or_false
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.graph_module import _format_import_block
+from torch.library import wrap_triton
+from torch.package.importer import sys_importer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+from torch.utils._sympy.functions import FloorDiv
+
+__all__ = [
+    "BackendCompilerFailed",
+    "ConstantSource",
+    "DimDynamic",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FloorDiv",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
+    "ShapeEnv",
+    "TracingContext",
+    "compile_fx",
+    "compile_lock",
+    "cudagraphs_by_default",
+    "frame_compile_id",
+    "import_block",
+    "inductor_modes",
+    "is_contiguous_or_false",
+    "is_traceable_wrapper_subclass",
+    "launchable",
+    "make_fx",
+    "mode_options",
+    "onednn_linear",
+    "output_modules",
+    "recompile_limit",
+    "symbolic_mode",
+    "trace_structured",
+    "tracing",
+    "tree_leaves",
+]
+
+
+def inductor_modes() -> tuple[str, ...]:
+    """Names of Inductor's modes."""
+    return tuple(torch._inductor.list_mode_options())
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor config patches of a mode."""
+    options: Mapping[str, Any] = torch._inductor.list_mode_options(mode)
+    return dict(options)
+
+
+def cudagraphs_by_default() -> bool:
+    """Whether Inductor records CUDA graphs without being asked by a mode."""
+    return bool(torch._inductor.config.triton.cudagraphs)
+
+
+def recompile_limit() -> int:
+    """How many graphs Dynamo compiles of one function before it runs the function eagerly."""
+    return int(torch._dynamo.config.recompile_limit)
+
+
+def frame_compile_id() -> int | None:
+    """Number of the graph that Dynamo compiles now, among those of its function; None outside."""
+    found: Any = CompileContext.current_compile_id()
+    return None if found is None else found.frame_compile_id
+
+
+def output_modules() -> list[Any]:
+    """Modules that Inductor has written or loaded in this process, in order."""
+    return PyCodeCache.modules
+
+
+@contextmanager
+def symbolic_mode(mode: FakeTensorMode) -> Iterator[None]:
+    """Run operators on fake tensors of ``mode`` whose sizes are symbols.
+
+    Without Python's dispatcher, operators of 2.11 that ask for sizes in C++ raise "Cannot call
+    numel() on tensor with symbolic sizes/strides"; later releases ask in Python by themselves.
+    """
+    with mode, enable_python_dispatcher():
+        yield
+
+
+def launchable(kernel: Any) -> Any:
+    """A Triton kernel whose launches a compiler sees.
+
+    One that was defined under TRITON_INTERPRET=1 stays as it is; releases up to 2.11 refuse it.
+    """
+    from triton.runtime.jit import JITFunction  # a CPU build of PyTorch comes without Triton
+
+    return wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
+
+
+def import_block(names: Mapping[str, Any]) -> str:
+    """Lines of Python that import what the generated code of a graph module refers to."""
+    return str(_format_import_block(dict(names), sys_importer))
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x @ weight.T + bias`` on a CPU by oneDNN, weights as they lie: Inductor's operator."""
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
