@@ -21,6 +21,9 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "leaves this graph as it is": ("the graph was refused", "see refusals.md"),
     "it does not know which tokens are masked": (
         "a call without a mask token and without masks", "what the warning says"),
+    "attention is causal: no token sees": (
+        "attention_mask is None or 2-D, or the model's own mask is causal",
+        "focus_compile.block_mask"),
     "whose memory another input shares": (
         "a cache that is written into overlaps an input", "give each its own memory"),
     "this is the last of %d graphs": (
@@ -44,7 +47,17 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "the signal's bias has shape": ("a bias of another shape than the ids", "give fp32 [B, T]"),
     "logits='packed'": (
         "no output of the model has a row per token", "use logits='canvas'"),
+    "the model sees their padding": (
+        "a model without a cache whose attention ignores its mask, or that has none",
+        "prompts of one length at a time"),
+    # focus_compile.testing
+    "nothing was tested": ("FOCUS was not applied", "see explain"),
+    "is to be denoised": ("the ids of the call hold no mask token", "ids with masks"),
+    "the model returns no logits [batch": ("no output is of that shape", "test the whole model"),
+    " differ by ": ("FOCUS and eager differ", "report it, with explain(...).save(folder)"),
+    ": FOCUS returns shapes": ("FOCUS and eager differ", "report it"),
     # options and arguments
+    "valid has shape": ("a mask that is not 2-D, or shorter than the block", "[B, S + T]"),
     "the options of backend 'focus' are": ("an unknown option", NAMED),
     "expected at least 1": (OPTION, "give a whole number from 1 on"),
     ": input_ids has": ("a mask of another shape than the ids", "give [batch, prompt]"),

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from focus_compile import testing
 from focus_compile.backend import focus_backend
 from focus_compile.compile import compile
 from focus_compile.config import FocusConfig
@@ -43,4 +44,5 @@ __all__ = [
     "focus_backend",
     "generate",
     "session",
+    "testing",
 ]

@@ -14,6 +14,7 @@ from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
 from focus_compile.grow import grow
 from focus_compile.inputs import Input
 from focus_compile.labels import token_ids
+from focus_compile.own_masks import is_causal
 from focus_compile.plan import Plan, make_plan, slot_name
 from focus_compile.rewrite import rewrite
 from focus_compile.runtime import Layout
@@ -87,4 +88,5 @@ def _layout(canonical: Canonical, plan: Plan, written: tuple[int, ...]) -> Layou
         past_dim=keys.token_dim,
         index=None if keys.index is None else part(canonical.gm, nodes[keys.index]),
         written=written,
+        causal=any(is_causal(canonical.gm, site) for site in plan.sites),
     )

@@ -42,6 +42,12 @@ _PACKED = (
     "row over the tokens first"
 )
 
+_MASK = (
+    "of attention_mask=None and of a 2-D mask, transformers makes a causal mask, and a diffusion "
+    "LLM sees tokens on both sides: pass one of shape [B, 1, T, S + T], "
+    "focus_compile.block_mask(model, valid, tokens)"
+)
+
 CURES: tuple[tuple[str, str], ...] = (
     ("no embedding of token ids", _WHOLE),
     ("no attention site over the tokens", _WHOLE),
@@ -50,6 +56,7 @@ CURES: tuple[tuple[str, str], ...] = (
     ("two inputs are embedded", "pass the token ids alone; embed other inputs outside the model"),
     ("this operator mixes tokens outside attention", _ONE_BY_ONE),
     ("this operator changes the length of the token axis", _ONE_BY_ONE),
+    ("the model makes its attention mask itself", _MASK),
     ("an operator removes the token axis", _ONE_BY_ONE),
     ("the token, batch or key axis meets another axis", _ONE_BY_ONE),
     ("fed tokens, in another order", _ONE_BY_ONE),

@@ -12,6 +12,7 @@ from focus_compile.analysis import Analysis
 from focus_compile.axes import AxisMap, Dim, graph_inputs
 from focus_compile.cut import Half
 from focus_compile.inputs import Extent, is_generic, name_of
+from focus_compile.own_masks import is_causal
 from focus_compile.plan import Place, Plan
 from focus_compile.sites import Site
 
@@ -41,7 +42,7 @@ def describe(analysis: Analysis) -> dict[str, Any]:
                 "module": site.module,
                 "query": labels(canonical.axes, nodes[site.query]),
                 "mask": site.mask,
-                "causal": site.causal,
+                "causal": is_causal(canonical.gm, site),
                 "scale": site.scale,
                 "write": _write(site),
             }

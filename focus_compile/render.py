@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from focus_compile.runtime import CAUSAL
+
 __all__ = ["evicting", "render"]
 
 
@@ -50,10 +52,12 @@ def _analysis(console: Console, found: Mapping[str, Any]) -> None:
     for name in ("module", "queries", "mask", "K/V write"):
         sites.add_column(name, overflow="fold")  # a path that is cut cannot be looked up
     for site in found["sites"]:
-        mask = "yes" if site["mask"] else "causal" if site["causal"] else "none"
+        mask = "causal" if site["causal"] else "yes" if site["mask"] else "none"
         words = (str(site["layer"]), site["module"], site["query"], mask, site["write"])
         sites.add_row(*map(escape, words))
     console.print(sites)
+    if any(site["causal"] for site in found["sites"]):
+        console.print(CAUSAL, markup=False)
     inputs = Table("input", Column("labels", overflow="fold"), title="labelled inputs")
     for name, text in found["inputs"].items():
         inputs.add_row(escape(name), escape(text))

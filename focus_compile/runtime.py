@@ -34,7 +34,11 @@ NO_MASKS = (
     "focus_compile.session(mask_token_id=...), or the masks themselves: session.masked = ..."
 )
 
-
+CAUSAL = (
+    "attention is causal: no token sees those on its right, as those of a diffusion LLM must. Of "
+    "attention_mask=None and of a 2-D mask, transformers makes a causal mask: pass one of shape "
+    "[B, 1, T, S + T], focus_compile.block_mask(model, valid, tokens)"
+)
 OVERLAP = (
     "backend 'focus' runs the dense program: the model writes into an input whose memory another "
     "input shares"
@@ -53,6 +57,7 @@ class Layout:
         index: computes which slots of a cache of fixed length the block takes, int64 ``[T]``; None
             where the block follows the history.
         written: arguments that the model writes into; their values are the last ones returned.
+        causal: whether a mask that the model makes itself hides later tokens.
     """
 
     inputs: tuple[Input, ...]
@@ -63,6 +68,7 @@ class Layout:
     past_dim: int
     index: Half | None
     written: tuple[int, ...]
+    causal: bool = False
 
 
 class Executable:
@@ -105,6 +111,8 @@ class Executable:
         if self.layout.written and overlap(args, self.layout.written):
             warning_once(log, OVERLAP)
             return self._dense(args, session)
+        if self.layout.causal:
+            warning_once(log, CAUSAL)
         return self._focus(args, ids.view(masked.shape), masked, session)
 
     def _dense(self, args: Sequence[Any], session: Session | None) -> Any:

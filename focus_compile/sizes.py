@@ -12,6 +12,7 @@ from torch.fx import Node
 from focus_compile.axes import Axis, AxisMap, Dim, Role
 from focus_compile.errors import Unsupported
 from focus_compile.inputs import Extent, generic
+from focus_compile.own_masks import makes_mask
 from focus_compile.replay import Replay
 
 __all__ = ["Sizes"]
@@ -131,6 +132,8 @@ class Sizes:
         results = [made] if isinstance(made, torch.Tensor) else made
         for dims, result in zip(self.axes.dims[node], results, strict=True):
             if [self.number(dim) for dim in dims] != list(result.shape):
+                if makes_mask(node):
+                    raise Unsupported("the model makes its attention mask itself", node)
                 if node in self.axes.unruled:
                     raise Unsupported("no rule says how this operator treats the token axis", node)
                 raise Unsupported("this operator changes the length of the token axis", node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 import focus_compile
-from tests.harness import MASK
+from focus_compile.rows import Canvas
+from tests.harness import MASK, Sizes, build_model
 from tests.models.dream import Dream
 from tests.models.llada import LLaDA
 from tests.reference.emulation import Emulation
@@ -124,3 +126,106 @@ def test_padded_prompts_without_a_cache() -> None:
     both = generated(model, ids, attention_mask=valid).sequences
     alone = generated(model, ids[:1, 2:]).sequences
     assert torch.equal(both[0, 2:], alone[0])
+
+
+class Masking(nn.Module):
+    """A LLaDA of the later public file: a 4-D bias, and no position ids. ``heeds``: it is used."""
+
+    def __init__(self, heeds: bool) -> None:
+        super().__init__()
+        self.model, self.heeds = Dream(groups=3), heeds
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Any = None, attention_bias: Any = None
+    ) -> CausalLMOutput:
+        assert attention_mask is None  # two-dimensional: looked at on the host
+        bias = attention_bias if self.heeds else None
+        return CausalLMOutput(logits=self.model(input_ids, bias)[0])
+
+
+class Counting(nn.Module):
+    """A model that takes a mask, but counts positions from the first token of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.places = Dream(groups=3), nn.Embedding(64, 40)
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None) -> CausalLMOutput:
+        plain, table = self.model.embed_tokens, self.places.weight
+        self.model.embed_tokens = lambda ids: plain(ids) + table[: ids.shape[1]]
+        try:
+            return CausalLMOutput(logits=self.model(input_ids, attention_mask)[0])
+        finally:
+            self.model.embed_tokens = plain
+
+
+class Open(nn.Module):
+    """A wrapper that passes on what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Named()
+
+    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutput:
+        made: CausalLMOutput = self.model(*args, **kwargs)
+        return made
+
+
+NEIGHBOURS: dict[str, Callable[[], nn.Module]] = {
+    "sdpa": lambda: build_model(Sizes(layers=3)),
+    "eager": lambda: build_model(Sizes(layers=3), "eager"),
+    "bf16": lambda: build_model(Sizes(layers=3), dtype=torch.bfloat16),
+    "dream": Named,
+    "bias": lambda: Masking(heeds=True),
+    "kwargs": Open,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_a_row_never_depends_on_its_neighbours(name: str) -> None:
+    """Alone, beside rows of other lengths, and in another order: the same answer; not a causal one.
+
+    transformers' own mask is causal where it gets none, which no padding is no reason for.
+    """
+    model = NEIGHBOURS[name]().eval()
+    ids = prompts(3)
+    valid = torch.ones_like(ids)
+    valid[1, :2] = valid[2, :4] = 0
+    both = generated(model, ids, attention_mask=valid).sequences
+    turned = generated(model, ids.flip(0), attention_mask=valid.flip(0)).sequences.flip(0)
+    for row, padding in enumerate((0, 2, 4)):
+        alone = generated(model, ids[row : row + 1, padding:]).sequences
+        assert torch.equal(both[row, padding:], alone[0])
+        assert torch.equal(turned[row, padding:], alone[0])
+    assert len(both[:, PROMPT:].unique()) > 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [lambda: LLaDA(groups=2), lambda: Masking(heeds=False), Counting])
+def test_padding_that_is_seen_is_refused(build: Callable[[], nn.Module]) -> None:
+    """No mask, a mask that is ignored, positions that count padding; prompts of one length go."""
+    model = build().eval()
+    ids = prompts(2)
+    valid = torch.ones_like(ids)
+    valid[0, :2] = 0
+    with pytest.raises(ValueError, match="the model sees their padding, so that a row's answer"):
+        generated(model, ids, attention_mask=valid)
+    assert generated(model, ids, attention_mask=torch.ones_like(ids)).decoded == 24
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_tried_eagerly() -> None:
+    """The trial of a few tokens compiles nothing, and counts in no session."""
+    model, calls = Named().eval(), []
+
+    def backend(gm: Any, _: Any) -> Any:
+        calls.append(gm)
+        return gm
+
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    valid = torch.ones(2, PROMPT, dtype=torch.int64)
+    valid[0, :2] = 0
+    with focus_compile.session() as focus:
+        Canvas(compiled, prompts(2), valid.bool(), prompts(2))
+    assert not calls and not focus.stats.dense_calls

@@ -93,11 +93,7 @@ def test_a_block_equals_the_emulation(subject: Subject) -> None:
 
 
 def test_exact_is_eager_at_every_step(subject: Subject) -> None:
-    """Two blocks to their ends, rows at their own pace, the commit between: nothing is left out.
-
-    A large alpha alone differs from the second step on: keys of final tokens stay as they were.
-    """
-    differs = 0.0
+    """Two blocks to their ends, rows at their own pace, and the commits: nothing is left out."""
     with focus_compile.session(alpha=1.0, exact=True) as focus, torch.no_grad():
         for block in range(2):
             draw = draw_call(subject.dialect, 3)
@@ -113,14 +109,6 @@ def test_exact_is_eager_at_every_step(subject: Subject) -> None:
             arguments = subject.dialect.arguments(subject.model, draw)
             committed = subject.dialect.logits(subject.compiled(**arguments))
             torch.testing.assert_close(committed, subject.eager(draw), atol=1e-4, rtol=1e-5)
-    draw = dataclasses.replace(draw, ids=torch.full_like(draw.ids, MASK))
-    with focus_compile.session(alpha=1e9), torch.no_grad():
-        for turn in range(4):
-            actual, expected = subject.focus(draw), subject.eager(draw)
-            kept = retained(actual) & (draw.ids == MASK)
-            differs = max(differs, (actual - expected)[kept].abs().max().item())
-            draw = at_random(draw, turn)
-    assert differs > 1e-3
 
 
 def at_random(draw: Draw, turn: int) -> Draw:

@@ -21,13 +21,23 @@ import typer
 from hypothesis import HealthCheck, given, seed, settings
 
 from benchmarks.provenance import commit
+from tests.fuzz.edges import EDGE_SUBJECTS
 from tests.fuzz.plan import Plan, plans
 from tests.fuzz.play import attempt
 from tests.fuzz.subjects import EDGES, SUBJECTS, subject
+from tests.fuzz.test_edges import played
 
 
 def campaign(name: str, sequences: int, start: int) -> dict[str, Any]:
     """Counts of what happened in a subject's sequences."""
+    started = time.perf_counter()
+    tally = (
+        played(name, sequences, start) if name in EDGE_SUBJECTS else _played(name, sequences, start)
+    )
+    return {"seconds": round(time.perf_counter() - started, 1), "seed": start, **tally}
+
+
+def _played(name: str, sequences: int, start: int) -> Counter[str]:
     tally: Counter[str] = Counter()
     chosen = settings(
         max_examples=sequences, deadline=None, database=None, suppress_health_check=[*HealthCheck]
@@ -39,9 +49,8 @@ def campaign(name: str, sequences: int, start: int) -> dict[str, Any]:
     def holds(plan: Plan) -> None:
         attempt(subject(name), plan, tally)
 
-    started = time.perf_counter()
     holds()
-    return {"seconds": round(time.perf_counter() - started, 1), "seed": start, **tally}
+    return tally
 
 
 def main(*, sequences: int = 5000, out: Path = Path("docs/fuzz.json"), start: int = 1) -> None:
@@ -53,11 +62,12 @@ def main(*, sequences: int = 5000, out: Path = Path("docs/fuzz.json"), start: in
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"subjects": {}}
     report |= {"torch": torch.__version__, "commit": commit()}
-    for name in SUBJECTS:
+    names = [*SUBJECTS, *EDGE_SUBJECTS]
+    for name in names:
         if name in report["subjects"]:
             continue
         torch._dynamo.reset()
-        report["subjects"][name] = campaign(name, -(-sequences // len(SUBJECTS)), start)
+        report["subjects"][name] = campaign(name, -(-sequences // len(names)), start)
         out.write_text(json.dumps(report, indent=1) + "\n")
         print(name, report["subjects"][name])
 

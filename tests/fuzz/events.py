@@ -119,12 +119,13 @@ def enter(player: Player, number: int) -> None:
         return
     arguments: dict[str, Any] = {"logits": "packed" if plan.packed else "canvas"}
     if plan.named:
-        arguments |= {"alpha": plan.alpha, "visibility": plan.visibility}
+        arguments |= {"alpha": plan.alpha, "visibility": plan.visibility, "exact": plan.exact}
     scope = focus_compile.session(shifted_logits=plan.shifted, **arguments)
     focus = scope.__enter__()
     focus.owns_kv, focus.commits_exactly = plan.owns, plan.commits and plan.delayed
     fixed = player.subject.fixed
-    oracle = Oracle(player.config, plan.shifted, focus.commits_exactly, fixed)
+    skips = focus.commits_exactly and not plan.exact
+    oracle = Oracle(player.config, plan.shifted, skips, fixed)
     caller = Caller(plan.seed + number, outer.batch, plan.tokens, plan.history, plan.given)
     player.levels.append(Level(caller, oracle, focus, scope))
 
@@ -258,8 +259,9 @@ def budget(player: Player, number: int) -> None:
         return
     focus.alpha = (1.0, 1.3, 2.5)[number % 3]
     focus.visibility = ("written", "prefix")[number % 2]
+    alpha = player.config.alpha if player.plan.exact else focus.alpha
     player.here.oracle.config = Config(
-        focus.alpha, focus.visibility, player.config.delayed_cache, player.config.stale_kv
+        alpha, focus.visibility, player.config.delayed_cache, player.config.stale_kv
     )
     player.masked()
 

@@ -26,6 +26,7 @@ class Plan:
         given: masks are given by ``session.masked``, and no token is a mask token.
         named: alpha and visibility are given to the session, not to the backend.
         packed, owns, commits, shifted: as the attributes of a session.
+        exact: nothing is evicted and nothing delayed, whatever the rest says.
     """
 
     seed: int
@@ -43,12 +44,15 @@ class Plan:
     owns: bool = False
     commits: bool = False
     shifted: bool = False
+    exact: bool = False
 
 
-def plans(dialect: Dialect, edges: bool) -> st.SearchStrategy[Plan]:
+def plans(
+    dialect: Dialect, edges: bool, events: tuple[str, ...] = EVENTS
+) -> st.SearchStrategy[Plan]:
     """Sequences for a dialect; ``edges``: sizes of 0 and 1 too, which Dynamo captures anew."""
     number = st.integers(0, 999)
-    event = st.tuples(st.sampled_from((STEP,) * 12 + EVENTS), number)
+    event = st.tuples(st.sampled_from((STEP,) * 12 + events), number)
     least = dialect.least if edges else dialect.least + 2
     return st.builds(
         Plan,
@@ -67,4 +71,5 @@ def plans(dialect: Dialect, edges: bool) -> st.SearchStrategy[Plan]:
         owns=st.booleans(),
         commits=st.booleans(),
         shifted=st.booleans(),
+        exact=st.sampled_from((False,) * 5 + (True,)),
     )

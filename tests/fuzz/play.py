@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from tests.reference.emulation import Emulated
 from tests.reference.state import Config
 
 NEAR_TIE = 1e-5
+NOTHING_EVICTED = 1e9
 
 
 class NearTie(Exception):
@@ -41,24 +42,32 @@ class Player:
     tally: Counter[str]
     levels: list[Level] = field(default_factory=list)
 
-    @torch.no_grad()
     def run(self) -> None:
+        with patch.object(algorithm, "importance", quick_importance):
+            for _ in self.stream():
+                pass
+
+    @torch.no_grad()
+    def stream(self) -> Iterator[None]:
+        """One event at every turn; the session is entered in here, as in a request's generator."""
         plan = self.plan
         self.config = Config(plan.alpha, plan.visibility, plan.delayed, plan.stale)
         options: dict[str, Any] = {"delayed_cache": plan.delayed, "stale_kv": plan.stale}
+        if plan.exact:
+            self.config = Config(NOTHING_EVICTED, plan.visibility, False, plan.stale)
         if not plan.named:
-            options |= {"alpha": plan.alpha, "visibility": plan.visibility}
+            options |= {"alpha": plan.alpha, "visibility": plan.visibility, "exact": plan.exact}
         else:
-            options |= {"alpha": 3.0, "visibility": "written"}
+            options |= {"alpha": 3.0, "visibility": "written", "exact": False}
         self.subject.configure(**options)
         caller = Caller(plan.seed, plan.batch, plan.tokens, plan.history, given=False)
         self.levels.append(Level(caller, Oracle(self.config), None))
         try:
-            with patch.object(algorithm, "importance", quick_importance):
-                events.enter(self, plan.seed)
-                for name, number in plan.events:
-                    self.tally[name] += 1
-                    getattr(events, name)(self, number)
+            events.enter(self, plan.seed)
+            for name, number in plan.events:
+                self.tally[name] += 1
+                getattr(events, name)(self, number)
+                yield
         finally:
             while self.here.scope is not None:
                 events.leave(self, 0)
@@ -88,9 +97,11 @@ class Player:
                 self.tally[type(caught).__name__] += 1
                 return None
             raise AssertionError(f"expected {error or Accident}")
-        found = oracle.step(lambda: self.subject.logits(self.subject.model, draw), draw)
         before = self.subject.suffixes()
         logits = self._compiled(draw)
+        if self.subject.refusable and self.subject.suffixes() == before:
+            return self._dense(draw, logits)
+        found = oracle.step(lambda: self.subject.logits(self.subject.model, draw), draw)
         assert self.subject.suffixes() == before + 1
         if found.margin < NEAR_TIE:
             raise NearTie
@@ -99,13 +110,18 @@ class Player:
 
     def unmasked(self) -> None:
         """A call without masks: the dense program, the same as eager."""
-        level, draw = self.here, self.here.caller.draw()
+        draw = self.here.caller.draw()
         before = self.subject.suffixes()
         actual = self._compiled(draw)
+        assert self.subject.suffixes() == before
+        self._dense(draw, actual)
+
+    def _dense(self, draw: RowDraw, actual: Tensor) -> None:
+        """What the dense program gave, or the model as it is where its graph was refused."""
         expected = self.subject.logits(self.subject.model, draw)
         torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
-        assert self.subject.suffixes() == before
-        level.oracle.ended = True
+        self.here.oracle.ended = True
+        self.tally["dense calls"] += 1
 
     def _compiled(self, draw: RowDraw) -> Tensor:
         focus, caller = self.here.focus, self.here.caller
@@ -124,13 +140,16 @@ class Player:
             assert torch.equal(focus.retain_mask, kept)
             assert focus.stats.fed_per_step[-1] == int(found.fed.sum())
             assert focus.stats.retained_per_step[-1] == int(kept.sum())
-        if focus is not None and focus.packed:
+        if focus is not None and focus.logits is not None:
             packed = focus.logits
-            assert packed is not None and not logits.any()
+            assert focus.packed and not logits.any()
+            self.tally["packed"] += 1
             assert torch.equal(torch.stack([packed.rows, packed.positions], 1), kept.nonzero())
             logits = torch.zeros_like(found.logits)
             logits[packed.rows, packed.positions] = packed.values
-        assert torch.equal(retained(logits), kept)
+        if not self.subject.biased:
+            assert torch.equal(retained(logits), kept)
+        logits = logits * kept.unsqueeze(-1)
         expected = found.logits * kept.unsqueeze(-1)
         torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
         self.tally["calls"] += 1
@@ -146,6 +165,8 @@ class Player:
         alpha, visibility = self.config.alpha, self.config.visibility
         if self.plan.named:
             alpha, visibility = 3.0, "written"
+            if self.plan.exact:
+                return Config(alpha, visibility, self.plan.delayed, self.plan.stale)
         return Config(alpha, visibility, self.config.delayed_cache, self.config.stale_kv)
 
 

@@ -21,6 +21,7 @@ from transformers import Qwen3ForCausalLM, StaticCache
 from focus_compile import focus_backend
 from focus_compile.runtime import Executable
 from focus_compile.session import _CURRENT
+from tests.defaults import default
 from tests.dialects import DIALECTS, Dialect, Draw, qwen3
 from tests.harness import CACHE, MASK, Call, Sizes, build_model, eager_inner
 from tests.models.llada import LLaDA
@@ -127,11 +128,20 @@ def outside(function: Callable[..., Any], *args: Any) -> Any:
 class Subject:
     """A model of a dialect, eager and compiled; graphs are refused with an error.
 
-    ``fixed``: its cache has as many slots in every call.
+    Attributes:
+        fixed: its cache has as many slots in every call.
+        part: makes a model of which a part is compiled: by default, all of it is.
+        refusable: Dynamo may break the model into graphs, of which some, or all, are refused.
+        biased: logits of an evicted token are the bias of a head that is not compiled.
+        default: what the process sets for all of torch around calls of the compiled model.
     """
 
     dialect: Dialect
     fixed: bool = False
+    part: Callable[[Any, Callable[[Any], Any]], Any] | None = None
+    refusable: bool = False
+    biased: bool = False
+    default: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     executables: list[Executable] = field(default_factory=list)
     kinds: set[tuple[int, ...]] = field(default_factory=set)
@@ -141,13 +151,17 @@ class Subject:
         self.model = self.dialect.build().eval()
 
         def backend(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
-            options = {"mask_token_id": MASK, "strict": True, **self.options}
+            options = {"mask_token_id": MASK, "strict": not self.refusable, **self.options}
             program = focus_backend(gm, inputs, options=options, inner=eager_inner)
             if isinstance(program, Executable):
                 self.executables.append(program)
             return program
 
-        self.compiled = torch.compile(self.model, backend=backend, dynamic=True, fullgraph=True)
+        def compiled(model: Any) -> Any:
+            whole = not self.refusable
+            return torch.compile(model, backend=backend, dynamic=True, fullgraph=whole)
+
+        self.compiled: Any = (self.part or _whole)(self.model, compiled)
 
     def configure(self, **options: Any) -> None:
         """Options that are inputs of the programs: nothing is compiled anew."""
@@ -161,7 +175,7 @@ class Subject:
         It tells sizes apart by their values alone; and 0 and 1 are kinds of their own.
         """
         (batch, tokens), history = draw.ids.shape, draw.history
-        kind = (min(batch, 2), min(tokens, 2), min(history, 2))
+        kind = (min(batch, 2), min(tokens, 2), min(history, 2), *self.default.encode())
         if kind in self.kinds:
             return
         self.kinds.add(kind)
@@ -177,11 +191,16 @@ class Subject:
         """Of the eager or the compiled model, called with a cache of its own."""
         if model is self.compiled:
             self.warm(draw)
-        fresh = dataclasses.replace(draw)
-        return self.dialect.logits(model(**self.dialect.arguments(self.model, fresh)))
+        arguments = self.dialect.arguments(self.model, dataclasses.replace(draw))
+        with default(self.default if model is self.compiled else ""):
+            return self.dialect.logits(model(**arguments))
 
     def suffixes(self) -> int:
         return sum(program.suffix.calls for program in self.executables)
+
+
+def _whole(model: Any, compiled: Callable[[Any], Any]) -> Any:
+    return compiled(model)
 
 
 @functools.cache

@@ -1,0 +1,142 @@
+"""Assertions for the test suites of those who compile a model with FOCUS."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from focus_compile.compile import find_mask_token
+from focus_compile.measure import own_code
+from focus_compile.rounding import TOLERANCE
+from focus_compile.session import session
+
+__all__ = ["assert_matches_eager"]
+
+
+@torch.no_grad()
+def assert_matches_eager(
+    model: Callable[..., Any],
+    *,
+    mask_token_id: int | None = None,
+    steps: int = 4,
+    tolerance: float | None = None,
+    eager: Callable[..., Any] | None = None,
+    ids: str = "input_ids",
+    seed: int = 0,
+    **call: Any,
+) -> None:
+    """Play a block with nothing evicted and nothing delayed: every output must be eager's.
+
+    The block is denoised in ``steps`` calls and committed by one more, all in one
+    ``session(exact=True)``: FOCUS's rewritten programs run, and everything that they return must be
+    what the model returns without them. ::
+
+        assert_matches_eager(model, input_ids=ids, attention_mask=mask, mask_token_id=151669)
+
+    Args:
+        model: a module, which is compiled here (backend ``"focus"``, Inductor, strict), or one that
+            ``torch.compile`` returned. eager: the same without FOCUS, where it cannot be told: of a
+            module that was compiled in place.
+        mask_token_id: looked up as :func:`focus_compile.compile` does where it is None.
+        steps: denoising calls. In each of them, some masks of every row have become tokens:
+            eager's most likely ones, at positions drawn with ``seed``.
+        tolerance: the largest absolute difference; by default what rounding may do, relative to the
+            largest value or 1 (fp32: 1e-5, bf16: 3e-2).
+        ids: what the model calls its token ids.
+        call: keyword arguments of the first denoising call, copied for every call: a cache as it is
+            before the block, a mask (:func:`focus_compile.block_mask`), ids ``[B, T]`` with masks.
+
+    Raises:
+        AssertionError: it names step, row, position and difference; or a denoising call ran the
+            dense program, so that nothing was tested.
+        Unsupported: a module was given, and FOCUS cannot be applied to it.
+        ValueError: no mask token is known, or none is among the ids.
+    """
+    plain = eager or getattr(model, "_orig_mod", model)
+    token = find_mask_token(plain) if mask_token_id is None else mask_token_id
+    compiled = model
+    if plain is model:
+        compiled = torch.compile(own_code(model), backend="focus", options={"strict": True})
+    tokens: Tensor = call[ids]
+    if not bool((tokens == token).any()):
+        raise ValueError(f"no token of {ids} is the mask token {token}: nothing is to be denoised")
+    source = torch.Generator().manual_seed(seed)
+    with session(token, exact=True) as focus:
+        for step in range(steps + 1):
+            name = f"step {step + 1} of {steps}" if step < steps else "the commit"
+            masked = tokens == token
+            given = call | {ids: tokens}
+            expected = plain(**copy.deepcopy(given))
+            made = compiled(**copy.deepcopy(given))
+            if focus.stats.steps != min(step + 1, steps):
+                raise AssertionError(
+                    f"{name}: the dense program ran, and nothing was tested; "
+                    "focus_compile.explain(model, ...) tells why FOCUS is not applied"
+                )
+            _compare(name, made, expected, tolerance)
+            best = _best(expected, token, tokens)
+            chosen = _some(masked, steps - step, source) if step < steps else masked
+            tokens = torch.where(chosen, best, tokens)
+
+
+def _some(masked: Tensor, left: int, source: torch.Generator) -> Tensor:
+    """Of each row the ``left``-th part of its masks; the batch keeps one while steps are left."""
+    order = torch.rand(masked.shape, generator=source, device="cpu", dtype=torch.float32)
+    rank = order.to(masked.device).masked_fill(~masked, 2.0).argsort(1).argsort(1)
+    count = (masked.sum(1, keepdim=True) + left - 1) // left
+    chosen = masked & (rank < count)
+    if left > 1 and bool((chosen == masked).all()):
+        chosen = chosen.flatten()
+        chosen[chosen.nonzero()[-1]] = False
+        chosen = chosen.view(masked.shape)
+    return chosen
+
+
+def _best(made: Any, token: int, tokens: Tensor) -> Tensor:
+    """The most likely token at every position, never the mask token."""
+    for value in [getattr(made, "logits", None), *reversed(_tensors(made))]:
+        if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == tokens.shape:
+            scores = value.float().clone()
+            scores[..., token : token + 1] = -torch.inf
+            return scores.argmax(2)
+    raise ValueError("the model returns no logits [batch, token, vocabulary]")
+
+
+def _compare(name: str, made: Any, expected: Any, tolerance: float | None) -> None:
+    ours, theirs = _tensors(made), _tensors(expected)
+    if [value.shape for value in ours] != [value.shape for value in theirs]:
+        raise AssertionError(
+            f"{name}: FOCUS returns shapes {[tuple(value.shape) for value in ours]}, eager "
+            f"{[tuple(value.shape) for value in theirs]}"
+        )
+    logits = getattr(expected, "logits", None)
+    for index, (one, two) in enumerate(zip(ours, theirs, strict=True)):
+        if not two.numel():
+            continue
+        allowed = tolerance
+        if allowed is None:
+            allowed = TOLERANCE[two.dtype] * max(1.0, two.abs().max().item())
+        difference = (one.double() - two.double()).abs()
+        difference = difference.masked_fill(one.isnan() & two.isnan() | (one == two), 0.0)
+        difference = difference.nan_to_num(torch.inf, torch.inf)
+        largest = difference.max().item()
+        if largest > allowed:
+            place = (difference == largest).nonzero()[0].tolist()
+            what = "logits" if two is logits else f"output {index}"
+            axes = zip(("row", "position"), place, strict=False)
+            where = ", ".join([name, *(f"{axis} {at}" for axis, at in axes)])
+            values = f"FOCUS {one[tuple(place)].item():.6g}, eager {two[tuple(place)].item():.6g}"
+            raise AssertionError(
+                f"{where}: {what} differ by {largest:.3g} ({values}; allowed {allowed:.3g})"
+            )
+
+
+def _tensors(made: Any) -> list[Tensor]:
+    """Numbers among a model's outputs; a cache is none of them."""
+    leaves = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if leaf.dtype in TOLERANCE]
