@@ -14,7 +14,8 @@ from focus_compile.errors import (
 from focus_compile.explain import Explanation, explain
 from focus_compile.generate import generate
 from focus_compile.generated import Generated
-from focus_compile.session import PackedLogits, Session, SessionStats, Signal, Step, session
+from focus_compile.session import PackedLogits, Session, Signal, Step, session
+from focus_compile.statistics import SessionStats
 
 __all__ = [
     "Candidates",

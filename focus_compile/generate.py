@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from focus_compile.ambient import inside, open_elsewhere
 from focus_compile.decoding import Decoder, Strategy, count_per_step, warpers
 from focus_compile.generated import Generated
 from focus_compile.rows import Canvas, Rows
-from focus_compile.session import Session, current_session, session
+from focus_compile.session import Session, current_session, warn_outside
 from focus_compile.shards import is_sharded
 
 __all__ = ["generate"]
@@ -114,29 +116,20 @@ def generate(
     result = Generated(input_ids)
     if streamer is not None:
         streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
-    outer = current_session() or Session()
-    with (
-        session(
-            mask_token_id,
-            outer.alpha,
-            outer.visibility,
-            outer.signal,
-            "packed",
-            outer.enabled,
-            shifted_logits,
-        ) as focus,
-        Progress(disable=not progress, transient=True) as bar,
-    ):
+    request = _session(mask_token_id, shifted_logits)
+    with closing(request) as focus, Progress(disable=not progress, transient=True) as bar:
         focus.commits_exactly, focus.owns_kv = use_cache, True
         focus.masked = torch.zeros_like(input_ids, dtype=torch.bool)
-        last = rows.prefill()
+        with inside(focus):
+            last = rows.prefill()
         task = bar.add_task("blocks", total=blocks)
         for _ in range(blocks):
             block, masked = rows.open_block(block_length, mask_token_id, fill)
             focus.block = rows.block
             block = _denoise(rows, decoder, focus, result, block=block, masked=masked, last=last)
             focus.masked = torch.zeros_like(masked)
-            last = rows.commit(block)
+            with inside(focus):
+                last = rows.commit(block)
             done = _after_end(rows.sequences, input_ids.shape[1], ends, fill)
             if streamer is not None:
                 streamer.put(done[:, -block_length:].cpu())  # type: ignore[no-untyped-call]
@@ -174,7 +167,8 @@ def _denoise(
     while bool(masked.any()):
         steps += masked.any(1)
         focus.masked, focus.logits = masked, None
-        canvas = rows.peek(block)
+        with inside(focus):
+            canvas = rows.peek(block)
         if focus.logits is None:
             values, row = canvas.flatten(0, 1), torch.arange(masked.numel(), device=masked.device)
             row = row.view(masked.shape)
@@ -200,6 +194,25 @@ def _denoise(
         result.decoded += int(chosen.sum())
     result.steps_per_block.append(steps)
     return block
+
+
+def _session(mask_token_id: int, shifted_logits: bool) -> Session:
+    """A request's own session, with the settings of the one around it."""
+    around = current_session()
+    if around is None:
+        if not all(found.is_plain for found in open_elsewhere()):
+            warn_outside()
+        around = Session()
+    around.reached += 1
+    return Session(
+        mask_token_id,
+        around.alpha,
+        around.visibility,
+        around.signal,
+        "packed",
+        around.enabled,
+        shifted_logits,
+    )
 
 
 def _check(ids: Tensor, valid: Tensor | None, new: int, block: int) -> None:

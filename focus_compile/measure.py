@@ -16,7 +16,8 @@ from focus_compile.backend import focus_backend
 from focus_compile.output_code import output_files
 from focus_compile.programs import Inner
 from focus_compile.runtime import Executable
-from focus_compile.session import SessionStats, session
+from focus_compile.session import session
+from focus_compile.statistics import SessionStats
 
 __all__ = ["Measured", "measure", "own_code"]
 
