@@ -18,7 +18,8 @@ from focus_compile.explain import Explanation, explain
 from focus_compile.generate import generate
 from focus_compile.generated import Generated
 from focus_compile.masks import block_mask
-from focus_compile.session import PackedLogits, Session, SessionStats, Signal, Step, session
+from focus_compile.session import PackedLogits, Session, Signal, Step, session
+from focus_compile.statistics import SessionStats
 
 __version__ = version("focus-compile")
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.fx import GraphModule
 
-from focus_compile.axes import tensor_of
+from focus_compile.axes import graph_inputs, tensor_of
 from focus_compile.canonical import Canonical, canonicalize
 from focus_compile.capture import capture
 from focus_compile.cut import Halves, cut, part
 from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
 from focus_compile.grow import grow
+from focus_compile.identity import key_program
 from focus_compile.inputs import Input
 from focus_compile.labels import token_ids
 from focus_compile.own_masks import is_causal
 from focus_compile.plan import Plan, make_plan, slot_name
 from focus_compile.rewrite import rewrite
+from focus_compile.rules import operands
 from focus_compile.runtime import Layout
+from focus_compile.torch_private import is_module_state
 from focus_compile.window import widen
 
 __all__ = ["Analysis", "analyze"]
@@ -67,15 +72,19 @@ def _analyze(gm: GraphModule) -> Analysis:
     canonical = canonicalize(widened)
     plan = make_plan(canonical)
     stages = tuple(rewrite(canonical.gm, plan))
-    layout = _layout(canonical, plan, written)
+    own = [index for index, node in enumerate(graph_inputs(gm)) if is_module_state(node)]
+    layout = _layout(canonical, plan, written, own)
     halves = cut(stages[-1][1], plan, last)
-    own = len(halves.own) - len(written)
-    if any(value is not None and value.tokens is not None for value in halves.own[own:]):
+    first = len(halves.own) - len(written)
+    if any(value is not None and value.tokens is not None for value in halves.own[first:]):
         raise Unsupported("the model writes what it computes of tokens into an input")
     return Analysis(captured, canonical, plan, stages, halves, layout)
 
 
-def _layout(canonical: Canonical, plan: Plan, written: tuple[int, ...]) -> Layout:
+def _layout(
+    canonical: Canonical, plan: Plan, written: tuple[int, ...], own: Sequence[int]
+) -> Layout:
+    """``own``: arguments that are the model's, not the call's."""
     keys = plan.sites[-1].writes[0]
     nodes = {node.name: node for node in canonical.gm.graph.nodes}
     names = [slot_name(site.layer, part) for site in plan.sites for part in (0, 1)]
@@ -89,4 +98,27 @@ def _layout(canonical: Canonical, plan: Plan, written: tuple[int, ...]) -> Layou
         index=None if keys.index is None else part(canonical.gm, nodes[keys.index]),
         written=written,
         causal=any(is_causal(canonical.gm, site) for site in plan.sites),
+        buffers=_buffers(canonical, plan, {*own} - {*written}),
+        key_program=key_program(canonical.gm, (w for site in plan.sites for w in site.writes)),
+        vocabulary=_vocabulary(canonical.gm),
     )
+
+
+def _buffers(canonical: Canonical, plan: Plan, own: set[int]) -> tuple[int, ...]:
+    """Arguments that are the model's own: neither weights, nor a cache, nor sized by the call."""
+    pasts = {write.past for site in plan.sites for write in site.writes}
+    pairs = zip(canonical.inputs, canonical.arguments, strict=True)
+    return tuple(
+        argument
+        for given, argument in pairs
+        if argument in own and not (given.parameter or given.symbolic or given.name in pasts)
+    )
+
+
+def _vocabulary(gm: GraphModule) -> int | None:
+    """Rows of the embedding; None where ranks share them out."""
+    found = token_ids(gm)
+    assert found is not None
+    table = operands(found[0])[0]
+    whole = found[0].target is torch.ops.aten.embedding.default and not table.meta.get("shard")
+    return int(tensor_of(table).shape[0]) if whole else None

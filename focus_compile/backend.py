@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
 from focus_compile.analysis import Analysis, analyze
@@ -16,6 +15,7 @@ from focus_compile.config import FocusConfig
 from focus_compile.describe import difference
 from focus_compile.errors import NothingToEvict, Unsupported
 from focus_compile.lower import drop_unread, lower
+from focus_compile.modes import refused_mode
 from focus_compile.programs import Inner, make_programs
 from focus_compile.report import warning_once
 from focus_compile.runtime import Executable
@@ -76,7 +76,8 @@ def focus_backend(
         if not has_attention(copied):
             log.debug("no attention in this graph of %d nodes: unchanged", len(copied.graph.nodes))
             return dense
-        _refuse_modes(example_inputs)
+        if (why := refused_mode(example_inputs)) is not None:
+            raise Unsupported(why)
         analysis = analyze(copied)
     except NothingToEvict:
         return Unchanged(dense)
@@ -110,16 +111,6 @@ def has_attention(gm: GraphModule) -> bool:
         and (node.target if isinstance(node.target, str) else node.target.__name__) in names
         for node in gm.graph.nodes
     )
-
-
-def _refuse_modes(example_inputs: Sequence[Any]) -> None:
-    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
-    if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
-        raise Unsupported("gradients are enabled: call the model under torch.no_grad()")
-    if any(torch.is_autocast_enabled(kind) for kind in {value.device.type for value in tensors}):
-        raise Unsupported(
-            "autocast is enabled: give the model its dtype with model.to(...) instead"
-        )
 
 
 def _report_recompile_limit() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from focus_compile.errors import EvictedTokenDecoded, UncommittedHistory
+from focus_compile.identity import NO_WEIGHTS, Weights
 from focus_compile.selection import last_position
 
 __all__ = ["BlockState", "History"]
@@ -63,7 +64,7 @@ class BlockState:
         slots: K/V of history and block by input name, as the last call returned them.
         goes_on: whether every row is in the block that it was in before the last call.
         committed: whether a dense call ran since the last masked one.
-        weights: tells the weights that made the slots from others.
+        weights: tells the model that made the slots from what it is after a change.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class BlockState:
         ids: Tensor,
         masked: Tensor,
         history: History,
-        weights: tuple[tuple[int, int], ...] = (),
+        weights: Weights = NO_WEIGHTS,
     ) -> None:
         batch = masked.shape[0]
         none = torch.zeros_like(masked)
@@ -86,14 +87,10 @@ class BlockState:
         self.committed = False
         self.weights = weights
 
-    def fits(self, ids: Tensor, weights: tuple[tuple[int, int], ...]) -> bool:
+    def fits(self, ids: Tensor, weights: Weights) -> bool:
         """Whether a call has the shape, dtype and device of this state, and its weights."""
-        return (ids.shape, ids.dtype, ids.device, weights) == (
-            self.ids.shape,
-            self.ids.dtype,
-            self.ids.device,
-            self.weights,
-        )
+        mine = (self.ids.shape, self.ids.dtype, self.ids.device)
+        return (ids.shape, ids.dtype, ids.device) == mine and self.weights.same(weights)
 
     def check_committed(self, ids: Tensor, history: History) -> None:
         """Compare the next masked call's history with this one, also where its block is longer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import torch
 from rich.progress import Progress
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from focus_compile.ambient import inside, open_elsewhere
 from focus_compile.decoding import Decoder, Strategy, count_per_step, warpers
 from focus_compile.endings import Endings
 from focus_compile.generated import Generated
@@ -23,7 +25,7 @@ from focus_compile.request import (
     token_ids,
 )
 from focus_compile.rows import Canvas, Rows
-from focus_compile.session import Session, current_session, session
+from focus_compile.session import Session, current_session, warn_outside
 from focus_compile.shards import is_sharded
 from focus_compile.text import StopStrings
 
@@ -130,39 +132,25 @@ def generate(
     stops = None if not stop_strings else StopStrings(tokenizer, stop_strings)
     endings = Endings(input_ids, ends, eos_early_stop, criteria(stopping_criteria), stops)
     blocks = -(-max_new_tokens // block_length)
-    rows: Rows | Canvas
-    if use_cache:
-        rows = Rows(model, input_ids, valid.bool())
-    else:
-        masks = input_ids.new_full((len(input_ids), blocks * block_length), mask_token_id)
-        rows = Canvas(model, input_ids, valid.bool(), masks)
+    masks = input_ids.new_full((len(input_ids), blocks * block_length), mask_token_id)
+    rows = _rows(model, input_ids, valid.bool(), None if use_cache else masks)
     result = Generated(input_ids)
     if streamer is not None:
         streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
-    outer = current_session() or Session()
-    with (
-        session(
-            mask_token_id,
-            outer.alpha,
-            outer.visibility,
-            outer.signal,
-            "packed",
-            outer.enabled,
-            shifted_logits,
-            outer.exact,
-        ) as focus,
-        Progress(disable=not progress, transient=True) as bar,
-    ):
+    request = _session(mask_token_id, shifted_logits)
+    with closing(request) as focus, Progress(disable=not progress, transient=True) as bar:
         focus.commits_exactly, focus.owns_kv = use_cache, True
         focus.masked = torch.zeros_like(input_ids, dtype=torch.bool)
-        last = rows.prefill()
+        with inside(focus):
+            last = rows.prefill()
         task = bar.add_task("blocks", total=blocks)
         for _ in range(blocks):
             block, masked = rows.open_block(block_length, mask_token_id, fill)
             focus.block = rows.block
             block = _denoise(rows, decoder, focus, result, block=block, masked=masked, last=last)
             focus.masked = torch.zeros_like(masked)
-            last = rows.commit(block)
+            with inside(focus):
+                last = rows.commit(block)
             rows.active = endings.observe(rows.sequences, rows.active, block_length)
             done = endings.filled(rows.sequences, fill)
             start, end = done.shape[1] - block_length, endings.longest(done.shape[1])
@@ -179,6 +167,11 @@ def generate(
         streamer.end()  # type: ignore[no-untyped-call]
     result.sequences = done
     return result if return_dict else result.sequences
+
+
+def _rows(model: nn.Module, ids: Tensor, valid: Tensor, masks: Tensor | None) -> Rows | Canvas:
+    """The batch: over a cache, or a canvas that ends with the masks of all blocks."""
+    return Rows(model, ids, valid) if masks is None else Canvas(model, ids, valid, masks)
 
 
 def _denoise(
@@ -200,7 +193,8 @@ def _denoise(
     while bool(masked.any()):
         steps += masked.any(1)
         focus.masked, focus.logits = masked, None
-        canvas = rows.peek(block)
+        with inside(focus):
+            canvas = rows.peek(block)
         if focus.logits is None:
             values, row = canvas.flatten(0, 1), torch.arange(masked.numel(), device=masked.device)
             row = row.view(masked.shape)
@@ -226,6 +220,26 @@ def _denoise(
         result.decoded += int(chosen.sum())
     result.steps_per_block.append(steps)
     return block
+
+
+def _session(mask_token_id: int, shifted_logits: bool) -> Session:
+    """A request's own session, with the settings of the one around it."""
+    around = current_session()
+    if around is None:
+        if not all(found.is_plain for found in open_elsewhere()):
+            warn_outside()
+        around = Session()
+    around.reached += 1
+    return Session(
+        mask_token_id,
+        around.alpha,
+        around.visibility,
+        around.signal,
+        "packed",
+        around.enabled,
+        shifted_logits,
+        around.exact,
+    )
 
 
 def _generator(

@@ -21,7 +21,7 @@ from focus_compile.outputs import packed_logits, returned, trimmed
 from focus_compile.packing import retained_tables
 from focus_compile.programs import Program
 from focus_compile.report import warning_once
-from focus_compile.session import Session, Signal, Step, current_session
+from focus_compile.session import Session, Signal, Step, current_session, warn_outside
 from focus_compile.shards import local
 
 __all__ = ["Executable", "Layout"]
@@ -45,6 +45,14 @@ OVERLAP = (
 )
 
 
+def wrong_mask_token(token: int, rows: int) -> str:
+    """What is wrong with an id that no row of the embedding belongs to."""
+    return (
+        f"mask_token_id={token}: the model's embedding has {rows} rows. Give the id of this "
+        "model's own mask token (tokenizer.mask_token_id)"
+    )
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the canonical graph's inputs relate to the arguments of Dynamo's graph.
@@ -58,6 +66,9 @@ class Layout:
             where the block follows the history.
         written: arguments that the model writes into; their values are the last ones returned.
         causal: whether a mask that the model makes itself hides later tokens.
+        buffers: arguments that are tensors of the model, beside its weights.
+        key_program: what computes keys and values (:func:`~focus_compile.identity.key_program`).
+        vocabulary: rows of the embedding, None where that is not known.
     """
 
     inputs: tuple[Input, ...]
@@ -69,6 +80,9 @@ class Layout:
     index: Half | None
     written: tuple[int, ...]
     causal: bool = False
+    buffers: tuple[int, ...] = ()
+    key_program: str = ""
+    vocabulary: int | None = None
 
 
 class Executable:
@@ -98,6 +112,12 @@ class Executable:
 
     def __call__(self, *args: Any) -> Any:
         session = current_session()
+        if session is None:
+            return self._run(args, None)
+        with session.calling():
+            return self._run(args, session)
+
+    def _run(self, args: Sequence[Any], session: Session | None) -> Any:
         ids = args[self.layout.arguments[int(self.layout.ids.removeprefix("input"))]]
         if session is not None and not (session.enabled and ids.numel()):
             session.masked = None  # they were given for this call
@@ -110,15 +130,18 @@ class Executable:
             return self._dense(args, session)
         if self.layout.written and overlap(args, self.layout.written):
             warning_once(log, OVERLAP)
-            return self._dense(args, session)
+            return self._dense(args, session, masked=True)
         if self.layout.causal:
             warning_once(log, CAUSAL)
+        if session is None:
+            warn_outside()
         return self._focus(args, ids.view(masked.shape), masked, session)
 
-    def _dense(self, args: Sequence[Any], session: Session | None) -> Any:
+    def _dense(self, args: Sequence[Any], session: Session | None, masked: bool = False) -> Any:
         self.dense_calls += 1
         if session is not None:
             session.stats.dense_calls += 1
+            session.stats.masked_dense += masked
             session.end_blocks(model_key(args))
         return self.dense(*args)
 
@@ -133,6 +156,10 @@ class Executable:
         if token is None:
             warning_once(log, NO_MASKS)
             return None
+        if self.layout.vocabulary is not None and token >= self.layout.vocabulary:
+            raise ValueError(wrong_mask_token(token, self.layout.vocabulary))
+        if session is not None:
+            session.mask_sought = token
         masked = (ids == token).view(-1, ids.shape[-1])
         return masked if session is None else session.in_block(masked)
 
@@ -198,7 +225,8 @@ class Executable:
                 length = int(places.min())
             mark = past.select(dim, length - 1).clone() if length else None
             history = History(length, mark, keys, places)
-        key, weights = model_key(args), weights_of(args)
+        key = model_key(args)
+        weights = weights_of(args, self.layout.buffers, self.layout.key_program)
         state = session.state(key) if key else None
         session.forget(key)  # until this call is through
         if state is None:

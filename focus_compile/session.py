@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from focus_compile.ambient import Scope, current_session, open_elsewhere
 from focus_compile.block import BlockState
+from focus_compile.report import warning_once
+from focus_compile.statistics import SessionStats
+from focus_compile.torch_private import recompile_limits_hit
 
 __all__ = [
     "PackedLogits",
@@ -20,7 +25,26 @@ __all__ = [
     "Step",
     "current_session",
     "session",
+    "warn_outside",
 ]
+
+log = logging.getLogger(__name__)
+
+OUTSIDE = (
+    "a call of backend 'focus' is in no session, while one is open elsewhere: its settings and "
+    "state are not used. A session holds in the thread or task that entered it, and, entered in a "
+    "generator, while that generator runs. Enter focus_compile.session(...) in this thread, around "
+    "the call"
+)
+NO_MASKED_CALL = (
+    "a session ends without one masked call, after %d dense ones: no token was %s. Give the id of "
+    "the model's own mask token (tokenizer.mask_token_id), or session.masked"
+)
+NOT_REACHED = (
+    "a session ends in which masked calls may have run eagerly, without backend 'focus': Dynamo "
+    "has reached its recompile limit. Compile with focus_compile.compile(...), which has a limit "
+    "of its own, vary alpha by session(alpha=...), or raise torch._dynamo.config.recompile_limit"
+)
 
 
 @dataclass(frozen=True)
@@ -58,48 +82,6 @@ class PackedLogits:
     positions: Tensor
 
 
-@dataclass
-class SessionStats:
-    """Counts over the masked calls of a session.
-
-    Attributes:
-        steps: masked calls; dense_calls: mask-free ones.
-        canvas: tokens of the blocks as the caller sees them, summed over steps; fed: tokens that
-            layers 0 and 1 computed; retained: tokens that later layers computed.
-        fed_per_step, retained_per_step: the same, one entry per step.
-    """
-
-    steps: int = 0
-    dense_calls: int = 0
-    canvas: int = 0
-    fed_per_step: list[int] = field(default_factory=list)
-    retained_per_step: list[int] = field(default_factory=list)
-
-    @property
-    def fed(self) -> int:
-        return sum(self.fed_per_step)
-
-    @property
-    def retained(self) -> int:
-        return sum(self.retained_per_step)
-
-    @property
-    def fed_fraction(self) -> float:
-        """Fed tokens over canvas tokens; 0 before the first step."""
-        return self.fed / self.canvas if self.canvas else 0.0
-
-    @property
-    def retained_fraction(self) -> float:
-        """Retained tokens over canvas tokens; 0 before the first step."""
-        return self.retained / self.canvas if self.canvas else 0.0
-
-    def record(self, canvas: int, fed: int, retained: int) -> None:
-        self.steps += 1
-        self.canvas += canvas
-        self.fed_per_step.append(fed)
-        self.retained_per_step.append(retained)
-
-
 class Session:
     """Block state of the compiled models called inside; made by :func:`session`.
 
@@ -120,6 +102,9 @@ class Session:
             the whole canvas: masks outside are no candidates, and count as decoded. None: all.
         owns_kv: the caller drops the keys and values that a masked call returns, so that the next
             one may write into them instead of copying the history.
+        mask_sought: the id of the mask token that calls looked for last, None before.
+        reached: calls that the backend saw, and generations that took settings from here.
+        busy: held while a call runs, so that no other thread's can.
     """
 
     def __init__(
@@ -153,6 +138,10 @@ class Session:
         self.logits: PackedLogits | None = None
         self.commits_exactly = False
         self.owns_kv = False
+        self.mask_sought: int | None = None
+        self.reached = 0
+        self.busy = threading.RLock()
+        self._limits = recompile_limits_hit()
         self._masked: Tensor | None = None
         self._states: dict[tuple[int, ...], BlockState] = {}
 
@@ -173,6 +162,25 @@ class Session:
         self._masked = None
         self.retain_mask = None
         self.logits = None
+
+    close = reset  # for contextlib.closing
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it changes nothing of what a generation does."""
+        return self.enabled and (self.alpha, self.visibility, self.signal) == (None, None, None)
+
+    def report(self) -> None:
+        """At its end: warn if FOCUS had nothing to do, or was never asked."""
+        if not self.enabled or self.stats.steps:
+            missed = recompile_limits_hit() > self._limits
+        elif self.stats.dense_calls and self.mask_sought is not None:
+            warning_once(log, NO_MASKED_CALL, self.stats.dense_calls, self.mask_sought)
+            missed = False
+        else:
+            missed = bool(recompile_limits_hit()) and not self.reached
+        if missed and self.enabled:
+            warning_once(log, NOT_REACHED)
 
     def take_masked(self, ids: Tensor) -> Tensor | None:
         """The masks given for this call, if any."""
@@ -199,6 +207,24 @@ class Session:
         index = torch.arange(masked.shape[1], device=masked.device)
         return masked & (index >= start) & (index < stop)
 
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Around one call of a compiled model.
+
+        Raises:
+            RuntimeError: another thread's call is in progress.
+        """
+        if not self.busy.acquire(blocking=False):
+            raise RuntimeError(
+                "two threads call a model in one session at the same time: enter "
+                "focus_compile.session(...) in each of them"
+            )
+        try:
+            self.reached += 1
+            yield
+        finally:
+            self.busy.release()
+
     def state(self, key: tuple[int, ...]) -> BlockState | None:
         return self._states.get(key)
 
@@ -206,13 +232,25 @@ class Session:
         self._states.pop(key, None)
 
     def keep(self, key: tuple[int, ...], state: BlockState) -> None:
+        for other in self._related(key):
+            self.forget(other)  # the model with other layers, such as without its adapter
         self._states[key] = state
 
     def end_blocks(self, key: tuple[int, ...]) -> None:
         """A mask-free call: what a model is called with next starts anew."""
+        for other in (key, *self._related(key)):
+            if other in self._states:
+                self._states[other].committed = True
+
+    def is_mid_block(self, key: tuple[int, ...]) -> bool:
+        """Whether a model's last call was a masked one."""
         state = self._states.get(key)
-        if state is not None:
-            state.committed = True
+        return state is not None and not state.committed
+
+    def _related(self, key: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Models that share weights with one, itself excepted."""
+        others = [other for other in self._states if other != key]
+        return [other for other in others if not set(key).isdisjoint(other)] if others else []
 
     def signal_of(self, step: Step) -> Signal:
         if self.signal is None or isinstance(self.signal, Signal):
@@ -220,12 +258,10 @@ class Session:
         return self.signal(step)
 
 
-_CURRENT: ContextVar[Session | None] = ContextVar("focus_compile_session", default=None)
-
-
-def current_session() -> Session | None:
-    """The innermost session of this thread or task."""
-    return _CURRENT.get()
+def warn_outside() -> None:
+    """Warn if a session is open elsewhere in the process; for a masked call that is in none."""
+    if open_elsewhere():
+        warning_once(log, OUTSIDE)
 
 
 @contextmanager
@@ -240,6 +276,10 @@ def session(
     exact: bool | None = None,
 ) -> Iterator[Session]:
     """Scope of one generation: K/V slots, averages and progress live until it ends.
+
+    It holds in the thread or task that enters it; entered in a generator, for the calls that this
+    generator makes, wherever it is advanced (:mod:`focus_compile.ambient`). Calls in it come one
+    after another: threads that work at the same time need a session each.
 
     Args:
         mask_token_id, alpha, visibility, signal, shifted_logits: see :class:`Session`.
@@ -257,9 +297,11 @@ def session(
     opened = Session(
         mask_token_id, alpha, visibility, signal, logits, enabled, shifted_logits, exact
     )
-    token = _CURRENT.set(opened)
+    scope = Scope(opened)
+    scope.enter()
     try:
         yield opened
+        opened.report()
     finally:
-        _CURRENT.reset(token)
+        scope.exit()
         opened.reset()

@@ -7,6 +7,7 @@ must do, and names the releases on which that was seen (docs/versions.md has the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.convert_frame import compile_lock
+from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import counters
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx
@@ -23,10 +26,12 @@ from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._prims_common import is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.graph_module import _format_import_block
 from torch.library import wrap_triton
+from torch.nn import Module
 from torch.package.importer import sys_importer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -44,6 +49,8 @@ __all__ = [
     "OpOverloadPacket",
     "ShapeEnv",
     "TracingContext",
+    "backend_of",
+    "compile_arguments",
     "compile_fx",
     "compile_lock",
     "cudagraphs_by_default",
@@ -51,6 +58,7 @@ __all__ = [
     "import_block",
     "inductor_modes",
     "is_contiguous_or_false",
+    "is_module_state",
     "is_traceable_wrapper_subclass",
     "launchable",
     "make_fx",
@@ -58,11 +66,15 @@ __all__ = [
     "onednn_linear",
     "output_modules",
     "recompile_limit",
+    "recompile_limits_hit",
     "symbolic_mode",
     "trace_structured",
     "tracing",
     "tree_leaves",
 ]
+
+_WANTED = {"isolate_recompiles": True, "recompile_limit": 64}
+"""Arguments of ``torch.compile`` that not every release has."""
 
 
 def inductor_modes() -> tuple[str, ...]:
@@ -127,3 +139,42 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     """``x @ weight.T + bias`` on a CPU by oneDNN, weights as they lie: Inductor's operator."""
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
+
+
+def compile_arguments() -> dict[str, Any]:
+    """What gives one ``torch.compile`` a recompile limit of its own, where it takes that.
+
+    Without, all that is compiled of one function counts against one limit of 8 graphs.
+    """
+    known = inspect.signature(torch.compile).parameters
+    return {name: value for name, value in _WANTED.items() if name in known}
+
+
+def recompile_limits_hit() -> int:
+    """How many functions Dynamo has stopped compiling, since it was reset."""
+    reasons = counters["unimplemented"]
+    return sum(count for text, count in reasons.items() if "recompile limit exceeded" in text)
+
+
+def backend_of(model: Any) -> Any:
+    """The backend of ``torch.compile(model)`` or ``model.compile()``; None for an eager model."""
+    if isinstance(model, OptimizedModule):
+        callback: Any = model.dynamo_ctx.callback
+    elif isinstance(model, Module) and model._compiled_call_impl is not None:
+        callback = inspect.getclosurevars(model._compiled_call_impl).nonlocals.get("callback")
+    else:
+        return None
+    found: Any = innermost_backend(callback) if callable(callback) else None
+    return getattr(found, "compiler_fn", found)  # torch.compile wraps a backend with its options
+
+
+def is_module_state(node: Node) -> bool:
+    """Whether an input of Dynamo's graph is a tensor that the model holds: a weight or a buffer.
+
+    Numbers that it holds are no tensors, though Dynamo may pass them as such: it guards them.
+    """
+    given: Any = node.meta.get("grapharg")
+    if given is None or not given.is_tensor or given.pass_arg_as_tensor:
+        return False
+    kind = given.source.guard_source
+    return bool(kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from focus_compile.identity import model_key
+from focus_compile.modes import refused_mode
 from focus_compile.session import current_session
 
 __all__ = ["Unchanged"]
@@ -22,7 +23,15 @@ class Unchanged:
 
     def __call__(self, *args: Any) -> Any:
         session = current_session()
-        if session is not None:
+        if session is None:
+            return self.dense(*args)
+        with session.calling():
+            key = model_key(args)
+            if session.is_mid_block(key) and (why := refused_mode(args)) is not None:
+                raise RuntimeError(
+                    f"a session is in mid-block, and in this call {why}. Such modes are per "
+                    "thread: every thread that makes calls of the session sets its own"
+                )
             session.masked = None
-            session.end_blocks(model_key(args))
-        return self.dense(*args)
+            session.end_blocks(key)
+            return self.dense(*args)

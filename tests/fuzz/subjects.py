@@ -19,8 +19,8 @@ from torch.fx import GraphModule
 from transformers import Qwen3ForCausalLM, StaticCache
 
 from focus_compile import focus_backend
+from focus_compile.ambient import _ENTERED
 from focus_compile.runtime import Executable
-from focus_compile.session import _CURRENT
 from tests.defaults import default
 from tests.dialects import DIALECTS, Dialect, Draw, qwen3
 from tests.harness import CACHE, MASK, Call, Sizes, build_model, eager_inner
@@ -120,7 +120,7 @@ FIXED = ("static-fixed", "dual-fixed")
 def outside(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function outside every session, as another task would."""
     context = contextvars.copy_context()  # Dynamo's configuration is in it
-    context.run(_CURRENT.set, None)
+    context.run(_ENTERED.set, ())
     return context.run(function, *args)
 
 
