@@ -96,7 +96,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "header": (lambda folder: cut(folder, 50), "is cut off or damaged"),
     "empty": (lambda folder: cut(folder, 0), "is cut off or damaged"),
     "config": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-    "words": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "(--traceback shows where"),
+    "words": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "(--traceback shows where",
+    ),
 }
 
 
