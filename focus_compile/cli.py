@@ -81,7 +81,7 @@ def main(
         if isinstance(stream, io.TextIOWrapper):  # a terminal may know few characters
             stream.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():
-        disable_progress_bar()  # of transformers: a log is to hold lines
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # a log is to hold lines
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # module:function of the working folder
 

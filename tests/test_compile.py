@@ -34,6 +34,18 @@ def tokenizer(mask: int | None) -> Any:
         (Model(model_type="llada2_moe"), None, 156895, "guessed: the family 'llada2' uses it"),
         (Model(model_type="llada"), None, 126336, "guessed: the family 'llada' uses it"),
         (Model(model_type="Dream"), None, 151666, "guessed: the family 'dream' uses it"),
+        (
+            Model(model_type="llada", architectures=["LLaDAModelLM"]),
+            None,
+            126336,
+            "guessed: the family 'llada' uses it",
+        ),
+        (
+            Model(model_type="llada", architectures=["LLaDAMoEModelLM"]),
+            tokenizer(156895),
+            156895,
+            "from the tokenizer",
+        ),
     ],
 )
 def test_where_the_mask_token_comes_from(
@@ -58,6 +70,39 @@ def test_no_mask_token() -> None:
         focus_compile.compile(Model(model_type="bert"), tokenizer(None))
     with pytest.raises(ValueError, match="no mask token"):
         focus_compile.compile(nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [
+        ("llada", "LLaDAMoEModelLM"),
+        ("llada_moe", None),
+        ("lladamoe", "LLaDAMoEModelLM"),
+        ("llada2", None),
+        ("llava_llada", "LlavaLLaDAModelLM"),
+        ("Dream", "DreamOnModel"),
+        ("DreamOn", "DreamModel"),
+        ("dreamer", None),
+        ("sdar_v", "SDARForCausalLM"),
+        ("", None),
+    ],
+)
+def test_relatives_are_asked_for_theirs(kind: str, architecture: str | None) -> None:
+    """Types that begin alike, and architectures that borrow a type, have other mask tokens."""
+    named = [] if architecture is None else [architecture]
+    with pytest.raises(
+        ValueError, match=r"no mask token: .* give mask_token_id=\.\.\., see the mod"
+    ):
+        find_mask_token(Model(model_type=kind, architectures=named), tokenizer(None))
+
+
+def test_a_class_tells_where_the_config_does_not() -> None:
+    """A config that was made by hand names no architecture."""
+    model = build_model(Sizes(layers=2))
+    model.config.architectures = None
+    model.config.model_type = "llada"
+    with pytest.raises(ValueError, match="model_type 'llada' of Qwen3ForCausalLM is no family"):
+        find_mask_token(model)
 
 
 def test_options_are_checked_at_once() -> None:
