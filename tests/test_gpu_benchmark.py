@@ -64,15 +64,13 @@ def test_steps(folder: Path) -> None:
     """By the command line, in a process of their own; again, nothing is left to do."""
     given: dict[str, Any] = {
         "stage": "steps", "models": SHAPE, "batches": "2", "device": "cpu", "out": folder,
-        "contestants": "nobody;focus;inductor", "task": "total", "repeats": 1, "inductor": False,
+        "contestants": "focus;inductor", "task": "total", "repeats": 1, "inductor": False,
         "cache": folder / "cache", "history": 7, "limit": 500.0,
     }  # fmt: skip
     main(**given)
     report = json.loads((folder / "steps.json").read_text())
     assert report["machine"]["torch"] == torch.__version__ and report["left"] == []
     cells = report["cells"]
-    assert cells[steps.key(SHAPE, 2, "nobody")]["outcome"] == "error"
-    assert "contestant 'nobody'" in cells[steps.key(SHAPE, 2, "nobody")]["error"]
     assert cells["roofs"]["flops_per_s"] > cells["roofs"]["bytes_per_s"] > 0
     focus, dense = (cells[steps.key(SHAPE, 2, name)] for name in ("focus", "inductor"))
     for cell in (focus, dense):
@@ -104,13 +102,15 @@ def test_profile(folder: Path) -> None:
 
 
 def test_compile(folder: Path) -> None:
-    given = plan("compile", folder, contestants=("focus",))
+    given = plan("compile", folder, contestants=("inductor",))
     results = Results(folder / "compile.json", "compile")
     cold, warm = compile_stage.cells(given)
     assert cold.lane != warm.lane and cold.environment == warm.environment
     results.put(cold.key, answer(measures(given), cold.what))
     assert results.cells[cold.key]["seconds_to_block_2"] > 0
-    assert results.cells[cold.key]["captures"] == 2  # the prompt, and blocks
+    assert results.cells[cold.key]["captures"] >= 2  # the prompt, and blocks
+    nobody = answer(measures(given), {**cold.what, "contestant": "nobody"})
+    assert nobody["outcome"] == "error" and "contestant 'nobody': expected" in nobody["error"]
 
 
 def test_the_page(folder: Path) -> None:
@@ -126,8 +126,7 @@ def test_the_page(folder: Path) -> None:
     for stage in ("profile", "compile"):
         Results(folder / f"{stage}.json", stage).note(machine=report["machine"])
     made = page.text(folder)
-    assert f"| {SHAPE} | 2 | error |" not in made  # only contestants that there are
-    assert f"| {SHAPE} | 2 | focus |" in made and f"| {SHAPE} | focus | cold |" in made
+    assert f"| {SHAPE} | 2 | focus |" in made and f"| {SHAPE} | inductor | cold |" in made
     assert "- tests/gpu/test_a.py::test_b: failed: `E  /no/`" in made
     assert "has never run on a GPU" in made  # a CPU is none
     lines = made.splitlines()

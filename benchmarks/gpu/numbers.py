@@ -27,6 +27,8 @@ FILES = tuple(
     f"tests/gpu/test_{name}.py" for name in ("kernels", "calls", "generation", "graphs", "streams")
 )
 POLL = 0.2
+START = 120.0
+"""Seconds that a process may take to begin its first test, at least."""
 
 
 def run(
@@ -81,6 +83,7 @@ class File:
     """The test that is being run, and when it began."""
     collected: list[str] = field(default_factory=list)
     begun: float = 0.0
+    """When the process began, or said something that was not the begin of a test."""
 
     @property
     def left(self) -> list[str]:
@@ -114,10 +117,12 @@ class File:
         ended = self.process.poll() is not None
         for line in self._lines():
             self._take(line)
-        since = self.begun if self.now is None else self.now[1]
-        if not ended and time.monotonic() - since > self.limit:
+        since, most = (self.begun, max(self.limit, START))
+        if self.now is not None:
+            since, most = self.now[1], self.limit
+        if not ended and time.monotonic() - since > most:
             kill(self.process)
-            self._blame("timeout", f"killed after {self.limit:.0f} s")
+            self._blame("timeout", f"killed after {most:.0f} s")
             ended = True
         elif ended and self.now is not None:
             self._blame("crashed", f"exit status {self.process.returncode}\n{self._told()}")
@@ -156,6 +161,7 @@ class File:
         return [json.loads(line) for line in new]
 
     def _take(self, line: dict[str, Any]) -> None:
+        self.begun = time.monotonic()
         if "collected" in line:
             self.collected = line["collected"]
         elif "broken" in line:

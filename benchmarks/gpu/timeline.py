@@ -193,19 +193,26 @@ class Timeline:
     def _on_host(
         self, windows: Sequence[tuple[float, float]]
     ) -> tuple[dict[str, float], Counter[str]]:
-        """Likewise of operators that ran on the CPU: the outermost ones, by their own names."""
+        """Likewise of operators that ran on the CPU: the time that each spent outside of others.
+
+        What has no namespace is no operator: a compiled region's own time is the host's.
+        """
         spent: dict[str, float] = defaultdict(float)
         others: Counter[str] = Counter()
-        end = 0.0
+        stack: list[tuple[Event, str]] = []
         inside = [event for event, _ in self._inside(("cpu_op",), windows)]
         for event in sorted(inside, key=lambda e: (float(e["ts"]), -float(e["dur"]))):
-            if float(event["ts"]) < end:
-                continue  # within another one
-            end = _span(event)[1]
-            kind = kind_of((event["name"],), "")
-            spent[kind] += float(event["dur"])
+            while stack and _span(stack[-1][0])[1] < _span(event)[1]:
+                stack.pop()
+            if stack and (outer := stack[-1][1]):
+                spent[outer] -= float(event["dur"])
+            names = [*(other["name"] for other, _ in stack), event["name"]]
+            kind = kind_of(names, "") if any("::" in name for name in names) else ""
+            if kind:
+                spent[kind] += float(event["dur"])
             if kind == OTHER:
                 others[event["name"]] += float(event["dur"])
+            stack.append((event, kind))
         return dict(spent), others
 
     def _operators(self) -> list[Event]:
