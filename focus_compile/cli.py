@@ -292,7 +292,7 @@ class _PathFirst(TyperCommand):
 def bench(
     context: typer.Context,
     path: Annotated[
-        str | None, typer.Argument(metavar="[PATH]", help="model folder, hub id, module:function")
+        str | None, typer.Argument(metavar="PATH", help="model folder, hub id, module:function")
     ] = None,
     *,
     prompts: Annotated[
