@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import torch
 import typer
 from rich.console import Console
@@ -211,7 +210,16 @@ def report(
             path, 2, sizes[0], sizes[1] if history is None else history, trust_remote_code
         )
         try:
-            text = page(story, path, steps, **given)
+            text = page(
+                story,
+                path,
+                steps,
+                batch=batch,
+                block=block,
+                history=history,
+                fed=fed,
+                retained=retained,
+            )
             counts = counts_of(given, steps)
         except ValueError as error:
             raise BadInput(str(error)) from error
@@ -277,21 +285,22 @@ def generate(
 class _PathFirst(TyperCommand):
     """Words that do not begin with PATH are those of another program, and kept as they are."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ours = not args[:1] or not args[0].startswith("-")
         if ours or "--help" in args or any(word.startswith("--prompts") for word in args):
             return super().parse_args(ctx, args)
         own = [word for word in args if word == "--traceback"]
         super().parse_args(ctx, own)
-        ctx.args = [word for word in args if word not in own]
-        return ctx.args
+        rest = [word for word in args if word not in own]
+        ctx.args = rest
+        return rest
 
 
 @app.command(cls=_PathFirst)
 def bench(
     context: typer.Context,
     path: Annotated[
-        str | None, typer.Argument(metavar="[PATH]", help="model folder, hub id, module:function")
+        str | None, typer.Argument(metavar="PATH", help="model folder, hub id, module:function")
     ] = None,
     *,
     prompts: Annotated[

@@ -68,7 +68,9 @@ def counts_of(given: Mapping[str, float | None], trace: Mapping[str, Any] | None
             ("from the trace", seen.get(name)),
             ("assumed", assumed),
         )
-        origins[name], values[name] = next(place for place in places if place[1] is not None)
+        for origin, value in reversed(places):
+            if value is not None:
+                origins[name], values[name] = origin, value
     fed, retained = values["fed"], values["retained"]
     if not 0 <= retained <= fed <= 1:
         raise ValueError(f"retained {retained} and fed {fed}: expected 0 <= retained <= fed <= 1")

@@ -106,7 +106,7 @@ def _is_stored(path: str) -> bool:
     return _HUB.fullmatch(path) is not None and not folder.parent.is_dir()
 
 
-def _stored_model(path: str, trust_remote_code: bool) -> Any:
+def _stored_model(path: str, trust_remote_code: bool = False) -> Any:
     """A model as its config says; some name an ``AutoModel`` only, such as Dream."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     own: dict[str, str] = getattr(config, "auto_map", None) or {}

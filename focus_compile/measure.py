@@ -14,6 +14,7 @@ from focus_compile.backend import focus_backend
 from focus_compile.output_code import output_files
 from focus_compile.play import (
     Call,
+    PlayedStep,
     apart,
     difference,
     left_first,
@@ -110,7 +111,9 @@ def measure(
     """
     compiled, by_operator = _Compiled(model, None), _Compiled(model, _as_it_is)
     given = Call(args, kwargs, mask_token_id)
-    own, evicting, steps = [], 0.0, []
+    own: list[PlayedStep] = []
+    steps: list[PlayedStep] = []
+    evicting = 0.0
     for budget, signal in ((alpha, own_signal), (1.0, left_first)):
         made = play(compiled.call, given, budget, signal)
         if not made:
