@@ -1,7 +1,7 @@
 """FOCUS for diffusion LLMs as a compiler pass: ``torch.compile(model, backend="focus")``."""
 
 from focus_compile.backend import focus_backend
-from focus_compile.compile import compile
+from focus_compile.compile import compile, status
 from focus_compile.config import FocusConfig
 from focus_compile.cost import Cost
 from focus_compile.decoding import Candidates
@@ -16,6 +16,7 @@ from focus_compile.generate import generate
 from focus_compile.generated import Generated
 from focus_compile.session import PackedLogits, Session, Signal, Step, session
 from focus_compile.statistics import SessionStats
+from focus_compile.status import Status
 
 __all__ = [
     "Candidates",
@@ -29,6 +30,7 @@ __all__ = [
     "Session",
     "SessionStats",
     "Signal",
+    "Status",
     "Step",
     "UncommittedHistory",
     "Unsupported",
@@ -37,4 +39,5 @@ __all__ = [
     "focus_backend",
     "generate",
     "session",
+    "status",
 ]
