@@ -35,7 +35,7 @@ from focus_compile import Generated, Session, focus_backend, generate
 from focus_compile.block import BlockState
 from focus_compile.decoding import Candidates
 from focus_compile.programs import Program
-from focus_compile.report import warning_once
+from focus_compile.report import text_once
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -111,7 +111,7 @@ def census() -> dict[str, int]:
         "programs": len(programs),
         "compiled_programs": sum(each.compiled is not None for each in programs),
         "output_code_modules": len(PyCodeCache.modules),
-        "warnings_remembered": warning_once.cache_info().currsize,
+        "warnings_remembered": text_once.cache_info().currsize,
     }
 
 

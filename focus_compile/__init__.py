@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from focus_compile import testing
 from focus_compile.backend import focus_backend
-from focus_compile.compile import compile
+from focus_compile.compile import compile, status
 from focus_compile.config import FocusConfig
 from focus_compile.cost import Cost
 from focus_compile.decoding import Candidates
@@ -20,6 +20,7 @@ from focus_compile.generated import Generated
 from focus_compile.masks import block_mask
 from focus_compile.session import PackedLogits, Session, Signal, Step, session
 from focus_compile.statistics import SessionStats
+from focus_compile.status import Status
 
 __version__ = version("focus-compile")
 
@@ -35,6 +36,7 @@ __all__ = [
     "Session",
     "SessionStats",
     "Signal",
+    "Status",
     "Step",
     "UncommittedHistory",
     "Unsupported",
@@ -45,5 +47,6 @@ __all__ = [
     "focus_backend",
     "generate",
     "session",
+    "status",
     "testing",
 ]

@@ -19,6 +19,7 @@ from focus_compile.modes import refused_mode
 from focus_compile.programs import Inner, make_programs
 from focus_compile.report import warning_once
 from focus_compile.runtime import Executable
+from focus_compile.status import Record
 from focus_compile.torch_private import compile_fx, frame_compile_id, recompile_limit
 from focus_compile.unchanged import Unchanged
 
@@ -34,6 +35,7 @@ def focus_backend(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
     inner: Inner | None = None,
+    record: Record | None = None,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph: dense, and, where FOCUS applies, prefix and suffix.
 
@@ -42,6 +44,7 @@ def focus_backend(
         options: see :class:`~focus_compile.config.FocusConfig`.
         mode: as in ``torch.compile``; the same as ``options={"mode": mode}``.
         inner: compiles each program; None is Inductor.
+        record: counts what becomes of it.
 
     Raises:
         ValueError: an option is unknown or out of range.
@@ -49,16 +52,18 @@ def focus_backend(
     """
     config = FocusConfig.from_options({**(options or {}), **({"mode": mode} if mode else {})})
     patches = config.patches()
+    record = record or Record()
 
     def compile_inner(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        if inner is not None:
-            return inner(graph, inputs)
-        compiled: Any = compile_fx(graph, inputs, config_patches=patches)
-        return compiled  # type: ignore[no-any-return]
+        with record.compiling():
+            if inner is not None:
+                return inner(graph, inputs)
+            compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+            return compiled  # type: ignore[no-any-return]
 
     def compile_half(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if inner is not None:
-            return inner(graph, inputs)
+            return compile_inner(graph, inputs)
         captured = config.captures(value.device for value in inputs)
         lowered = lower(graph, captured=captured)
         if not captured:
@@ -78,19 +83,22 @@ def focus_backend(
             return dense
         if (why := refused_mode(example_inputs)) is not None:
             raise Unsupported(why)
-        analysis = analyze(copied)
+        with record.compiling():
+            analysis = analyze(copied)
     except NothingToEvict:
         return Unchanged(dense)
     except Unsupported as refusal:
         trace_refusal(refusal)
+        record.graph(str(refusal))
         if config.strict:
             raise
         warning_once(log, "backend 'focus' leaves this graph as it is: %s", refusal)
         return Unchanged(dense)
     trace_analysis(analysis)
+    record.graph()
     _log_passes(analysis)
     programs = make_programs(analysis.halves, analysis.inputs, compile_half)
-    return Executable(dense, analysis.halves, analysis.layout, config, programs)
+    return Executable(dense, analysis.halves, analysis.layout, config, programs, record)
 
 
 def _log_passes(analysis: Analysis) -> None:

@@ -1,17 +1,23 @@
-"""``focus_compile.compile``: ``torch.compile`` with the mask token found for you."""
+"""``focus_compile.compile``: ``torch.compile`` with the mask token found, and a record kept."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from focus_compile.backend import focus_backend
 from focus_compile.config import FocusConfig
+from focus_compile.runtime import wrong_mask_token
+from focus_compile.status import Record, Status
+from focus_compile.torch_private import backend_of, compile_arguments
 
-__all__ = ["FAMILIES", "compile", "find_mask_token"]
+__all__ = ["FAMILIES", "Backend", "check_mask_token", "compile", "find_mask_token", "status"]
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +37,23 @@ LLaDA-MoE is of type "llada", too, and its mask token is not LLaDA's.
 """
 
 
+class Backend:
+    """The backend of one model: what becomes of its graphs is counted in ``record``."""
+
+    __name__ = "focus"
+
+    def __init__(self) -> None:
+        self.record = Record()
+
+    def __call__(self, gm: GraphModule, inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
+        return focus_backend(gm, inputs, record=self.record, **given)
+
+
 def compile(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    dynamic: bool | None = None,
+    dynamic: bool | None = True,
     **options: Any,
 ) -> Any:
     """``torch.compile(model, backend="focus")``, with the id of the mask token looked up.
@@ -46,16 +64,49 @@ def compile(
     family as a warning.
 
     Args:
-        dynamic: as in ``torch.compile``.
+        dynamic: as in ``torch.compile``; by default sizes are symbolic, so that prompts and batches
+            of other sizes need no capture of their own.
         options: see :class:`~focus_compile.FocusConfig`.
 
+    What is compiled counts against a recompile limit of its own, where torch has that, and
+    :func:`status` tells what became of it.
+
     Raises:
-        ValueError: the id is not to be found, or an option is unknown or out of range.
+        ValueError: the id is not to be found or no row of the model's embedding, or an option is
+            unknown or out of range.
     """
     if options.get("mask_token_id") is None:
         options["mask_token_id"] = find_mask_token(model, tokenizer)
     FocusConfig.from_options(options)
-    return torch.compile(model, backend="focus", dynamic=dynamic, options=options)
+    check_mask_token(model, options["mask_token_id"])
+    return torch.compile(
+        model, backend=Backend(), dynamic=dynamic, options=options, **compile_arguments()
+    )
+
+
+def status(compiled: Any) -> Status:
+    """What became of a model that :func:`compile` compiled, so far; print it.
+
+    Raises:
+        ValueError: another function compiled it, so that nothing was counted.
+    """
+    backend = backend_of(compiled)
+    if not isinstance(backend, Backend):
+        raise ValueError("no status: compile the model with focus_compile.compile(...)")
+    return backend.record.status()
+
+
+def check_mask_token(model: Any, token: int) -> None:
+    """Of a model of transformers, whose embedding is known.
+
+    Raises:
+        ValueError: no row of the embedding belongs to the id.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PreTrainedModel):
+        table: Any = model.get_input_embeddings()
+        if isinstance(table, nn.Embedding) and token >= table.num_embeddings:
+            raise ValueError(wrong_mask_token(token, table.num_embeddings))
 
 
 def find_mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> int:

@@ -56,6 +56,9 @@ class Cost:
     layers: int = 0
     layer: Cost | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_ratio"}
+
     def flops(
         self, batch: int, tokens: int, history: int, fed: int, retained: int
     ) -> tuple[int, int]:

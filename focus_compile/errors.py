@@ -50,7 +50,22 @@ def _operator(node: Node) -> str:
     return f"{target.__module__}.{target.__name__}" if function else str(target)
 
 
-class Unsupported(Exception):
+class Told(Exception):
+    """An error whose text is made from what it is given; it survives copy and pickle.
+
+    Python rebuilds an exception from its text alone, which is not what these are made from.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), self.args), self.__dict__
+
+
+def _rebuilt(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    """An error as it was, its text included, without making it anew."""
+    return kind.__new__(kind, *args)
+
+
+class Unsupported(Told):
     """The graph is valid, but FOCUS cannot be applied to it soundly.
 
     Attributes:
@@ -84,7 +99,7 @@ class NothingToEvict(Unsupported):
     """The block is a single token: the dense program is all there is to run."""
 
 
-class NotCompiled(RuntimeError):
+class NotCompiled(Told, RuntimeError):
     """The compiler failed at a program of FOCUS's; this call gave no result, the next one retries.
 
     ``program``: ``"prefix"`` or ``"suffix"``; the compiler's own error is the cause.
@@ -98,14 +113,14 @@ class NotCompiled(RuntimeError):
         )
 
 
-class EmptyCall(ValueError):
+class EmptyCall(Told, ValueError):
     """There is no row, or no token in a row."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__(f"the token ids have shape {shape}: batch or block is empty")
 
 
-class UncommittedHistory(RuntimeError):
+class UncommittedHistory(Told, RuntimeError):
     """The history holds K/V of a masked call, whose later layers have holes."""
 
     def __init__(self, before: int, after: int) -> None:
@@ -119,7 +134,7 @@ class UncommittedHistory(RuntimeError):
         )
 
 
-class EvictedTokenDecoded(RuntimeError):
+class EvictedTokenDecoded(Told, RuntimeError):
     """A position was decoded that the last call had evicted: its logits were zeros."""
 
     def __init__(self, row: int, position: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from focus_compile.analysis import Analysis, analyze
 from focus_compile.axes import graph_outputs
@@ -41,6 +41,8 @@ class GraphReport:
         analysis: the graph at every stage, where FOCUS was applied.
         cost: FLOPs and bytes per step as formulas, likewise.
         broke: why Dynamo ended the graph before the model's own end, or None.
+        told: :meth:`to_dict` of the report that this one was pickled from, else None. Graphs are
+            left out of a pickle: ``graph`` is empty then, and ``analysis`` None.
     """
 
     graph: GraphModule
@@ -50,6 +52,7 @@ class GraphReport:
     analysis: Analysis | None = None
     cost: Cost | None = None
     broke: GraphBreak | None = None
+    told: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
         found = "applied" if self.analysis is not None else self.refusal or "no attention"
@@ -58,12 +61,31 @@ class GraphReport:
     @property
     def nodes(self) -> int:
         """Nodes of Dynamo's graph."""
-        return len(self.graph.graph.nodes)
+        return len(self.graph.graph.nodes) if self.told is None else int(self.told["nodes"])
+
+    @property
+    def applied(self) -> bool:
+        """Whether FOCUS was applied."""
+        return self.cost is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"graph": None, "analysis": None, "told": self.to_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, graph=GraphModule(nn.Module(), Graph()))
+
+    def __copy__(self) -> GraphReport:
+        return self  # frozen
+
+    def __deepcopy__(self, _: Any) -> GraphReport:
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; ``flops`` and ``bytes`` are formulas in the symbols of
         :mod:`focus_compile.cost`.
         """
+        if self.told is not None:
+            return copy.deepcopy(dict(self.told))
         refusal, broke, cost = self.refusal, self.broke, self.cost
         flops = moved = None
         if cost is not None:
@@ -101,7 +123,7 @@ class Explanation:
     @property
     def applied(self) -> bool:
         """Whether FOCUS was applied to any graph."""
-        return any(graph.analysis is not None for graph in self.graphs)
+        return any(graph.applied for graph in self.graphs)
 
     @property
     def refusals(self) -> list[Unsupported]:
@@ -133,7 +155,7 @@ class Explanation:
     def save(self, folder: str | Path) -> Path:
         """Write ``explanation.txt``, ``explanation.json``, and what :mod:`focus_compile.handover`
         makes of each graph: code, difference, DOT and ``.pt2`` files, or a script that shows a
-        refusal.
+        refusal; a pickled explanation has no graphs.
         """
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
@@ -142,7 +164,7 @@ class Explanation:
         for index, graph in enumerate(self.graphs):
             if graph.analysis is not None:
                 save_analysis(graph.analysis, root, f"graph{index}")
-            elif graph.refusal is not None:
+            elif graph.refusal is not None and graph.told is None:
                 save_refusal(graph.graph, graph.refusal, root, f"graph{index}")
         return root
 

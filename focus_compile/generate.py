@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -12,6 +14,8 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCrite
 from transformers.generation.streamers import BaseStreamer
 
 from focus_compile.ambient import inside, open_elsewhere
+from focus_compile.backend import focus_backend
+from focus_compile.compile import Backend, check_mask_token
 from focus_compile.decoding import Decoder, Strategy, count_per_step, warpers
 from focus_compile.endings import Endings
 from focus_compile.generated import Generated
@@ -28,8 +32,16 @@ from focus_compile.rows import Canvas, Rows
 from focus_compile.session import Session, current_session, warn_outside
 from focus_compile.shards import is_sharded
 from focus_compile.text import StopStrings
+from focus_compile.torch_private import backend_of
 
 __all__ = ["generate"]
+
+EAGER = (
+    "backend 'focus' was not called: Dynamo ran the model eagerly, for its recompile limit is "
+    "reached (torch._dynamo.config.recompile_limit), or it is switched off. Compile with "
+    "focus_compile.compile(...), which has a limit of its own, vary alpha by session(alpha=...), "
+    "or raise the limit"
+)
 
 
 @torch.no_grad()
@@ -110,6 +122,7 @@ def generate(
         ValueError: an argument is out of range; tokens are drawn from a model that is sharded over
             processes, with neither ``seed`` nor ``generator``; or prompts are padded, and a model
             without a cache sees their padding (it has no mask, or ignores it).
+        RuntimeError: the model is compiled with backend "focus", but Dynamo ran it eagerly.
     """
     input_ids, valid = prompts(input_ids, attention_mask)
     mask_token_id = token_id("mask_token_id", mask_token_id)
@@ -137,6 +150,8 @@ def generate(
     result = Generated(input_ids)
     if streamer is not None:
         streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
+    check_mask_token(model, mask_token_id)
+    backend = backend_of(model)
     request = _session(mask_token_id, shifted_logits)
     with closing(request) as focus, Progress(disable=not progress, transient=True) as bar:
         focus.commits_exactly, focus.owns_kv = use_cache, True
@@ -148,6 +163,7 @@ def generate(
             block, masked = rows.open_block(block_length, mask_token_id, fill)
             focus.block = rows.block
             block = _denoise(rows, decoder, focus, result, block=block, masked=masked, last=last)
+            _account(request, backend, result.forwards)
             focus.masked = torch.zeros_like(masked)
             with inside(focus):
                 last = rows.commit(block)
@@ -193,8 +209,10 @@ def _denoise(
     while bool(masked.any()):
         steps += masked.any(1)
         focus.masked, focus.logits = masked, None
+        before = focus.reached
         with inside(focus):
             canvas = rows.peek(block)
+        focus.eager += focus.reached == before
         if focus.logits is None:
             values, row = canvas.flatten(0, 1), torch.arange(masked.numel(), device=masked.device)
             row = row.view(masked.shape)
@@ -220,6 +238,30 @@ def _denoise(
         result.decoded += int(chosen.sum())
     result.steps_per_block.append(steps)
     return block
+
+
+def _account(request: Session, backend: Any, masked_calls: int) -> None:
+    """Compare the masked calls so far with those that FOCUS computed.
+
+    Raises:
+        RuntimeError: the model is compiled with FOCUS, but some of the calls did not reach the backend.
+    """
+    missed = masked_calls - request.stats.steps - request.stats.masked_dense
+    request.stats.masked_dense += missed
+    if not missed or not _is_focus(backend):
+        return
+    why = "Dynamo ran the model eagerly" if request.eager else "the graph was refused"
+    why = why if request.enabled else "FOCUS was off"
+    if isinstance(backend, Backend):
+        backend.record.dense_call(why, missed)
+    if request.eager:
+        raise RuntimeError(EAGER)
+
+
+def _is_focus(backend: Any) -> bool:
+    while isinstance(backend, partial):
+        backend = backend.func
+    return backend is focus_backend or isinstance(backend, Backend)
 
 
 def _session(mask_token_id: int, shifted_logits: bool) -> Session:

@@ -23,6 +23,7 @@ from focus_compile.programs import Program
 from focus_compile.report import warning_once
 from focus_compile.session import Session, Signal, Step, current_session, warn_outside
 from focus_compile.shards import local
+from focus_compile.status import Record
 
 __all__ = ["Executable", "Layout"]
 
@@ -101,12 +102,14 @@ class Executable:
         layout: Layout,
         config: FocusConfig,
         programs: tuple[Program, Program],
+        record: Record | None = None,
     ) -> None:
         self.dense = dense
         self.halves = halves
         self.layout = layout
         self.config = config
         self.prefix, self.suffix = programs
+        self.record = record or Record()
         self.dense_calls = 0
         self.captured = config.captures(slot.device for slot in layout.slots)
 
@@ -130,12 +133,15 @@ class Executable:
             return self._dense(args, session)
         if self.layout.written and overlap(args, self.layout.written):
             warning_once(log, OVERLAP)
+            self.record.dense_call("written and shared memory")
             return self._dense(args, session, masked=True)
         if self.layout.causal:
             warning_once(log, CAUSAL)
         if session is None:
             warn_outside()
-        return self._focus(args, ids.view(masked.shape), masked, session)
+        made = self._focus(args, ids.view(masked.shape), masked, session)
+        self.record.focus_call()
+        return made
 
     def _dense(self, args: Sequence[Any], session: Session | None, masked: bool = False) -> Any:
         self.dense_calls += 1

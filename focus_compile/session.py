@@ -104,6 +104,7 @@ class Session:
             one may write into them instead of copying the history.
         mask_sought: the id of the mask token that calls looked for last, None before.
         reached: calls that the backend saw, and generations that took settings from here.
+        eager: masked calls of a generation that the backend did not see.
         busy: held while a call runs, so that no other thread's can.
     """
 
@@ -140,6 +141,7 @@ class Session:
         self.owns_kv = False
         self.mask_sought: int | None = None
         self.reached = 0
+        self.eager = 0
         self.busy = threading.RLock()
         self._limits = recompile_limits_hit()
         self._masked: Tensor | None = None

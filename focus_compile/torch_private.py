@@ -165,7 +165,7 @@ def backend_of(model: Any) -> Any:
     else:
         return None
     found: Any = innermost_backend(callback) if callable(callback) else None
-    return getattr(found, "compiler_fn", found)  # torch.compile wraps a backend with its options
+    return found.compiler_fn if isinstance(found, torch._TorchCompileWrapper) else found
 
 
 def is_module_state(node: Node) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from focus_compile.report import warning_once
+from focus_compile.report import text_once
 
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = False  # else pytest formats every trace record
@@ -35,4 +35,4 @@ def dynamo() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def forget_warnings() -> None:
     """Warnings that are given once are given once per test."""
-    warning_once.cache_clear()
+    text_once.cache_clear()
