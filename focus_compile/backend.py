@@ -65,7 +65,7 @@ def focus_backend(
         captured = config.captures(value.device for value in inputs)
         lowered = lower(graph, captured=captured)
         if not captured:
-            return compile_inner(lowered, inputs)
+            return compile_inner(handed(lowered, inputs), inputs)
         used = drop_unread(lowered, graph)  # an input on the CPU would keep CUDA graphs away
         given = [inputs[index] for index in used]
         compiled = compile_inner(handed(lowered, given), given)

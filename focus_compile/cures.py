@@ -43,7 +43,14 @@ _PACKED = (
 )
 
 CURES: tuple[tuple[str, str], ...] = (
-    ("no embedding of token ids", _WHOLE),
+    ("no embedding of token ids: ", _WHOLE),
+    ("no embedding of token ids behind a graph break", _WHOLE),
+    (
+        "dynamic RoPE breaks the graph",
+        "set rope_type='default' in the config's rope_parameters where texts are no longer than "
+        "the model was trained for, or 'yarn', whose table is fixed: 'dynamic' and 'longrope' read "
+        "the length of the text in the model's forward",
+    ),
     ("no attention site over the tokens", _WHOLE),
     ("the graph has no tensor input", _WHOLE),
     ("FOCUS compares the attention of two layers", _WHOLE),

@@ -110,7 +110,7 @@ def generate(
     blocks = -(-max_new_tokens // block_length)
     rows: Rows | Canvas
     if use_cache:
-        rows = Rows(model, input_ids, valid.bool())
+        rows = Rows(model, input_ids, valid.bool(), blocks * block_length)
     else:
         masks = input_ids.new_full((len(input_ids), blocks * block_length), mask_token_id)
         rows = Canvas(model, input_ids, valid.bool(), masks)
