@@ -56,6 +56,22 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "the model returns no logits [batch": ("no output is of that shape", "test the whole model"),
     " differ by ": ("FOCUS and eager differ", "report it, with explain(...).save(folder)"),
     ": FOCUS returns shapes": ("FOCUS and eager differ", "report it"),
+    "leaves logits on the canvas, and session.logits is None": (
+        "a part of the model is compiled, a module calls the compiled one, or its graph breaks",
+        "compile the outermost module; or read the output at session.retain_mask"),
+    "spread over all tokens of the block": (
+        "the compiled program's output is not the model's logits",
+        "compile the outermost module; tokens are right as they are"),
+    "and each evicts tokens of its own": (
+        "several compiled parts in one forward", "compile the outermost module"),
+    "the model moves or mixes the logits": (
+        "code behind the compiled program shifts logits or mixes those of tokens",
+        "compile the outermost module, or generate(shifted_logits=True)"),
+    "expected one row per token": (
+        "the model returns logits of its last tokens only", "let it return those of all tokens"),
+    "a sliding window of": (
+        "prompt and answer are longer than a layer's sliding window",
+        "shorter prompts or answers, or use_sliding_window=False"),
     # options and arguments
     "valid has shape": ("a mask that is not 2-D, or shorter than the block", "[B, S + T]"),
     "the options of backend 'focus' are": ("an unknown option", NAMED),

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from focus_compile.analysis import Analysis, analyze
 from focus_compile.artifacts import trace_analysis, trace_refusal
+from focus_compile.breaks import graph_break
 from focus_compile.config import FocusConfig
 from focus_compile.describe import difference
 from focus_compile.errors import NothingToEvict, Unsupported
@@ -22,6 +23,7 @@ from focus_compile.runtime import Executable
 from focus_compile.status import Record
 from focus_compile.torch_private import compile_fx, frame_compile_id, recompile_limit
 from focus_compile.unchanged import Unchanged
+from focus_compile.verify import handed
 
 __all__ = ["focus_backend", "has_attention"]
 
@@ -63,19 +65,20 @@ def focus_backend(
 
     def compile_half(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if inner is not None:
-            return compile_inner(graph, inputs)
+            return compile_inner(handed(graph, inputs), inputs)
         captured = config.captures(value.device for value in inputs)
         lowered = lower(graph, captured=captured)
         if not captured:
-            return compile_inner(lowered, inputs)
+            return compile_inner(handed(lowered, inputs), inputs)
         used = drop_unread(lowered, graph)  # an input on the CPU would keep CUDA graphs away
-        compiled = compile_inner(lowered, [inputs[index] for index in used])
+        given = [inputs[index] for index in used]
+        compiled = compile_inner(handed(lowered, given), given)
         return lambda *args: compiled(*(args[index] for index in used))
 
     _report_recompile_limit()
     # Inductor takes ownership of the graph, and must see it before the analysis leaves traces in
     # Dynamo's shape environment: then the dense program has the same cache key as plain Inductor's.
-    copied = GraphModule(gm, copy.deepcopy(gm.graph))
+    copied, broke = GraphModule(gm, copy.deepcopy(gm.graph)), graph_break(gm)
     dense = compile_inner(gm, example_inputs)
     try:
         if not has_attention(copied):
@@ -84,7 +87,7 @@ def focus_backend(
         if (why := refused_mode(example_inputs)) is not None:
             raise Unsupported(why)
         with record.compiling():
-            analysis = analyze(copied)
+            analysis = analyze(copied, broke)
     except NothingToEvict:
         return Unchanged(dense)
     except Unsupported as refusal:
@@ -98,7 +101,15 @@ def focus_backend(
     record.graph()
     _log_passes(analysis)
     programs = make_programs(analysis.halves, analysis.inputs, compile_half)
-    return Executable(dense, analysis.halves, analysis.layout, config, programs, record)
+    return Executable(
+        dense,
+        analysis.halves,
+        analysis.layout,
+        config,
+        programs,
+        record,
+        returns=broke is None,
+    )
 
 
 def _log_passes(analysis: Analysis) -> None:

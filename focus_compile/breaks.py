@@ -1,17 +1,24 @@
 """Graph breaks: where Dynamo leaves a model's code, and what can be done about it.
 
-A model that breaks into several graphs is no case for FOCUS: no graph holds the tokens' way from
-the embedding to the logits. Some public modeling files do so; these have a way around it.
+A model that breaks into several graphs before its logits is no case for FOCUS: no graph holds the
+tokens' way from the embedding to the logits, and code behind a break would meet rows of zeros. Some
+public modeling files break; these have a way around it.
 """
 
 from __future__ import annotations
 
+import linecache
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.fx import GraphModule
 
-__all__ = ["GraphBreak", "graph_break"]
+from focus_compile.errors import Unsupported
+
+__all__ = ["GraphBreak", "graph_break", "refuse_fragment"]
+
+_RESUMED = re.compile(r'File "([^"]+)", line \d+, in torch_dynamo_resume_in_\w+_at_(\d+)')
 
 REMEDIES = (
     (
@@ -23,6 +30,12 @@ REMEDIES = (
         ("expert_hit",),
         "experts are computed in a loop over those that are hit: load the model with "
         "experts_implementation='grouped_mm' or 'batched_mm'",
+    ),
+    (
+        ("modeling_rope_utils.py",),
+        "dynamic RoPE (rope_type 'dynamic' or 'longrope') reads the length of the text in the "
+        "model's forward: set rope_type='default' in the config's rope_parameters where texts are "
+        "no longer than the model was trained for, or 'yarn', whose table is fixed",
     ),
     (
         ("data-dependent branching", "torch.all("),
@@ -54,7 +67,8 @@ class GraphBreak:
 
 def graph_break(gm: GraphModule) -> GraphBreak | None:
     """Why the graph ended where it did, or None: at the model's own end."""
-    reason: Any = gm.compile_subgraph_reason  # Dynamo sets it on every graph
+    # Dynamo sets it on every graph; who calls the backend with a graph of his own does not
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return None
     frames = [frame for frame in reason.user_stack if frame.line]
@@ -66,3 +80,20 @@ def graph_break(gm: GraphModule) -> GraphBreak | None:
     text = f"{told} {line}".lower()
     remedies = [cure for signs, cure in REMEDIES if any(sign in text for sign in signs)]
     return GraphBreak(told, line, remedies[0] if remedies else None)
+
+
+def refuse_fragment(gm: GraphModule) -> NoReturn:
+    """Refuse a graph that embeds no token ids.
+
+    Raises:
+        Unsupported: it names the line of the graph break that it begins behind, if any.
+    """
+    traces = (node.meta.get("stack_trace") or "" for node in gm.graph.nodes)
+    found = next(filter(None, map(_RESUMED.search, traces)), None)
+    if found is None:
+        raise Unsupported("no embedding of token ids: compile the whole model, not single layers")
+    line = linecache.getline(found[1], int(found[2])).strip()
+    place = f"{found[1]}:{found[2]} `{line}`"
+    if "rotary" in line or "rope" in line:
+        raise Unsupported(f"dynamic RoPE breaks the graph before the layers: {place}")
+    raise Unsupported(f"no embedding of token ids behind a graph break: {place}")

@@ -49,7 +49,14 @@ _MASK = (
 )
 
 CURES: tuple[tuple[str, str], ...] = (
-    ("no embedding of token ids", _WHOLE),
+    ("no embedding of token ids: ", _WHOLE),
+    ("no embedding of token ids behind a graph break", _WHOLE),
+    (
+        "dynamic RoPE breaks the graph",
+        "set rope_type='default' in the config's rope_parameters where texts are no longer than "
+        "the model was trained for, or 'yarn', whose table is fixed: 'dynamic' and 'longrope' read "
+        "the length of the text in the model's forward",
+    ),
     ("no attention site over the tokens", _WHOLE),
     ("the graph has no tensor input", _WHOLE),
     ("FOCUS compares the attention of two layers", _WHOLE),
@@ -133,6 +140,12 @@ CURES: tuple[tuple[str, str], ...] = (
         "an operator writes into its input",
         "use the operator's form that returns its result (x = x + y, not x += y) where the input "
         "is a view or is shared",
+    ),
+    (
+        "the model goes on behind a graph break",
+        "remove the break at this line (torch._dynamo.explain tells more of it), so that one graph "
+        "reaches from the token ids to the logits; or compile a module that ends before it, and "
+        "whose output treats tokens one by one to the end: model.model = torch.compile(...)",
     ),
     ("a plan needs two attention sites", _WHOLE),
     ("attention sites are not in layer order", "attend one layer after the other"),

@@ -19,6 +19,7 @@ from focus_compile.compile import Backend, check_mask_token
 from focus_compile.decoding import Decoder, Strategy, count_per_step, warpers
 from focus_compile.endings import Endings
 from focus_compile.generated import Generated
+from focus_compile.reader import Reader
 from focus_compile.request import (
     check_vocabulary,
     criteria,
@@ -29,8 +30,10 @@ from focus_compile.request import (
     token_ids,
 )
 from focus_compile.rows import Canvas, Rows
+from focus_compile.scores import step_scores
 from focus_compile.session import Session, current_session, warn_outside
 from focus_compile.shards import is_sharded
+from focus_compile.statistics import SessionStats
 from focus_compile.text import StopStrings
 from focus_compile.torch_private import backend_of
 
@@ -146,7 +149,7 @@ def generate(
     endings = Endings(input_ids, ends, eos_early_stop, criteria(stopping_criteria), stops)
     blocks = -(-max_new_tokens // block_length)
     masks = input_ids.new_full((len(input_ids), blocks * block_length), mask_token_id)
-    rows = _rows(model, input_ids, valid.bool(), None if use_cache else masks)
+    rows = _rows(model, input_ids, valid.bool(), masks, use_cache)
     result = Generated(input_ids)
     if streamer is not None:
         streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
@@ -163,7 +166,7 @@ def generate(
             block, masked = rows.open_block(block_length, mask_token_id, fill)
             focus.block = rows.block
             block = _denoise(rows, decoder, focus, result, block=block, masked=masked, last=last)
-            _account(request, backend, result.forwards)
+            _account(request, backend, result)
             focus.masked = torch.zeros_like(masked)
             with inside(focus):
                 last = rows.commit(block)
@@ -175,19 +178,28 @@ def generate(
             bar.advance(task)
             if not bool(rows.active.any()):
                 break
-        if focus.stats.canvas:
-            result.fed_fraction = focus.stats.fed_fraction
-            result.retained_fraction = focus.stats.retained_fraction
-            result.fed_per_step = focus.stats.fed_per_step
+        _shares(result, focus.stats)
     if streamer is not None:
         streamer.end()  # type: ignore[no-untyped-call]
     result.sequences = done
     return result if return_dict else result.sequences
 
 
-def _rows(model: nn.Module, ids: Tensor, valid: Tensor, masks: Tensor | None) -> Rows | Canvas:
+def _shares(result: Generated, stats: SessionStats) -> None:
+    """Note the shares of tokens that were computed, where FOCUS ran."""
+    if stats.canvas:
+        result.fed_fraction = stats.fed_fraction
+        result.retained_fraction = stats.retained_fraction
+        result.fed_per_step = stats.fed_per_step
+
+
+def _rows(
+    model: nn.Module, ids: Tensor, valid: Tensor, masks: Tensor, use_cache: bool
+) -> Rows | Canvas:
     """The batch: over a cache, or a canvas that ends with the masks of all blocks."""
-    return Rows(model, ids, valid) if masks is None else Canvas(model, ids, valid, masks)
+    if use_cache:
+        return Rows(model, ids, valid, masks.shape[1])
+    return Canvas(model, ids, valid, masks)
 
 
 def _denoise(
@@ -206,31 +218,18 @@ def _denoise(
     the block, ``[B, V]``, or None where it is fed with the block.
     """
     steps = torch.zeros_like(rows.active, dtype=torch.int64)
+    reader = Reader(rows.model)
     while bool(masked.any()):
         steps += masked.any(1)
-        focus.masked, focus.logits = masked, None
-        before = focus.reached
-        with inside(focus):
-            canvas = rows.peek(block)
-        focus.eager += focus.reached == before
-        if focus.logits is None:
-            values, row = canvas.flatten(0, 1), torch.arange(masked.numel(), device=masked.device)
-            row = row.view(masked.shape)
-        else:
-            packed = focus.logits
-            result.retain_masks.append(focus.retain_mask)
-            values = packed.values
-            row = torch.full(masked.shape, -1, device=masked.device)
-            row[packed.rows, packed.positions] = torch.arange(len(values), device=masked.device)
+        made = step_scores(partial(_peek, rows, block, focus), masked, focus, reader)
+        if made.retained is not None:
+            result.retain_masks.append(made.retained)
+        elif not focus.enabled:
+            result.retain_masks.clear()  # dense from now on, if not from the start
         if focus.shifted_logits:
-            edge = torch.full_like(row[:, :1], -1)
-            if last is not None:
-                edge[:, 0] = len(values) + torch.arange(len(last), device=row.device)
-                values = torch.cat([values, last])
-            row = torch.cat([edge, row[:, :-1]], 1)
-        where = masked & (row >= 0)
-        scores = values[row[where]]
-        chosen, tokens = decoder.step(scores, where, rows.sequences)
+            made = made.shifted(last)
+        where = masked & (made.row >= 0)
+        chosen, tokens = decoder.step(made.values[made.row[where]], where, rows.sequences)
         block = torch.where(chosen, tokens, block)
         masked = masked & ~chosen
         result.forwards += 1
@@ -240,13 +239,22 @@ def _denoise(
     return block
 
 
-def _account(request: Session, backend: Any, masked_calls: int) -> None:
-    """Compare the masked calls so far with those that FOCUS computed.
+def _peek(rows: Rows | Canvas, block: Tensor, focus: Session) -> Tensor:
+    """A masked call, and whether it reached a program of ours."""
+    before = focus.reached
+    with inside(focus):
+        canvas = rows.peek(block)
+    focus.eager += focus.reached == before
+    return canvas
+
+
+def _account(request: Session, backend: Any, result: Generated) -> None:
+    """Compare the denoising forwards so far with those that FOCUS computed.
 
     Raises:
-        RuntimeError: the model is compiled with FOCUS, but some of the calls did not reach the backend.
+        RuntimeError: the model is compiled with FOCUS, but some did not reach the backend.
     """
-    missed = masked_calls - request.stats.steps - request.stats.masked_dense
+    missed = result.forwards - result.focus_steps - request.stats.masked_dense
     request.stats.masked_dense += missed
     if not missed or not _is_focus(backend):
         return

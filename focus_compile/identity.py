@@ -9,13 +9,13 @@ from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn import Parameter
 
 from focus_compile.shards import local
 from focus_compile.sites import Write
+from focus_compile.torch_private import FakeTensor
 
 __all__ = ["NO_WEIGHTS", "Weights", "key_program", "model_key", "weights_of"]
 

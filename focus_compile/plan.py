@@ -20,6 +20,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Dims, Role, tensor_of
+from focus_compile.breaks import refuse_fragment
 from focus_compile.canonical import Canonical
 from focus_compile.dispatch import GROUPED
 from focus_compile.errors import NothingToEvict, Unsupported
@@ -106,7 +107,7 @@ def make_plan(canonical: Canonical) -> Plan:
     _refuse_mutation(gm)
     entry = token_ids(gm)
     if entry is None:
-        raise Unsupported("no embedding of token ids: compile the whole model, not single layers")
+        refuse_fragment(gm)
     embedding, ids = entry
     if len(embedded_inputs(gm)) > 1:
         raise Unsupported("two inputs are embedded: which one holds the token ids?", embedding)

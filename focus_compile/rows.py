@@ -31,6 +31,22 @@ def _broadcasts(model: nn.Module) -> bool:
     return type(getattr(model, "_orig_mod", model)).__module__.startswith("transformers.models.")
 
 
+def _check_windows(cache: DynamicCache, length: int) -> None:
+    """A layer with a sliding window caches no more than that, and one mask would serve all layers.
+
+    As long as the window holds the whole text, the layer sees what every other one does.
+    """
+    layers: list[Any] = cache.layers
+    windows = [layer.sliding_window for layer in layers if layer.is_sliding]
+    if windows and length > min(windows):
+        raise ValueError(
+            f"prompt and answer have {length} tokens, and layers of the model a sliding window of "
+            f"{min(windows)}, which generate() has no mask for: give shorter prompts or a smaller "
+            "max_new_tokens, or, where the model was trained without it, load it with "
+            "use_sliding_window=False"
+        )
+
+
 def _laid_out(x: Tensor) -> Tensor:
     """``x`` contiguous, with memory of its own.
 
@@ -47,12 +63,18 @@ class Rows:
 
     block: None = None
 
-    def __init__(self, model: nn.Module, ids: Tensor, valid: Tensor) -> None:
+    def __init__(self, model: nn.Module, ids: Tensor, valid: Tensor, new: int = 0) -> None:
+        """``new``: tokens that will follow the prompts.
+
+        Raises:
+            ValueError: prompt and answer are longer than the window of a layer.
+        """
         self.model = model
         self.sequences, self.valid = ids, valid
         self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         config: Any = model.config
         self.cache, self.keyword = DynamicCache(config=config), cache_keyword(model)
+        _check_windows(self.cache, ids.shape[1] + new)
 
     def forward(self, ids: Tensor, queries: int | None = None) -> Tensor:
         """Logits of the last ``T`` tokens of the rows; the cache must hold those before.
