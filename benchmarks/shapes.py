@@ -54,11 +54,19 @@ RANDOM: dict[str, dict[str, Any]] = {
 
 
 def build(
-    shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+    shape: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    layers: int | None = None,
 ) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
-    """The model of a shape; the last id of its vocabulary serves as mask token."""
+    """The model of a shape; the last id of its vocabulary serves as mask token.
+
+    ``layers``: another number of them than the shape's.
+    """
     torch.manual_seed(0)
     sizes = {"tie_word_embeddings": True} | RANDOM[shape]
+    if layers is not None:
+        sizes["num_hidden_layers"] = layers
     config = (Qwen3MoeConfig if "num_experts" in sizes else Qwen3Config)(**sizes)
     with torch.device(device):
         model: Qwen3ForCausalLM | Qwen3MoeForCausalLM = AutoModelForCausalLM.from_config(

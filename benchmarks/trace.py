@@ -26,8 +26,15 @@ sys.path.insert(0, str(ALIGNED.parent))
 from tasks import Example, examples
 
 __all__ = [
-    *("Line", "Replay", "Trace", "TraceStep", "assemble", "prompts", "record"),
-    *("record_rows", "trained"),
+    "Line",
+    "Replay",
+    "Trace",
+    "TraceStep",
+    "assemble",
+    "prompts",
+    "record",
+    "record_rows",
+    "trained",
 ]
 
 BLOCK = 32

@@ -33,7 +33,9 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "batch or block is empty": ("token ids without rows or tokens", "give at least one of each"),
     "without a mask-free call": (
         "keys and values of a masked call were kept as history",
-        "commit each block by one call of its decoded tokens; crop the cache after masked calls"),
+        "commit each block by one call of its decoded tokens; crop the cache after masked calls; "
+        "where a prompt holds the mask token, its prefill is no masked call once session.masked is "
+        "all zeros (`generate` does so)"),
     "which the last call evicted": (
         "a token was decoded that has no logits", "choose among session.retain_mask"),
     "was not compiled, and this call gave no result": (
@@ -68,6 +70,14 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "temperature > 0 with a model that tp_plan shards", "give every process the same seed"),
     "give seed or generator, not both": ("both were given", "give one"),
     "no mask token: neither": ("nothing names the mask token", "give mask_token_id"),
+    ", and another mask token": (
+        "an id of another model's mask token", "tokenizer.mask_token_id, or the model's card"),
+    "input_ids holds": ("ids of another tokenizer", "use the tokenizer that comes with the model"),
+    "an empty prompt": (
+        "a prompt without tokens, and no beginning or end of text to start from", "give a text"),
+    "stop_strings are looked for": ("tokens alone have no text", "give tokenizer, too"),
+    "unknown model_args": ("an argument that nothing would read", NAMED),
+    "names an end of text": ("the harness asks for an id that there is not", "set eos_token"),
     "give mask_token_id=...: the model is a function": ("a function has no config", "give it"),
     "nothing tells what one costs": ("a model of two layers", "ask a deeper one"),
     "pretrained is a model: give its tokenizer": ("`FocusLM(model)` alone", "give tokenizer, too"),
@@ -80,8 +90,24 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "a task that compares likelihoods", "take tasks of output_type generate_until"),
     # command line
     "is not a model: it has no config.json": ("the folder holds no model", "give a model's folder"),
-    "no such folder": ("PATH is no folder and no module:function", "check its spelling"),
+    "no such folder": (
+        "PATH is no folder, no hub id and no module:function", "check its spelling"),
+    "holds no prompts": (
+        "the file of --prompts is empty or no text", "give UTF-8 text, one prompt a line"),
+    'expected {"prompt": text}': (
+        "a line of a .jsonl file is something else", 'write {"prompt": "text"} on it'),
+    "a prompt has no tokens": ("the tokenizer makes nothing of a prompt", "leave it out"),
+    "needs --prompts FILE": ("`bench PATH` alone", "give --prompts FILE"),
+    "--prompts needs a model": ("`bench --prompts` without PATH", "give PATH first"),
     ", not a torch.nn.Module": ("the function returned something else", "return a model"),
+    "is a pointer of git-lfs": ("a clone without its large files", "run `git lfs pull`"),
+    "is cut off or damaged": ("a download that broke off", "download the file again"),
+    "that can be called without arguments": (
+        "PATH names something else than a function, or one that needs arguments",
+        "wrap it in a function without arguments"),
+    "has no config": (
+        "nothing tells the sizes of a call", "return the model and the arguments of a call"),
+    "--prompt is empty": ("a prompt without text", "give a text"),
     "no tokenizer": ("PATH is a function", "give a folder, or token ids"),
     "is less than --retained": ("more is retained than fed", "swap them"),
     "is no trace": (TRACE, AGAIN),

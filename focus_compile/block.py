@@ -95,24 +95,36 @@ class BlockState:
             self.weights,
         )
 
+    def check_committed(self, ids: Tensor, history: History) -> None:
+        """Compare the next masked call's history with this one, also where its block is longer.
+
+        A prompt that holds the mask token is longer than a block, and its call is no prefill.
+
+        Raises:
+            UncommittedHistory: it grew, or the block moved within a cache of fixed length, but no
+                dense call stored exact K/V.
+        """
+        if self.committed or len(ids) != len(self.ids):
+            return
+        before = self.history
+        moved = before.places is not None and history.keys == before.keys
+        moved = moved and ids.shape == self.ids.shape and not history.same_slots(before)
+        if history.length > before.length or moved:
+            raise UncommittedHistory(before.length, history.length)
+
     def observe(
         self, ids: Tensor, masked: Tensor, history: History, shifted_logits: bool = False
     ) -> None:
         """Take in the next masked call: new blocks, and what was decoded since the last one.
 
         A mask-free call in between (a commit, or another request's prefill) ended every block.
-        ``shifted_logits``: a position is decoded by the logits of its left neighbour.
+        ``shifted_logits``: a position is decoded by the logits of its left neighbour. To be called
+        after :meth:`check_committed`.
 
         Raises:
-            UncommittedHistory: the history grew, or the block moved within a cache of fixed
-                length, but no dense call stored exact K/V.
             EvictedTokenDecoded: a position was decoded that the last call had evicted.
         """
         before = self.history
-        moved = before.places is not None and history.keys == before.keys
-        moved = moved and not history.same_slots(before)
-        if (history.length > before.length or moved) and not self.committed:
-            raise UncommittedHistory(before.length, history.length)
         decoded = self.masked & ~masked
         changed = (~self.masked & (masked | (ids != self.ids))).any(1)
         same = torch.as_tensor(history.same_rows(self.history), device=ids.device)

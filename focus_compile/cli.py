@@ -23,6 +23,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 from typer.core import TyperCommand
 
 from focus_compile import __version__
@@ -79,6 +80,8 @@ def main(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may know few characters
             stream.reconfigure(errors="backslashreplace")
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of transformers: a log is to hold lines
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # module:function of the working folder
 

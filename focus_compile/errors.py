@@ -114,7 +114,8 @@ class UncommittedHistory(RuntimeError):
         super().__init__(
             f"{grew if after > before else moved} without a mask-free call: commit a "
             "block with one forward of its decoded tokens before the next block starts, and crop "
-            "the cache after every masked call"
+            "the cache after every masked call; where a prompt holds the mask token, set "
+            "session.masked to zeros before its call: nothing of it is to be decoded"
         )
 
 

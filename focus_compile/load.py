@@ -28,7 +28,7 @@ from transformers import (
 from focus_compile.compile import find_mask_token
 from focus_compile.masks import attention_mask
 from focus_compile.rows import cache_keyword
-from focus_compile.stored import damage
+from focus_compile.stored import check_files
 
 __all__ = ["BadInput", "denoising_call", "load", "mask_token", "tokenizer"]
 
@@ -51,7 +51,7 @@ def load(path: str, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any
         try:
             return _stored_model(path, trust_remote_code).eval(), None
         except (ValueError, OSError, ImportError) as error:
-            raise BadInput(f"{path}: {_line(error)}{_trusting(error)}") from error
+            raise BadInput(f"{_of(path, error)}{_trusting(error)}") from error
     module, colon, function = path.partition(":")
     if not colon:
         raise BadInput(
@@ -84,7 +84,7 @@ def tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizer
             path, trust_remote_code=trust_remote_code
         )
     except (ValueError, OSError, ImportError) as error:
-        raise BadInput(f"{path}: {_line(error)}{_trusting(error)}") from error
+        raise BadInput(f"{_of(path, error)}{_trusting(error)}") from error
     return found
 
 
@@ -98,8 +98,10 @@ def _is_stored(path: str) -> bool:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BadInput(f"{path} is not a model: it has no config.json")
-        if (found := damage(folder)) is not None:
-            raise BadInput(found)
+        try:
+            check_files(folder)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
         return True
     return _HUB.fullmatch(path) is not None and not folder.parent.is_dir()
 
@@ -191,5 +193,7 @@ def _needs_arguments(function: Callable[..., Any]) -> bool:
     return False
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _of(path: str, error: Exception) -> str:
+    """One line that names the path."""
+    line = " ".join(str(error).split())
+    return line if line.startswith(path) else f"{path}: {line}"

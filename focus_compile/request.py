@@ -143,7 +143,7 @@ def check_vocabulary(model: nn.Module, ids: Tensor, mask_token_id: int) -> None:
     size = table.num_embeddings
     if mask_token_id >= size:
         raise ValueError(
-            f"mask_token_id={mask_token_id}: this model has {size} tokens, and another mask token: "
+            f"mask_token_id={mask_token_id}: the model has {size} tokens, and another mask token: "
             "tokenizer.mask_token_id, or see its model card"
         )
     low, high = (int(each) for each in torch.aminmax(ids))

@@ -23,6 +23,14 @@ def cache_keyword(model: nn.Module) -> str:
     return "cache" if "cache" in forward_arguments(model)[0] else "past_key_values"
 
 
+def _broadcasts(model: nn.Module) -> bool:
+    """Whether a model takes a mask of one line for all queries.
+
+    transformers' own do; others' code may compare the mask's shape with that of the scores.
+    """
+    return type(getattr(model, "_orig_mod", model)).__module__.startswith("transformers.models.")
+
+
 def _laid_out(x: Tensor) -> Tensor:
     """``x`` contiguous, with memory of its own.
 
@@ -46,11 +54,14 @@ class Rows:
         config: Any = model.config
         self.cache, self.keyword = DynamicCache(config=config), cache_keyword(model)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits of the last ``T`` tokens of the rows; the cache must hold those before."""
+    def forward(self, ids: Tensor, queries: int | None = None) -> Tensor:
+        """Logits of the last ``T`` tokens of the rows; the cache must hold those before.
+
+        All of them see the same; ``queries`` is 1 for one line of the mask instead of ``T``.
+        """
         length = ids.shape[1]
         places = self.valid.long().cumsum(1) - 1
-        visible = self.valid[:, None, None, :].expand(-1, 1, length, -1).contiguous()
+        visible = self.valid[:, None, None, :].expand(-1, 1, queries or length, -1).contiguous()
         out = self.model(
             input_ids=ids,
             attention_mask=attention_mask(self.model, visible),
@@ -65,10 +76,10 @@ class Rows:
         """Store the keys and values of the prompts, laid out as those of later blocks will be.
 
         Models return them transposed, and ``cat`` returns them contiguous: without this, Dynamo
-        captures the first block and all others separately. Returns the logits of the last tokens,
-        ``[B, V]``.
+        captures the first block and all others separately. A mask ``[B, 1, P, P]`` would be the
+        largest value of all. Returns the logits of the last tokens, ``[B, V]``.
         """
-        logits = self.forward(self.sequences)
+        logits = self.forward(self.sequences, queries=1 if _broadcasts(self.model) else None)
         layers: list[Any] = self.cache.layers
         for layer in layers:
             layer.keys, layer.values = _laid_out(layer.keys), _laid_out(layer.values)

@@ -201,9 +201,12 @@ class Executable:
         key, weights = model_key(args), weights_of(args)
         state = session.state(key) if key else None
         session.forget(key)  # until this call is through
-        if state is None or not state.fits(ids, weights) or not self._stores(state):
+        if state is None:
             return BlockState(ids, masked, history, weights)
         try:
+            state.check_committed(ids, history)
+            if not state.fits(ids, weights) or not self._stores(state):
+                return BlockState(ids, masked, history, weights)
             state.observe(ids, masked, history, session.shifted_logits)
         except (UncommittedHistory, EvictedTokenDecoded):
             session.keep(key, state)  # refused before anything was changed

@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-__all__ = ["damage"]
+__all__ = ["check_files"]
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a file of the folder, and what to do; None where nothing is."""
+def check_files(folder: Path) -> None:
+    """Look at a folder's files.
+
+    Raises:
+        ValueError: one of them stands for a file that was not fetched, or lacks its end.
+    """
     for path in sorted(folder.iterdir()):
         if not path.is_file():
             continue
         with path.open("rb") as file:
             start = file.read(len(POINTER))
         if start == POINTER:
-            return f"{path} is a pointer of git-lfs, not the file itself: run `git lfs pull`"
+            raise ValueError(
+                f"{path} is a pointer of git-lfs and not the file itself: run `git lfs pull`"
+            )
         if path.suffix == ".safetensors" and not _whole(path):
-            return f"{path} is cut off or damaged: download it again"
-    return None
+            raise ValueError(f"{path} is cut off or damaged: download it again")
 
 
 def _whole(path: Path) -> bool:

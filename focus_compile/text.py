@@ -93,7 +93,7 @@ class StopStrings:
         lengths = [len(self._text(ids[:count])) for count in range(len(ids) + 1)]
         count = bisect_right(lengths, end) - 1
         part = text[lengths[count] : end]  # of the token in which the stop string begins
-        special = count < len(ids) and ids[count] in self.tokenizer.all_special_ids
+        special = not self._plain(ids[count : count + 1])
         return self._plain(ids[:count]) + ("" if special else part)
 
     def _holds(self, ids: list[int]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,12 +57,17 @@ class Draw:
     def random(self, *shape: int) -> Tensor:
         """Numbers that are the same whenever the call is made."""
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn(shape, generator=generator).to(self.dtype)
+        return torch.randn(shape, generator=generator).to(self.ids.device, self.dtype)
+
+    def to(self, device: str, dtype: torch.dtype) -> Draw:
+        """The same call with tensors on a device, and another precision."""
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "masked", "visible")}
+        return replace(self, **moved, dtype=dtype)
 
     def additive(self, rows: slice = slice(None)) -> Tensor:
         """``[B, 1, T, S + T]``, 0 or the lowest number."""
         hidden = ~self.visible[rows].unsqueeze(1)
-        zeros = torch.zeros(hidden.shape, dtype=self.dtype)
+        zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
         return zeros.masked_fill(hidden, torch.finfo(self.dtype).min)
 
 
@@ -275,12 +280,13 @@ class Subject:
     dialect: Dialect
     inner: Callable[..., Any] | None = eager_inner
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
     executables: list[Executable] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         torch._dynamo.reset()
         torch.manual_seed(0)
-        self.model = self.dialect.build().to(self.dtype).eval()
+        self.model = self.dialect.build().to(self.device, self.dtype).eval()
         chosen = {} if self.inner is None else {"inner": self.inner}
 
         def backend(gm: GraphModule, inputs: Any) -> Callable[..., Any]:

@@ -186,6 +186,23 @@ def test_modes(browser: Browser, tmp_path: Path, scheme: str) -> None:
     opened.page.context.close()
 
 
+@pytest.mark.parametrize("width", [360, 420])
+def test_narrow(browser: Browser, tmp_path: Path, width: int) -> None:
+    """On a telephone nothing is wider than the page: what is, scrolls by itself."""
+    wide = trace()
+    wide["block_length"] = 60  # a block of many positions
+    for step in wide["steps"]:
+        for part in ("masked", "retained", "decoded"):
+            step[part] = [row * 12 for row in step[part]]
+    html = page(story(5), "a/very/long/path/of/a/model/that/nobody/breaks/anywhere", wide, **SIZES)
+    opened = show(browser, html, tmp_path / "report.html")
+    opened.page.set_viewport_size({"width": width, "height": 800})
+    opened.page.eval_on_selector_all("details", "(all) => all.forEach((e) => { e.open = true; })")
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.page.locator("#summary table").evaluate("(e) => e.offsetWidth") > width
+    opened.page.context.close()
+
+
 def test_markup_is_text(browser: Browser, tmp_path: Path) -> None:
     """Names that are markup are shown as they are, and nothing of them runs."""
     html = page(marked(), MARKUP, trace(), **SIZES)

@@ -21,6 +21,7 @@ MODULES = {
     "pickle", "marshal", "shelve", "dill", "cloudpickle", "code", "pty", "ftplib", "http",
     "requests", "smtplib", "socket", "telnetlib", "urllib", "xmlrpc",
 }  # fmt: skip
+TRUST = "trust_remote_code"
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load"}
 
 
@@ -39,8 +40,21 @@ def offences(tree: ast.AST) -> Iterator[str]:
             if called in CALLS:
                 yield called
             for keyword in node.keywords:
-                if keyword.arg in ("shell", "trust_remote_code"):
+                handed_on = isinstance(keyword.value, ast.Name) and keyword.value.id == TRUST
+                if keyword.arg == "shell" or (keyword.arg == TRUST and not handed_on):
                     yield f"{called}({keyword.arg}=...)"
+        if isinstance(node, ast.FunctionDef):
+            yield from (f"{node.name}({TRUST}=True)" for _ in trusting(node.args))
+
+
+def trusting(arguments: ast.arguments) -> Iterator[ast.arg]:
+    """Parameters by which remote code is trusted unless the caller says no."""
+    named = [*arguments.posonlyargs, *arguments.args]
+    defaults: list[ast.expr | None] = [*arguments.defaults]
+    values = [*[None] * (len(named) - len(defaults)), *defaults, *arguments.kw_defaults]
+    for argument, value in zip([*named, *arguments.kwonlyargs], values, strict=True):
+        if argument.arg == TRUST and ast.unparse(value or ast.Constant(None)) != "False":
+            yield argument
 
 
 def test_no_source_runs_what_it_is_given() -> None:
@@ -59,6 +73,9 @@ def test_no_source_runs_what_it_is_given() -> None:
         "os.system(line)",
         "subprocess.run(line, shell=True)",
         "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=not refused)",
+        "def load(path, trust_remote_code=True): ...",
+        "def load(path, *, trust_remote_code): ...",
     ],
 )
 def test_the_search_finds(text: str) -> None:

@@ -35,7 +35,13 @@ class Invalid(Exception):
 
 
 def compiled(name: str, model: Any, mask: int, inductor: bool = True) -> Any:
-    """The model as a contestant runs it; ``inductor=False``: captured graphs as they are."""
+    """The model as a contestant runs it; ``inductor=False``: captured graphs as they are.
+
+    Raises:
+        ValueError: nobody is called so.
+    """
+    if name not in CONTESTANTS:
+        raise ValueError(f"contestant {name!r}: expected one of {CONTESTANTS}")
     if name == "eager":
         return model
     if name == "inductor":

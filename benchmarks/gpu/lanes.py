@@ -22,6 +22,7 @@ from benchmarks.gpu.results import Results
 
 __all__ = ["TAIL", "kill", "run"]
 
+WORKER = (sys.executable, "-m", "benchmarks.gpu.worker")
 TAIL = 4000
 """Characters of a process's log that explain its end."""
 
@@ -34,12 +35,13 @@ def run(
     budget: float,
     limit: float,
     say: Callable[[str], None],
+    command: Sequence[str] = WORKER,
 ) -> None:
     """Measure the cells that the results lack.
 
     Args:
         budget: seconds after which no cell is begun; limit: seconds after which one is killed.
-        say: is told of each cell.
+        say: is told of each cell. command: of a process; the plan is added to it.
     """
     end = time.monotonic() + budget
     wanted = [cell for cell in cells if cell.key not in results]
@@ -50,7 +52,7 @@ def run(
             if worker is None or worker.cell.lane != cell.lane:
                 if worker is not None:
                     worker.close()
-                worker = Worker(cell, plan, results.path.with_suffix(".log"))
+                worker = Worker(command, cell, plan, results.path.with_suffix(".log"))
             began = time.monotonic()
             found = worker.measure(cell, limit)
             found["seconds"] = time.monotonic() - began
@@ -70,13 +72,13 @@ def run(
 class Worker:
     """A process that measures the cells of a lane, one after the other."""
 
-    def __init__(self, cell: Cell, plan: Plan, log: Path) -> None:
+    def __init__(self, command: Sequence[str], cell: Cell, plan: Plan, log: Path) -> None:
         self.cell = cell
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log.open("ab")
         self.start = log.stat().st_size
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu.worker", plan.dumps()],
+            [*command, plan.dumps()],
             cwd=ROOT,
             env={**os.environ, **caches(plan.cache), **cell.environment},
             stdin=subprocess.PIPE,

@@ -75,6 +75,8 @@ class File:
     process: subprocess.Popen[bytes] | None = None
     folder: tempfile.TemporaryDirectory[str] | None = None
     read: int = 0
+    made: int = 0
+    """Lines that were read of the process at hand, outcomes that it gave."""
     now: tuple[str, float] | None = None
     """The test that is being run, and when it began."""
     collected: list[str] = field(default_factory=list)
@@ -87,12 +89,13 @@ class File:
     def start(self) -> None:
         """A process for the tests without an outcome."""
         self.folder = tempfile.TemporaryDirectory()
-        self.read, self.now, self.begun = 0, None, time.monotonic()
+        self.read, self.made, self.now, self.begun = 0, 0, None, time.monotonic()
         command = [sys.executable, "-m", "pytest", self.name, "-q", "-p", "benchmarks.gpu.outcomes"]
         command += ["--outcomes", str(self._file), "--no-later-than", str(self.latest)]
         command += ["-m", "not gpu" if self.plan.device == "cpu" else "gpu"]
         command += ["-o", "filterwarnings=default", "-p", "no:cacheprovider"]
-        done = [test for test in self.results.cells if test.startswith(f"{self.name}::")]
+        own = Path(self.name).name
+        done = [test for test in self.results.cells if test.partition("::")[0].endswith(own)]
         command += [part for test in done for part in ("--deselect", test)]
         log = (Path(self.folder.name) / "log").open("wb")
         self.process = subprocess.Popen(
@@ -127,7 +130,7 @@ class File:
         if not self.left or time.time() > self.latest:
             self.results.note(left=[*self.results.report["left"], *self.left])
             return False
-        if not self.read:  # a process that ran nothing: another one would not either
+        if not self.made:  # another process would not run anything either
             self._put(self.name, "crashed", 0.0, told)
             return False
         self.start()
@@ -173,6 +176,7 @@ class File:
         found: dict[str, Any] = {"outcome": outcome, "seconds": seconds}
         if message and outcome != "passed":
             found["error"] = message
+        self.made += 1
         self.results.put(test, found)
         self.say(f"{test}: {outcome}, {seconds:.1f} s")
 

@@ -41,7 +41,9 @@ def _words(text: str) -> frozenset[str]:
 
 KINDS = (
     Kind(
-        "importance", _words("importance sum_ranks block"), kernels="list_masked|attend_(row|col)"
+        "importance",
+        _words("importance sum_ranks block"),
+        kernels="list_masked|attend_rows|attend_columns",
     ),
     Kind("selection", _words("signal retain tables choose"), kernels="^select(_|$)|number_kept"),
     Kind(

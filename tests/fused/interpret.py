@@ -1,9 +1,10 @@
-"""Run the Triton kernels in Triton's interpreter and compare them with the eager functions.
+"""Run the Triton kernels in Triton's interpreter, or on a GPU, beside the eager functions.
 
 TRITON_INTERPRET=1 python -m tests.fused.interpret --what importance --cases 200
+python -m tests.fused.interpret --what importance --cases 200 --device cuda --dtype bfloat16
 
 Prints one line of JSON. For a process of its own: Triton looks at the variable when a kernel is
-defined. Inputs are fp32, since the interpreter's bf16 products are wrong.
+defined. In the interpreter inputs are fp32, since its bf16 products are wrong.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,24 @@ from focus_compile.selection import retain
 
 SIZES = (32, 40, 48, 64, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
 """Head sizes; small ones more often, since the interpreter is slow."""
+COMPILED = (32, 40, 64, 128, 256)
+"""Those on a GPU: each is another kernel to be compiled."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """What cases run on."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return SIZES if self.device == "cpu" else COMPILED
+
+    def take(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments on the device."""
+        return tuple(x.to(self.device) if isinstance(x, Tensor) else x for x in values)
 
 
 def masks(draw: random.Random, batch: int, tokens: int) -> Tensor:
@@ -42,11 +62,13 @@ def masks(draw: random.Random, batch: int, tokens: int) -> Tensor:
     return torch.stack(lines)
 
 
-def importance_case(draw: random.Random) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def importance_case(
+    draw: random.Random, where: Where = Where()
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of one call; its sizes are pairwise distinct."""
     while True:
         batch, groups, share = draw.randint(1, 3), draw.randint(1, 2), draw.randint(2, 3)
-        tokens, size = int(4 * 64 ** (draw.random() ** 4) + 0.5), draw.choice(SIZES)
+        tokens, size = int(4 * 64 ** (draw.random() ** 4) + 0.5), draw.choice(where.sizes)
         if tokens > 64:
             batch, groups, share = 1, 2, 2
         heads = groups * share
@@ -61,11 +83,12 @@ def importance_case(draw: random.Random) -> tuple[tuple[Any, ...], dict[str, Any
         hidden = ~masked.view(batch, 1, tokens, 1)
         query, key = (x.masked_fill(hidden, float("nan")) for x in (query, key))
     sizes = {"batch": batch, "heads": heads, "groups": groups, "tokens": tokens, "size": size}
-    return (query, key, masked, draw.choice([size**-0.5, 0.3])), sizes
+    query, key = query.to(where.dtype), key.to(where.dtype)
+    return where.take((query, key, masked, draw.choice([size**-0.5, 0.3]))), sizes
 
 
-def compare_importance(draw: random.Random) -> dict[str, Any]:
-    given, sizes = importance_case(draw)
+def compare_importance(draw: random.Random, where: Where) -> dict[str, Any]:
+    given, sizes = importance_case(draw, where)
     made, expected = launch_importance(*given), importance(*given)
     assert not expected.isnan().any()
     again = launch_importance(*given) if draw.randrange(20) == 0 else made
@@ -100,8 +123,9 @@ def choose_case(draw: random.Random) -> tuple[tuple[Tensor, ...], dict[str, Any]
     return given, {"batch": batch, "tokens": tokens, "ties": ties, "strange": strange}
 
 
-def compare_choose(draw: random.Random) -> dict[str, Any]:
+def compare_choose(draw: random.Random, where: Where) -> dict[str, Any]:
     given, sizes = choose_case(draw)
+    given = where.take(given)
     made = launch_choose(*given)
     # the kernel may fuse a product and a sum, and rounds once: it is given its own signal
     delta = made[0]
@@ -121,11 +145,14 @@ def main() -> None:
     parser.add_argument("--what", choices=("importance", "choose"), required=True)
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     given = parser.parse_args()
     torch.set_num_threads(1)
     draw = random.Random(given.seed)
+    where = Where(given.device, getattr(torch, given.dtype))
     compare = compare_importance if given.what == "importance" else compare_choose
-    print(json.dumps([compare(draw) for _ in range(given.cases)]))
+    print(json.dumps([compare(draw, where) for _ in range(given.cases)]))
 
 
 if __name__ == "__main__":
