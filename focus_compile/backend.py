@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from focus_compile.analysis import Analysis, analyze
 from focus_compile.artifacts import trace_analysis, trace_refusal
+from focus_compile.breaks import graph_break
 from focus_compile.config import FocusConfig
 from focus_compile.describe import difference
 from focus_compile.errors import NothingToEvict, Unsupported
@@ -21,6 +22,7 @@ from focus_compile.report import warning_once
 from focus_compile.runtime import Executable
 from focus_compile.torch_private import compile_fx, frame_compile_id, recompile_limit
 from focus_compile.unchanged import Unchanged
+from focus_compile.verify import handed
 
 __all__ = ["focus_backend", "has_attention"]
 
@@ -58,26 +60,27 @@ def focus_backend(
 
     def compile_half(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if inner is not None:
-            return inner(graph, inputs)
+            return inner(handed(graph, inputs), inputs)
         captured = config.captures(value.device for value in inputs)
         lowered = lower(graph, captured=captured)
         if not captured:
             return compile_inner(lowered, inputs)
         used = drop_unread(lowered, graph)  # an input on the CPU would keep CUDA graphs away
-        compiled = compile_inner(lowered, [inputs[index] for index in used])
+        given = [inputs[index] for index in used]
+        compiled = compile_inner(handed(lowered, given), given)
         return lambda *args: compiled(*(args[index] for index in used))
 
     _report_recompile_limit()
     # Inductor takes ownership of the graph, and must see it before the analysis leaves traces in
     # Dynamo's shape environment: then the dense program has the same cache key as plain Inductor's.
-    copied = GraphModule(gm, copy.deepcopy(gm.graph))
+    copied, broke = GraphModule(gm, copy.deepcopy(gm.graph)), graph_break(gm)
     dense = compile_inner(gm, example_inputs)
     try:
         if not has_attention(copied):
             log.debug("no attention in this graph of %d nodes: unchanged", len(copied.graph.nodes))
             return dense
         _refuse_modes(example_inputs)
-        analysis = analyze(copied)
+        analysis = analyze(copied, broke)
     except NothingToEvict:
         return Unchanged(dense)
     except Unsupported as refusal:
@@ -89,7 +92,9 @@ def focus_backend(
     trace_analysis(analysis)
     _log_passes(analysis)
     programs = make_programs(analysis.halves, analysis.inputs, compile_half)
-    return Executable(dense, analysis.halves, analysis.layout, config, programs)
+    return Executable(
+        dense, analysis.halves, analysis.layout, config, programs, returns=broke is None
+    )
 
 
 def _log_passes(analysis: Analysis) -> None:

@@ -1,7 +1,8 @@
 """Graph breaks: where Dynamo leaves a model's code, and what can be done about it.
 
-A model that breaks into several graphs is no case for FOCUS: no graph holds the tokens' way from
-the embedding to the logits. Some public modeling files do so; these have a way around it.
+A model that breaks into several graphs before its logits is no case for FOCUS: no graph holds the
+tokens' way from the embedding to the logits, and code behind a break would meet rows of zeros. Some
+public modeling files break; these have a way around it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class GraphBreak:
 
 def graph_break(gm: GraphModule) -> GraphBreak | None:
     """Why the graph ended where it did, or None: at the model's own end."""
-    reason: Any = gm.compile_subgraph_reason  # Dynamo sets it on every graph
+    # Dynamo sets it on every graph; who calls the backend with a graph of his own does not
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return None
     frames = [frame for frame in reason.user_stack if frame.line]

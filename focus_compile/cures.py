@@ -134,6 +134,12 @@ CURES: tuple[tuple[str, str], ...] = (
         "use the operator's form that returns its result (x = x + y, not x += y) where the input "
         "is a view or is shared",
     ),
+    (
+        "the model goes on behind a graph break",
+        "remove the break at this line (torch._dynamo.explain tells more of it), so that one graph "
+        "reaches from the token ids to the logits; or compile a module that ends before it, and "
+        "whose output treats tokens one by one to the end: model.model = torch.compile(...)",
+    ),
     ("a plan needs two attention sites", _WHOLE),
     ("attention sites are not in layer order", "attend one layer after the other"),
     ("attention of layer", "compute queries, keys and values from the tokens' hidden states alone"),

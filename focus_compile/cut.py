@@ -15,7 +15,7 @@ import networkx as nx
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from focus_compile.axes import graph_outputs
+from focus_compile.axes import graph_outputs, tensor_of
 from focus_compile.errors import Unsupported
 from focus_compile.ops import focus
 from focus_compile.passes.retain import CONTROL
@@ -56,14 +56,16 @@ class Halves:
     """Prefix and suffix.
 
     ``own`` are the values that the model returns, in its order; ``logits`` is the packed one that
-    is computed last, or None if it returns none; ``kv`` names those that hold each layer's keys and
-    values, history first; ``control`` what the host reads.
+    is computed last, or None if it returns none; ``vocabulary`` are, by position, the packed ones
+    with a number for each token that can be embedded; ``kv`` names those that hold each layer's
+    keys and values, history first; ``control`` what the host reads.
     """
 
     prefix: Half
     suffix: Half
     own: tuple[Returned | None, ...]
     logits: Returned | None
+    vocabulary: tuple[int, ...]
     kv: tuple[tuple[str, str], ...]
     control: dict[str, str]
 
@@ -106,6 +108,7 @@ def cut(gm: GraphModule, plan: Plan, last: Mapping[int, int] | None = None) -> H
         suffix=_half(gm, late, second, plan.sites[1].writes[0].past),
         own=tuple(returned),
         logits=_last(returned, gm),
+        vocabulary=_vocabulary(returned, gm, plan),
         kv=tuple((key.name, value.name) for key, value in kv),
         control={name: node.name for name, node in zip(CONTROL, control, strict=True)},
     )
@@ -133,6 +136,28 @@ def _last(returned: list[Returned | None], gm: GraphModule) -> Returned | None:
     order = {node.name: index for index, node in enumerate(gm.graph.nodes)}
     packed = [value for value in returned if value is not None and value.tokens is not None]
     return max(packed, key=lambda value: order[value.name], default=None)
+
+
+def _vocabulary(returned: list[Returned | None], gm: GraphModule, plan: Plan) -> tuple[int, ...]:
+    """Packed values of retained tokens, ``[.., N, V]``, as wide as the embedding has rows.
+
+    Where hidden states are as wide, nothing tells them apart.
+    """
+    nodes = {node.name: node for node in gm.graph.nodes}
+    embedding = nodes[plan.embedding]
+    weight = embedding.args[0]
+    assert isinstance(weight, Node)
+    rows, ranks = tensor_of(weight).shape[0], 1 if plan.heads is None else plan.heads.ranks
+    found = []
+    for index, value in enumerate(returned):
+        if value is None or value.tokens != "tokens":
+            continue
+        shape = tensor_of(nodes[value.name]).shape
+        wide = rows * (ranks - 1) < shape[-1] <= rows * ranks
+        if wide and shape[-1] != tensor_of(embedding).shape[-1]:
+            if value.token_dim == len(shape) - 2:
+                found.append(index)
+    return tuple(found)
 
 
 def _unique(nodes: list[Node]) -> list[Node]:

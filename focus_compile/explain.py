@@ -174,7 +174,8 @@ def explain(
 
     def record(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = GraphModule(gm, copy.deepcopy(gm.graph))
-        story.graphs.append(replace(_report(gm, graph, example_inputs), broke=graph_break(gm)))
+        broke = graph_break(gm)
+        story.graphs.append(replace(_report(gm, graph, example_inputs, broke), broke=broke))
         outputs = [_empty(node) for node in graph_outputs(gm)]
         return lambda *_: [make() for make in outputs]
 
@@ -191,12 +192,14 @@ def explain(
     return story
 
 
-def _report(gm: GraphModule, graph: GraphModule, example_inputs: Sequence[Any]) -> GraphReport:
+def _report(
+    gm: GraphModule, graph: GraphModule, example_inputs: Sequence[Any], broke: GraphBreak | None
+) -> GraphReport:
     """``graph``: a copy of ``gm``, which the analysis may annotate."""
     if not has_attention(gm):
         return GraphReport(graph, attention=False)
     try:
-        analysis = analyze(gm)
+        analysis = analyze(gm, broke)
     except Unsupported as refusal:
         return GraphReport(graph, attention=True, refusal=refusal)
     return GraphReport(

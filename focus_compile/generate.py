@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from rich.progress import Progress
@@ -13,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from focus_compile.decoding import Decoder, Strategy, count_per_step, warpers
 from focus_compile.endings import Endings
 from focus_compile.generated import Generated
+from focus_compile.reader import Reader
 from focus_compile.request import (
     check_vocabulary,
     criteria,
@@ -23,6 +25,7 @@ from focus_compile.request import (
     token_ids,
 )
 from focus_compile.rows import Canvas, Rows
+from focus_compile.scores import step_scores
 from focus_compile.session import Session, current_session, session
 from focus_compile.shards import is_sharded
 from focus_compile.text import StopStrings
@@ -197,28 +200,18 @@ def _denoise(
     the block, ``[B, V]``, or None where it is fed with the block.
     """
     steps = torch.zeros_like(rows.active, dtype=torch.int64)
+    reader = Reader(rows.model)
     while bool(masked.any()):
         steps += masked.any(1)
-        focus.masked, focus.logits = masked, None
-        canvas = rows.peek(block)
-        if focus.logits is None:
-            values, row = canvas.flatten(0, 1), torch.arange(masked.numel(), device=masked.device)
-            row = row.view(masked.shape)
-        else:
-            packed = focus.logits
-            result.retain_masks.append(focus.retain_mask)
-            values = packed.values
-            row = torch.full(masked.shape, -1, device=masked.device)
-            row[packed.rows, packed.positions] = torch.arange(len(values), device=masked.device)
+        made = step_scores(partial(rows.peek, block), masked, focus, reader)
+        if made.retained is not None:
+            result.retain_masks.append(made.retained)
+        elif not focus.enabled:
+            result.retain_masks.clear()  # dense from now on, if not from the start
         if focus.shifted_logits:
-            edge = torch.full_like(row[:, :1], -1)
-            if last is not None:
-                edge[:, 0] = len(values) + torch.arange(len(last), device=row.device)
-                values = torch.cat([values, last])
-            row = torch.cat([edge, row[:, :-1]], 1)
-        where = masked & (row >= 0)
-        scores = values[row[where]]
-        chosen, tokens = decoder.step(scores, where, rows.sequences)
+            made = made.shifted(last)
+        where = masked & (made.row >= 0)
+        chosen, tokens = decoder.step(made.values[made.row[where]], where, rows.sequences)
         block = torch.where(chosen, tokens, block)
         masked = masked & ~chosen
         result.forwards += 1

@@ -27,6 +27,7 @@ __all__ = [
     "name_of",
     "overlap",
     "runtime_inputs",
+    "stands_in",
     "static_tensor",
 ]
 
@@ -44,6 +45,12 @@ GENERIC = {
     "extra": 50_021,
 }
 """One number per name: pairwise distinct primes that are no size of a model."""
+_COMBINED = {
+    number
+    for one in GENERIC.values()
+    for two in GENERIC.values()
+    for number in (one + two, one * two)
+}
 HINTS = {
     "batch": 13,
     "token": 29,
@@ -159,6 +166,11 @@ def is_generic(number: int) -> bool:
         0 < number - GENERIC[stem] < 18 * 1000 and (number - GENERIC[stem]) % 18 == 0
         for stem in ("history", "extra")
     )
+
+
+def stands_in(number: int) -> bool:
+    """Whether a number stands for a name, or for the sum or product of two."""
+    return number in _COMBINED or is_generic(number) or is_generic(number - GENERIC["token"])
 
 
 class Symbols:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from focus_compile.cut import Halves
+from focus_compile.cut import Halves, Returned
 from focus_compile.packing import canvas_shape, restore
 from focus_compile.session import PackedLogits
 
@@ -23,16 +23,16 @@ def trimmed(halves: Halves, values: Mapping[str, Tensor], count: int) -> dict[st
 
 
 def returned(
-    halves: Halves, values: Mapping[str, Tensor], packed: bool
+    halves: Halves, values: Mapping[str, Tensor], packed: int | None
 ) -> tuple[Tensor | None, ...]:
-    """The model's outputs, in its order; ``packed``: one expanded zero for every packed value."""
+    """The model's outputs, in its order; ``packed``: the one that is an expanded zero instead."""
     out: list[Tensor | None] = []
-    for own in halves.own:
+    for index, own in enumerate(halves.own):
         if own is None or own.tokens is None or own.keep is None:
             out.append(None if own is None else values[own.name])
             continue
         value, keep, dims = values[own.name], values[own.keep], (own.batch_dim, own.token_dim)
-        if packed:
+        if index == packed:
             canvas = value.new_zeros(()).expand(canvas_shape(value, keep, *dims))
         else:
             canvas = restore(value, values[own.tokens], keep, *dims)
@@ -43,16 +43,10 @@ def returned(
     return tuple(out)
 
 
-def packed_logits(halves: Halves, values: Mapping[str, Tensor]) -> PackedLogits:
-    """Logits of the retained tokens.
-
-    Raises:
-        ValueError: the model returns no value with a row per token.
-    """
-    logits = halves.logits
-    if logits is None or logits.tokens is None:
-        raise ValueError("logits='packed': the model returns no value with a row per token")
+def packed_logits(logits: Returned, values: Mapping[str, Tensor]) -> PackedLogits:
+    """Logits of the retained tokens."""
     length = values["masked"].shape[1]
+    assert logits.tokens is not None
     tokens = values[logits.tokens]
     rows = values[logits.name].movedim(logits.token_dim, 0).reshape(len(tokens), -1)
     return PackedLogits(rows, tokens // length, tokens % length)

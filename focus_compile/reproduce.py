@@ -51,11 +51,14 @@ def script(gm: GraphModule, refusal: Unsupported, name: str) -> str | None:
         gm: Dynamo's graph; refusal: why it was refused; name: of the file.
 
     Returns:
-        None where the graph holds others, or tensors of its own, which text cannot carry.
+        None where the graph holds others, or tensors of its own, which text cannot carry, and where
+        the graph alone does not tell why it is refused, but the break at its end.
     """
     if any(node.op in ("get_attr", "call_module") for node in gm.graph.nodes):
         return None
     whole, gm = gm, smallest(gm, refusal.reason)
+    if _reason(gm) != refusal.reason:
+        return None
     made = gm.graph.python_code("self")
     lines = [_input(node.meta["example_value"]) for node in graph_inputs(gm)]
     return _TEXT.format(

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from focus_compile.block import BlockState, History
 from focus_compile.config import FocusConfig
@@ -20,6 +21,7 @@ from focus_compile.inputs import Input, length, overlap
 from focus_compile.outputs import packed_logits, returned, trimmed
 from focus_compile.packing import retained_tables
 from focus_compile.programs import Program
+from focus_compile.reader import MaskedCall, outermost
 from focus_compile.report import warning_once
 from focus_compile.session import Session, Signal, Step, current_session
 from focus_compile.shards import local
@@ -39,6 +41,12 @@ CAUSAL = (
     "attention_mask=None and of a 2-D mask, transformers makes a causal mask: pass one of shape "
     "[B, 1, T, S + T], focus_compile.block_mask(model, valid, tokens)"
 )
+NOT_PACKED = (
+    "session(logits='packed') leaves logits on the canvas, and session.logits is None: this "
+    "program's outputs are not known to be what the model returns as logits. Compile the outermost "
+    "module, and remove graph breaks; or read the model's output at session.retain_mask"
+)
+
 OVERLAP = (
     "backend 'focus' runs the dense program: the model writes into an input whose memory another "
     "input shares"
@@ -78,6 +86,10 @@ class Executable:
         dense_calls: how often the dense program ran; ``prefix.calls`` and ``suffix.calls`` count
             the others.
         captured: the programs are recorded as CUDA graphs.
+        returns: whether the function that Dynamo captured returns behind this graph; else it goes
+            on behind a graph break.
+        read_as: models whose logits are an output of this program, and which
+            (:class:`~focus_compile.reader.Program`).
     """
 
     def __init__(
@@ -87,6 +99,8 @@ class Executable:
         layout: Layout,
         config: FocusConfig,
         programs: tuple[Program, Program],
+        *,
+        returns: bool = True,
     ) -> None:
         self.dense = dense
         self.halves = halves
@@ -95,6 +109,12 @@ class Executable:
         self.prefix, self.suffix = programs
         self.dense_calls = 0
         self.captured = config.captures(slot.device for slot in layout.slots)
+        self.returns = returns
+        self.read_as: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+    @property
+    def returns_logits(self) -> bool:
+        return bool(self.halves.vocabulary)
 
     def __call__(self, *args: Any) -> Any:
         session = current_session()
@@ -154,20 +174,52 @@ class Executable:
         )
         values |= self.suffix(values)
         values |= trimmed(self.halves, values, count)
-        packed = session is not None and session.packed
-        if session is not None and packed:
-            session.logits = packed_logits(self.halves, values)
+        packed = None if session is None else self._packed(session)
+        if session is not None and packed is not None and (own := self.halves.own[packed]):
+            session.logits = packed_logits(own, values)
         made = returned(self.halves, values, packed)
-        own = len(made) - len(self.layout.written)
-        for argument, value in zip(self.layout.written, made[own:], strict=True):
+        count_own = len(made) - len(self.layout.written)
+        for argument, value in zip(self.layout.written, made[count_own:], strict=True):
             args[argument].copy_(value)
         if session is not None:
             retained = values["retain_mask"].clone()  # it outlives this call
             state.advance(tables.fed, retained, self._slots(values), delayed)
             session.retain_mask = retained
             session.stats.record(masked.numel(), tables.tokens.numel(), count)
+            self._tell(session, made, retained, packed)
             session.keep(model_key(args), state)  # last: a call that is interrupted has no state
-        return made[:own]
+        return made[:count_own]
+
+    def _packed(self, session: Session) -> int | None:
+        """Which output stays packed: one that is known to be what the caller reads as logits."""
+        if not session.packed:
+            return None
+        if self.halves.logits is None:
+            raise ValueError("logits='packed': the model returns no value with a row per token")
+        if session.reader is not None:
+            return self.read_as.get(session.reader.model)
+        if len(self.halves.vocabulary) == 1 and self.returns and outermost():
+            return self.halves.vocabulary[0]
+        session.logits = None
+        warning_once(log, NOT_PACKED)
+        return None
+
+    def _tell(
+        self,
+        session: Session,
+        made: Sequence[Tensor | None],
+        retained: Tensor,
+        packed: int | None,
+    ) -> None:
+        """Show what was returned to whom it may concern."""
+        if session.reader is None:
+            return
+        outputs = {
+            index: value
+            for index, (own, value) in enumerate(zip(self.halves.own, made, strict=True))
+            if own is not None and own.tokens == "tokens" and value is not None
+        }
+        session.reader.calls.append(MaskedCall(self, retained, outputs, packed))
 
     def _exact(self, session: Session | None) -> bool:
         """Whether every token is fed and retained: by the session's setting, or the option."""

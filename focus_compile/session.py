@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from focus_compile.block import BlockState
+from focus_compile.reader import Reader
 
 __all__ = [
     "PackedLogits",
@@ -108,8 +109,11 @@ class Session:
         signal: replaces the ranking signal: a :class:`Signal`, or a function of the
             :class:`Step` that returns one. For ablations and benchmarks.
         enabled: whether masked calls run FOCUS's programs, or the dense one like all others.
-        packed: masked calls return no logits on the canvas but one zero, expanded, and
-            ``logits`` holds them: :class:`PackedLogits` of the last masked call, else None.
+        packed: where the compiled program is the whole model and has one output as wide as the
+            vocabulary, masked calls return no logits on the canvas but one zero, expanded, and
+            ``logits`` holds them: :class:`PackedLogits` of the last masked call. Elsewhere they
+            return logits on the canvas, and ``logits`` is None.
+        reader: sees what a model returns, and so decides what is packed; None in an own loop.
         stats: counts so far.
         retain_mask: bool ``[B, T]``, what the last masked call retained; None before it.
         commits_exactly: the caller commits every block with a mask-free call, so that a row whose
@@ -151,6 +155,7 @@ class Session:
         self.block: tuple[int, int] | None = None
         self.packed = logits == "packed"
         self.logits: PackedLogits | None = None
+        self.reader: Reader | None = None
         self.commits_exactly = False
         self.owns_kv = False
         self._masked: Tensor | None = None
@@ -245,7 +250,10 @@ def session(
         mask_token_id, alpha, visibility, signal, shifted_logits: see :class:`Session`.
         logits: ``"canvas"``: ``[B, T, V]``, 0 where evicted. ``"packed"``: the model's output holds
             an expanded zero in their place, and ``session.logits`` those of the retained tokens,
-            ``[N, V]``: a large vocabulary is never spread over the canvas.
+            ``[N, V]``: a large vocabulary is never spread over the canvas. It is None, and the
+            output holds the logits after all, where the compiled program is not known to return
+            what the model does: a part of the model is compiled, a module calls the compiled one,
+            the graph breaks, or several outputs are as wide as the vocabulary. A warning says so.
         enabled: False runs the dense program, plain Inductor's, in every call: for comparisons.
         exact: True evicts nothing and feeds every token in every step: logits of FOCUS's programs
             equal eager's to rounding throughout. A large alpha alone does not: the delayed cache
