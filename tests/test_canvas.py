@@ -149,14 +149,13 @@ class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model, self.places = Dream(groups=3), nn.Embedding(64, 40)
+        self.model.embed_tokens.register_forward_hook(self.count)
+
+    def count(self, _: nn.Module, __: Any, out: Tensor) -> Tensor:
+        return out + self.places.weight[: out.shape[1]]
 
     def forward(self, input_ids: Tensor, attention_mask: Any = None) -> CausalLMOutput:
-        plain, table = self.model.embed_tokens, self.places.weight
-        self.model.embed_tokens = lambda ids: plain(ids) + table[: ids.shape[1]]
-        try:
-            return CausalLMOutput(logits=self.model(input_ids, attention_mask)[0])
-        finally:
-            self.model.embed_tokens = plain
+        return CausalLMOutput(logits=self.model(input_ids, attention_mask)[0])
 
 
 class Open(nn.Module):
@@ -198,7 +197,7 @@ def test_a_row_never_depends_on_its_neighbours(name: str) -> None:
         alone = generated(model, ids[row : row + 1, padding:]).sequences
         assert torch.equal(both[row, padding:], alone[0])
         assert torch.equal(turned[row, padding:], alone[0])
-    assert len(both[:, PROMPT:].unique()) > 5
+    assert len(both[:, PROMPT:].unique()) > 2 and not torch.equal(both[0], both[1])
 
 
 @torch.no_grad()

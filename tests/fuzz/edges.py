@@ -30,7 +30,8 @@ from tests.reference import algorithm
 LAYERS = 3
 PLACES = range(LAYERS + 3)
 """Of a graph break: before the embedding, after each layer, before the head and after it."""
-QUIET = tuple(name for name in EVENTS if name not in ("interrupt", "crash", "evicted", "grow"))
+LOUD = ("interrupt", "crash", "evicted", "grow", "misshape")
+QUIET = tuple(name for name in EVENTS if name not in LOUD)
 """Events that a graph which is left unchanged takes as well as FOCUS's programs do."""
 
 
