@@ -217,7 +217,7 @@ def _account(request: Session, backend: Any, masked_calls: int) -> None:
     """Compare the masked calls so far with those that FOCUS computed.
 
     Raises:
-        RuntimeError: the model is compiled with FOCUS, but some of the calls did not reach the backend.
+        RuntimeError: the model is compiled with FOCUS, but Dynamo ran it eagerly.
     """
     missed = masked_calls - request.stats.steps - request.stats.masked_dense
     request.stats.masked_dense += missed
