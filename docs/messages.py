@@ -29,7 +29,28 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "this is the last of %d graphs": (
         "calls with ever other kinds of arguments",
         "call alike, or raise Dynamo's recompile_limit"),
+    "is in no session, while one is open elsewhere": (
+        "a thread, or code around a generator, calls outside of the session that was meant",
+        "enter a session in that thread, around the call"),
+    "a session ends without one masked call": (
+        "the id of the mask token is another model's, or the loop never calls with masks",
+        "give the model's own: tokenizer.mask_token_id"),
+    "a session ends in which masked calls may have run eagerly": (
+        "Dynamo compiles only so many graphs of one function",
+        "focus_compile.compile, session(alpha=...), or a larger recompile_limit"),
     # errors of a call
+    "Dynamo ran the model eagerly": (
+        "Dynamo compiles only so many graphs of one function",
+        "focus_compile.compile, session(alpha=...), or a larger recompile_limit"),
+    "two threads call a model in one session": (
+        "a session is the scope of one generation", "enter one in each thread"),
+    "a session is in mid-block, and in this call": (
+        "gradients or autocast are enabled in this thread, and were not in the block's first calls",
+        "torch.no_grad() in every thread"),
+    "the model's embedding has": (
+        "the id of another model's mask token", "give tokenizer.mask_token_id"),
+    "no status: compile the model with": (
+        "torch.compile keeps no record", "compile with focus_compile.compile"),
     "batch or block is empty": ("token ids without rows or tokens", "give at least one of each"),
     "without a mask-free call": (
         "keys and values of a masked call were kept as history",

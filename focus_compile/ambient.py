@@ -37,7 +37,7 @@ _ASYNC = inspect.CO_ASYNC_GENERATOR
 _AWAITS = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE
 _RESUMABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | _ASYNC
 _RESUME, _SEND = dis.opmap["RESUME"], dis.opmap["SEND"]
-_AFTER_AWAIT = 3  # RESUME's argument, as module dis documents it; 1 after yield, 2 after yield from
+_AFTER_YIELD = 1  # RESUME's argument, as module dis documents it: 3 after an await
 
 
 class Scope:
@@ -71,7 +71,7 @@ class Scope:
         if self.frame is None or self.frame in here:
             return True
         flags = self.frame.f_code.co_flags
-        return bool(flags & _AWAITS) or (bool(flags & _ASYNC) and _is_awaiting(self.frame))
+        return bool(flags & _AWAITS) or (bool(flags & _ASYNC) and not _has_yielded(self.frame))
 
 
 class _Open:
@@ -178,10 +178,10 @@ def _delegator(frame: FrameType) -> FrameType | None:
     return outer if _SEND in (code[at], code[max(at - 2, 0)]) else None
 
 
-def _is_awaiting(frame: FrameType) -> bool:
-    """Whether a suspended frame waits at an ``await``, not at a ``yield``."""
+def _has_yielded(frame: FrameType) -> bool:
+    """Whether an asynchronous generator is suspended at a ``yield``, and not at an ``await``."""
     code, after = frame.f_code.co_code, frame.f_lasti + 2
-    return code[after] == _RESUME and code[after + 1] & 3 == _AFTER_AWAIT
+    return code[after] == _RESUME and code[after + 1] & 3 == _AFTER_YIELD
 
 
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:

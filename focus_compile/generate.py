@@ -252,7 +252,7 @@ def _account(request: Session, backend: Any, result: Generated) -> None:
     """Compare the denoising forwards so far with those that FOCUS computed.
 
     Raises:
-        RuntimeError: the model is compiled with FOCUS, but some did not reach the backend.
+        RuntimeError: the model is compiled with FOCUS, but Dynamo ran it eagerly.
     """
     missed = result.forwards - result.focus_steps - request.stats.masked_dense
     request.stats.masked_dense += missed
