@@ -33,7 +33,7 @@ class Wrapped(nn.Module):
         self.config = self.inner.config
 
     def forward(self, input_ids: Tensor, **given: Any) -> Any:
-        cache = given.pop(CACHE, None)
+        cache = given.pop("past_key_values", None)
         out = self.inner(input_ids, **given, **({} if cache is None else {CACHE: cache}))
         for _ in range(1, self.calls):
             again = self.inner(input_ids, attention_mask=given["attention_mask"][..., -TOKENS:])
