@@ -40,7 +40,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "session.masked has shape": ("masks of another shape than the ids", "give bool [B, T]"),
     "session.block=": ("a block outside of the call's tokens", "give (start, stop) within them"),
     "the signal's bias has shape": ("a bias of another shape than the ids", "give fp32 [B, T]"),
-    "logits='packed'": (
+    "the model returns no value with a row": (
         "no output of the model has a row per token", "use logits='canvas'"),
     "leaves logits on the canvas, and session.logits is None": (
         "a part of the model is compiled, a module calls the compiled one, or its graph breaks",
