@@ -36,7 +36,10 @@ class Wrapped(nn.Module):
         cache = given.pop("past_key_values", None)
         out = self.inner(input_ids, **given, **({} if cache is None else {CACHE: cache}))
         for _ in range(1, self.calls):
-            again = self.inner(input_ids, attention_mask=given["attention_mask"][..., -TOKENS:])
+            again = self.inner(
+                input_ids,
+                attention_mask=torch.ones_like(given["attention_mask"][..., -input_ids.shape[1] :]),
+            )
             out.logits = out.logits + 0 * again.logits
         return self.then(out)
 
@@ -140,6 +143,15 @@ def test_shifts_behind_the_program_are_found() -> None:
     told = "the model moves or mixes the logits"
     with focus_compile.session(alpha=1.0), pytest.raises(ValueError, match=told):
         generated(inner(Wrapped(shift)))
+
+
+def test_a_wrapper_that_calls_twice_runs_dense(caplog: pytest.LogCaptureFixture) -> None:
+    model = Wrapped(same, calls=2)
+    expected = generated(build_model(Sizes(layers=3)))
+    with focus_compile.session(alpha=1.0):
+        out = generated(inner(model))
+    assert torch.equal(out.sequences, expected.sequences) and out.focus_steps == 0
+    assert any("and each evicts tokens of its own" in line for line in caplog.messages)
 
 
 def test_packed_only_for_the_model_that_was_seen(caplog: pytest.LogCaptureFixture) -> None:
