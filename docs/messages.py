@@ -66,7 +66,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "session.masked has shape": ("masks of another shape than the ids", "give bool [B, T]"),
     "session.block=": ("a block outside of the call's tokens", "give (start, stop) within them"),
     "the signal's bias has shape": ("a bias of another shape than the ids", "give fp32 [B, T]"),
-    "logits='packed'": (
+    "the model returns no value with a row": (
         "no output of the model has a row per token", "use logits='canvas'"),
     "the model sees their padding": (
         "a model without a cache whose attention ignores its mask, or that has none",

@@ -157,6 +157,7 @@ def test_no_canvas_of_logits_in_generate(run: Run) -> None:
     def refuse(*_: Any) -> Tensor:
         raise AssertionError("logits were spread over the canvas")
 
+    generated(run)  # a program's first masked call proves that its logits are the model's
     with patch("focus_compile.outputs.restore", refuse):
         out = generated(run)
         assert out.focus_steps == out.forwards > 0

@@ -10,13 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import focus_compile
 from focus_compile.backend import focus_backend
 from focus_compile.errors import Unsupported
 from focus_compile.explain import explain
+from focus_compile.inputs import GENERIC
+from focus_compile.reader import Reader
 from focus_compile.runtime import Executable
+from focus_compile.scores import step_scores
+from focus_compile.session import Session
+from focus_compile.verify import InvalidGraph, handed
 from tests.harness import CACHE, MASK, Sizes, build_model, eager_inner
 from tests.toy import HIDDEN, VOCAB, Attention
 
@@ -36,7 +42,10 @@ class Wrapped(nn.Module):
         cache = given.pop("past_key_values", None)
         out = self.inner(input_ids, **given, **({} if cache is None else {CACHE: cache}))
         for _ in range(1, self.calls):
-            again = self.inner(input_ids, attention_mask=given["attention_mask"][..., -TOKENS:])
+            again = self.inner(
+                input_ids,
+                attention_mask=torch.ones_like(given["attention_mask"][..., -input_ids.shape[1] :]),
+            )
             out.logits = out.logits + 0 * again.logits
         return self.then(out)
 
@@ -140,6 +149,15 @@ def test_shifts_behind_the_program_are_found() -> None:
     told = "the model moves or mixes the logits"
     with focus_compile.session(alpha=1.0), pytest.raises(ValueError, match=told):
         generated(inner(Wrapped(shift)))
+
+
+def test_a_wrapper_that_calls_twice_runs_dense(caplog: pytest.LogCaptureFixture) -> None:
+    model = Wrapped(same, calls=2)
+    expected = generated(build_model(Sizes(layers=3)))
+    with focus_compile.session(alpha=1.0):
+        out = generated(inner(model))
+    assert torch.equal(out.sequences, expected.sequences) and out.focus_steps == 0
+    assert any("and each evicts tokens of its own" in line for line in caplog.messages)
 
 
 def test_packed_only_for_the_model_that_was_seen(caplog: pytest.LogCaptureFixture) -> None:
@@ -246,3 +264,21 @@ def test_dynamic_rope_is_named() -> None:
         refusal.reason.startswith("dynamic RoPE breaks the graph") and "rope_type" in refusal.cure
     )
     assert "dynamic RoPE" in str(story.breaks[0].remedy)
+
+
+def test_logits_of_the_last_tokens_alone() -> None:
+    masked = torch.ones(2, 9, dtype=torch.bool)
+    reader, told = Reader(nn.Identity()), "tokens: expected one row per token"
+    with pytest.raises(ValueError, match=told):
+        step_scores(lambda: torch.zeros(2, 1, 5), masked, Session(), reader)
+
+
+def test_no_number_of_the_analysis_reaches_a_compiler() -> None:
+    """As a literal, a sum or product of two, or as the length of an input."""
+    batch, token = GENERIC["batch"], GENERIC["token"]
+    for number, shape in ((batch, (3,)), (batch * token, (3,)), (1, (token, 2))):
+        graph = Graph()
+        x = graph.placeholder("x")
+        graph.output((graph.call_function(torch.add, (x, number)),))
+        with pytest.raises(InvalidGraph, match="a size became a constant: "):
+            handed(GraphModule(nn.Module(), graph), [torch.empty(shape, device="meta")])
