@@ -148,7 +148,7 @@ def test_a_changed_number_or_buffer_starts_the_block_anew() -> None:
             self.register_buffer("shift", torch.zeros(12))
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            self.between = lambda x: torch.relu(x) * self.factor + self.shift
+            self.between = lambda x: torch.relu(x) * self.factor + self.shift + given
             return super().forward(ids)
 
     def number(model: Model, on: bool) -> None:
@@ -160,7 +160,9 @@ def test_a_changed_number_or_buffer_starts_the_block_anew() -> None:
     def replaced(model: Model, on: bool) -> None:
         model.shift = torch.full((12,), float(on))
 
+    given = torch.rand(2, 7, 12, generator=torch.Generator().manual_seed(1))
     ids = torch.full((2, 7), MASK)
+    ids[:, ::3] = torch.arange(6).view(2, 3)
     for change in (number, written, replaced):
         torch.manual_seed(0)
         model = Model().eval()
