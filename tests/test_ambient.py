@@ -29,6 +29,12 @@ def nothing_is_left() -> Iterator[None]:
 Seen = Session | None
 
 
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Ours: torch logs its traces, too."""
+    ours = [record for record in caplog.records if record.name.startswith("focus_compile")]
+    return [record for record in ours if record.levelno >= logging.WARNING]
+
+
 def stream(steps: int = 3) -> Iterator[tuple[Session, Seen]]:
     """Its own session, and the current one, at each step."""
     with session() as own:
@@ -258,9 +264,7 @@ def test_calls_outside_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
         return graph
 
     def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
-        return focus_compile.focus_backend(
-            gm, inputs, options={"mask_token_id": 20, "strict": True}, inner=quick
-        )
+        return focus_compile.focus_backend(gm, inputs, options={"mask_token_id": 20}, inner=quick)
 
     torch.manual_seed(0)
     compiled = torch.compile(Toy().eval(), backend=backend)
@@ -271,13 +275,13 @@ def test_calls_outside_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
         compiled(ids)
 
     call()
-    assert not caplog.records
+    assert not warnings_of(caplog)
     with session(), ThreadPoolExecutor(1) as pool:
         call()
-        assert not caplog.records
+        assert not warnings_of(caplog)
         for _ in range(2):
             pool.submit(call).result()
-    (record,) = caplog.records
+    (record,) = warnings_of(caplog)
     assert record.levelno == logging.WARNING
     assert "is in no session, while one is open elsewhere" in record.getMessage()
     with session() as own, ThreadPoolExecutor(1) as pool:
