@@ -175,7 +175,8 @@ class Session:
     @property
     def is_plain(self) -> bool:
         """Whether it changes nothing of what a generation does."""
-        return self.enabled and (self.alpha, self.visibility, self.signal) == (None, None, None)
+        settings = (self.alpha, self.visibility, self.signal, self.exact)
+        return self.enabled and settings == (None, None, None, None)
 
     def report(self) -> None:
         """At its end: warn if FOCUS had nothing to do, or was never asked."""
