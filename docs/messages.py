@@ -107,8 +107,6 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "temperature > 0 with a model that tp_plan shards", "give every process the same seed"),
     "give seed or generator, not both": ("both were given", "give one"),
     "no mask token: neither": ("nothing names the mask token", "give mask_token_id"),
-    ", and another mask token": (
-        "an id of another model's mask token", "tokenizer.mask_token_id, or the model's card"),
     "input_ids holds": ("ids of another tokenizer", "use the tokenizer that comes with the model"),
     "an empty prompt": (
         "a prompt without tokens, and no beginning or end of text to start from", "give a text"),
@@ -133,7 +131,6 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "the file of --prompts is empty or no text", "give UTF-8 text, one prompt a line"),
     'expected {"prompt": text}': (
         "a line of a .jsonl file is something else", 'write {"prompt": "text"} on it'),
-    "a prompt has no tokens": ("the tokenizer makes nothing of a prompt", "leave it out"),
     "needs --prompts FILE": ("`bench PATH` alone", "give --prompts FILE"),
     "--prompts needs a model": ("`bench --prompts` without PATH", "give PATH first"),
     ", not a torch.nn.Module": ("the function returned something else", "return a model"),

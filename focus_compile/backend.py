@@ -16,7 +16,7 @@ from focus_compile.config import FocusConfig
 from focus_compile.describe import difference
 from focus_compile.errors import NothingToEvict, Unsupported
 from focus_compile.lower import drop_unread, lower
-from focus_compile.modes import refused_mode
+from focus_compile.modes import refuse_modes
 from focus_compile.programs import Inner, make_programs
 from focus_compile.report import warning_once
 from focus_compile.runtime import Executable
@@ -84,8 +84,7 @@ def focus_backend(
         if not has_attention(copied):
             log.debug("no attention in this graph of %d nodes: unchanged", len(copied.graph.nodes))
             return dense
-        if (why := refused_mode(example_inputs)) is not None:
-            raise Unsupported(why)
+        refuse_modes(example_inputs)
         with record.compiling():
             analysis = analyze(copied, broke)
     except NothingToEvict:

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from focus_compile.backend import focus_backend
 from focus_compile.config import FocusConfig
-from focus_compile.runtime import wrong_mask_token
 from focus_compile.status import Record, Status
 from focus_compile.torch_private import backend_of, compile_arguments
+from focus_compile.vocabulary import check_mask_token, rows_of
 
-__all__ = ["FAMILIES", "Backend", "check_mask_token", "compile", "find_mask_token", "status"]
+__all__ = ["FAMILIES", "Backend", "compile", "find_mask_token", "status"]
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def compile(
     if options.get("mask_token_id") is None:
         options["mask_token_id"] = find_mask_token(model, tokenizer)
     FocusConfig.from_options(options)
-    check_mask_token(model, options["mask_token_id"])
+    check_mask_token(options["mask_token_id"], rows_of(model))
     return torch.compile(
         model, backend=Backend(), dynamic=dynamic, options=options, **compile_arguments()
     )
@@ -94,19 +94,6 @@ def status(compiled: Any) -> Status:
     if not isinstance(backend, Backend):
         raise ValueError("no status: compile the model with focus_compile.compile(...)")
     return backend.record.status()
-
-
-def check_mask_token(model: Any, token: int) -> None:
-    """Of a model of transformers, whose embedding is known.
-
-    Raises:
-        ValueError: no row of the embedding belongs to the id.
-    """
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, PreTrainedModel):
-        table: Any = model.get_input_embeddings()
-        if isinstance(table, nn.Embedding) and token >= table.num_embeddings:
-            raise ValueError(wrong_mask_token(token, table.num_embeddings))
 
 
 def find_mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> int:

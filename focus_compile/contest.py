@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from focus_compile.compile import compile as compile_model
@@ -25,6 +25,7 @@ from focus_compile.generate import generate
 from focus_compile.generated import Generated
 from focus_compile.load import BadInput
 from focus_compile.session import session
+from focus_compile.text import end_tokens, left_padded, prompt_ids
 
 __all__ = ["Plan", "Result", "Side", "contest", "read_prompts"]
 
@@ -163,12 +164,17 @@ def contest(
     *,
     quiet: bool = False,
 ) -> Result:
-    """Let a model decode prompts densely and with FOCUS, in turns; quiet: without a bar."""
+    """Let a model decode prompts densely and with FOCUS, in turns; quiet: without a bar.
+
+    Raises:
+        ValueError: a prompt is empty, and the tokenizer has no token that begins a text.
+    """
     compiled = compile_model(model, mask_token_id=mask_token_id, dynamic=True, strict=True)
     order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
     parts = [order[at : at + plan.batch] for at in range(0, len(order), plan.batch)]
-    batches = [_encoded(tokenizer, [prompts[at] for at in part]) for part in parts]
-    ends = _ends(model, tokenizer)
+    rows = [prompt_ids(tokenizer, text) for text in prompts]
+    batches = [left_padded([rows[at] for at in part]) for part in parts]
+    ends = end_tokens(tokenizer, model)
 
     def run(enabled: bool, advance: Any) -> tuple[float, list[Generated]]:
         made, start = [], time.perf_counter()
@@ -182,7 +188,7 @@ def contest(
                     block_length=plan.block,
                     confidence_threshold=plan.threshold,
                     mask_token_id=mask_token_id,
-                    eos_token_id=ends or None,
+                    eos_token_id=ends,
                     return_dict=True,
                 )
             assert isinstance(out, Generated)
@@ -219,25 +225,6 @@ def contest(
         sum(one == two for one, two in pairs) / len(pairs),
         same / sum(max(len(one), len(two)) for one, two in pairs),
     )
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Ids and mask ``[B, P]``, padded on the left; no token needs to be named for padding."""
-    rows = [tokenizer(text)["input_ids"] for text in texts]
-    if not all(rows):
-        raise BadInput("a prompt has no tokens")
-    most = max(map(len, rows))
-    ids = [[row[0]] * (most - len(row)) + row for row in rows]
-    real = [[0] * (most - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(real)
-
-
-def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a text: the tokenizer's, and those of the model's generation_config."""
-    config: Any = getattr(model, "generation_config", None)
-    given = getattr(config, "eos_token_id", None)
-    known = given if isinstance(given, list) else [given]
-    return sorted({end for end in (*known, tokenizer.eos_token_id) if end is not None})
 
 
 def _answer(ids: list[int], ends: list[int]) -> list[int]:

@@ -15,13 +15,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from focus_compile.ambient import inside, open_elsewhere
 from focus_compile.backend import focus_backend
-from focus_compile.compile import Backend, check_mask_token
+from focus_compile.compile import Backend
 from focus_compile.decoding import Decoder, Strategy, count_per_step, warpers
 from focus_compile.endings import Endings
 from focus_compile.generated import Generated
 from focus_compile.reader import Reader
 from focus_compile.request import (
-    check_vocabulary,
     criteria,
     fraction,
     lengths,
@@ -36,6 +35,7 @@ from focus_compile.shards import is_sharded
 from focus_compile.statistics import SessionStats
 from focus_compile.text import StopStrings
 from focus_compile.torch_private import backend_of
+from focus_compile.vocabulary import check_ids, check_mask_token, rows_of
 
 __all__ = ["generate"]
 
@@ -129,7 +129,8 @@ def generate(
     """
     input_ids, valid = prompts(input_ids, attention_mask)
     mask_token_id = token_id("mask_token_id", mask_token_id)
-    check_vocabulary(model, input_ids, mask_token_id)
+    check_mask_token(mask_token_id, rows_of(model))
+    check_ids(input_ids, rows_of(model))
     max_new_tokens, block_length = lengths(max_new_tokens, block_length)
     temperature = fraction("temperature", temperature)
     if temperature > 0 and seed is None and generator is None and is_sharded(model):
@@ -153,7 +154,6 @@ def generate(
     result = Generated(input_ids)
     if streamer is not None:
         streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
-    check_mask_token(model, mask_token_id)
     backend = backend_of(model)
     request = _session(mask_token_id, shifted_logits)
     with closing(request) as focus, Progress(disable=not progress, transient=True) as bar:

@@ -7,14 +7,21 @@ from typing import Any
 
 import torch
 
-__all__ = ["refused_mode"]
+from focus_compile.errors import Unsupported
+
+__all__ = ["refuse_modes"]
 
 
-def refused_mode(values: Sequence[Any]) -> str | None:
-    """Why a call with these arguments is compiled unchanged, and what to do; None if it is not."""
+def refuse_modes(values: Sequence[Any]) -> None:
+    """Look at the modes of this thread, for a call with these arguments.
+
+    Raises:
+        Unsupported: gradients or autocast are enabled.
+    """
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
-        return "gradients are enabled: call the model under torch.no_grad()"
+        raise Unsupported("gradients are enabled: call the model under torch.no_grad()")
     if any(torch.is_autocast_enabled(kind) for kind in {value.device.type for value in tensors}):
-        return "autocast is enabled: give the model its dtype with model.to(...) instead"
-    return None
+        raise Unsupported(
+            "autocast is enabled: give the model its dtype with model.to(...) instead"
+        )

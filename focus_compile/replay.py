@@ -18,7 +18,7 @@ from torch.fx.node import Argument, map_arg
 from focus_compile.axes import graph_outputs
 from focus_compile.errors import Unsupported
 from focus_compile.inputs import Input, static_tensor
-from focus_compile.torch_private import FakeTensor, FakeTensorMode, OpOverload
+from focus_compile.torch_private import FakeTensor, FakeTensorMode, OpOverload, symbolic_mode
 
 __all__ = ["Replay", "fake_mode_of"]
 
@@ -107,7 +107,7 @@ class Replay:
         """
         kwargs = dict(kwargs or {})
         values = map_arg((args, kwargs), lambda node: node.meta["val"])
-        with self.fake_mode, torch.no_grad():
+        with symbolic_mode(self.fake_mode), torch.no_grad():
             try:
                 value = target(*values[0], **values[1])
             except (RuntimeError, ValueError, IndexError) as error:

@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, StoppingCriteriaList
+from torch import Tensor
+from transformers import StoppingCriteriaList
 
 __all__ = [
-    "check_vocabulary",
     "criteria",
     "fraction",
     "lengths",
@@ -128,28 +127,6 @@ def criteria(given: Any) -> StoppingCriteriaList:
     if not all(callable(each) for each in several):
         raise ValueError(f"stopping_criteria={given!r}: expected functions of (ids, scores)")
     return StoppingCriteriaList(several)
-
-
-def check_vocabulary(model: nn.Module, ids: Tensor, mask_token_id: int) -> None:
-    """Compare ids with the rows of a transformers model's embedding.
-
-    Raises:
-        ValueError: the embedding has no such row.
-    """
-    inner: Any = getattr(model, "_orig_mod", model)
-    table = inner.get_input_embeddings() if isinstance(inner, PreTrainedModel) else None
-    if not isinstance(table, nn.Embedding):
-        return
-    size = table.num_embeddings
-    if mask_token_id >= size:
-        raise ValueError(
-            f"mask_token_id={mask_token_id}: the model has {size} tokens, and another mask token: "
-            "tokenizer.mask_token_id, or see its model card"
-        )
-    low, high = (int(each) for each in torch.aminmax(ids))
-    if low < 0 or high >= size:
-        wrong = high if low >= 0 else low
-        raise ValueError(f"input_ids holds {wrong}: the model has {size} tokens: use its tokenizer")
 
 
 def _index(value: Any) -> int | None:

@@ -26,6 +26,7 @@ from focus_compile.report import warning_once
 from focus_compile.session import Session, Signal, Step, current_session, warn_outside
 from focus_compile.shards import local
 from focus_compile.status import Record
+from focus_compile.vocabulary import check_mask_token
 
 __all__ = ["Executable", "Layout"]
 
@@ -52,14 +53,6 @@ OVERLAP = (
     "backend 'focus' runs the dense program: the model writes into an input whose memory another "
     "input shares"
 )
-
-
-def wrong_mask_token(token: int, rows: int) -> str:
-    """What is wrong with an id that no row of the embedding belongs to."""
-    return (
-        f"mask_token_id={token}: the model's embedding has {rows} rows. Give the id of this "
-        "model's own mask token (tokenizer.mask_token_id)"
-    )
 
 
 @dataclass(frozen=True)
@@ -182,8 +175,7 @@ class Executable:
         if token is None:
             warning_once(log, NO_MASKS)
             return None
-        if self.layout.vocabulary is not None and token >= self.layout.vocabulary:
-            raise ValueError(wrong_mask_token(token, self.layout.vocabulary))
+        check_mask_token(token, self.layout.vocabulary)
         if session is not None:
             session.mask_sought = token
         masked = (ids == token).view(-1, ids.shape[-1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -111,12 +111,13 @@ def output_modules() -> list[Any]:
 
 @contextmanager
 def symbolic_mode(mode: FakeTensorMode) -> Iterator[None]:
-    """Run operators on fake tensors of ``mode`` whose sizes are symbols.
+    """Run operators on fake tensors of ``mode``, whose sizes may be symbols.
 
     Without Python's dispatcher, operators of 2.11 that ask for sizes in C++ raise "Cannot call
     numel() on tensor with symbolic sizes/strides"; later releases ask in Python by themselves.
     """
-    with mode, enable_python_dispatcher():
+    dispatcher = nullcontext() if mode.shape_env is None else enable_python_dispatcher()
+    with mode, dispatcher:
         yield
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from focus_compile.errors import Unsupported
 from focus_compile.identity import model_key
-from focus_compile.modes import refused_mode
+from focus_compile.modes import refuse_modes
 from focus_compile.session import current_session
 
 __all__ = ["Unchanged"]
@@ -27,11 +28,19 @@ class Unchanged:
             return self.dense(*args)
         with session.calling():
             key = model_key(args)
-            if session.is_mid_block(key) and (why := refused_mode(args)) is not None:
-                raise RuntimeError(
-                    f"a session is in mid-block, and in this call {why}. Such modes are per "
-                    "thread: every thread that makes calls of the session sets its own"
-                )
+            if session.is_mid_block(key):
+                _check_modes(args)
             session.masked = None
             session.end_blocks(key)
             return self.dense(*args)
+
+
+def _check_modes(args: Sequence[Any]) -> None:
+    """In mid-block: whether this call is dense for the modes of its thread."""
+    try:
+        refuse_modes(args)
+    except Unsupported as refusal:
+        raise RuntimeError(
+            f"a session is in mid-block, and in this call {refusal.reason}. Such modes are per "
+            "thread: every thread that makes calls of the session sets its own"
+        ) from refusal

@@ -228,7 +228,8 @@ def test_bench_says_what_is_missing(contestant: Any, tmp_path: Path) -> None:
         made.exit_code == 2 and "--prompts needs a model: focus-compile bench PATH" in made.stderr
     )
     model, words = contestant()
-    with pytest.raises(BadInput, match="a prompt has no tokens"):
+    words.bos_token = words.eos_token = None
+    with pytest.raises(ValueError, match="an empty prompt: this tokenizer has no token that"):
         contest(model, words, words.mask_token_id, [""], Plan(), quiet=True)
 
 

@@ -107,7 +107,7 @@ def test_ids_that_the_model_does_not_have() -> None:
     """Another model's mask token, or another tokenizer's ids, are named before the first call."""
     model = build_model(Sizes(layers=2))
     arguments: dict[str, Any] = {"max_new_tokens": 2, "block_length": 2}
-    told = f"mask_token_id=151669: the model has {VOCAB} tokens, and another mask token"
+    told = f"mask_token_id=151669: the model's embedding has {VOCAB} rows"
     with pytest.raises(ValueError, match=told):
         focus_compile.generate(model, IDS, mask_token_id=151669, **arguments)
     for wrong in (VOCAB, -1):
