@@ -74,7 +74,7 @@ def key_program(gm: GraphModule, writes: Iterable[Write]) -> str:
     for node in reversed(gm.graph.nodes):
         if node in wanted:
             wanted.update([joined[node]] if node in joined else node.all_input_nodes)
-    numbers: dict[Node, _Number] = {}
+    numbers: dict[Node, Any] = {}
     lines: list[str] = []
     for node in gm.graph.nodes:
         if node not in wanted:

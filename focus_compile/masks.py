@@ -117,7 +117,7 @@ def refuse_neighbours(model: nn.Module, ids: Tensor, seen: Tensor) -> None:
     other = torch.where(seen, ids, ids[:, first : first + 1])
 
     def logits(of: Tensor, seen: Tensor) -> Tensor:
-        made = _own(model).forward(input_ids=of, **canvas_arguments(model, seen)).logits
+        made: Tensor = _own(model).forward(input_ids=of, **canvas_arguments(model, seen)).logits
         return made[0, -(ids.shape[1] - first) :].float()
 
     with session(enabled=False):

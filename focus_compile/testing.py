@@ -57,7 +57,7 @@ def assert_matches_eager(
         Unsupported: a module was given, and FOCUS cannot be applied to it.
         ValueError: no mask token is known, or none is among the ids.
     """
-    plain = eager or getattr(model, "_orig_mod", model)
+    plain: Any = eager or getattr(model, "_orig_mod", model)
     token = find_mask_token(plain) if mask_token_id is None else mask_token_id
     compiled = model
     if plain is model:

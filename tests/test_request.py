@@ -66,7 +66,7 @@ def test_no_ends_and_no_padding() -> None:
 
 @pytest.mark.parametrize("make", [list, numpy.array], ids=["lists", "numpy"])
 def test_prompts_of_any_kind(make: Any) -> None:
-    ids, valid = IDS.tolist(), [[0, 1, 1], [1, 1, 1]]
+    ids, valid = IDS.tolist(), torch.ones_like(IDS).tolist()
     made = generate(ids=make(ids), attention_mask=make(valid))
     assert torch.equal(made.sequences[:, :PROMPT], IDS)
     numbers = {"max_new_tokens": numpy.int32(NEW), "block_length": torch.tensor(BLOCK)}
