@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,10 +119,11 @@ FIXED = ("static-fixed", "dual-fixed")
 
 
 def outside(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function outside every session, as another task would."""
+    """Call a function outside every session: in a thread, where no generator of ours runs."""
     context = contextvars.copy_context()  # Dynamo's configuration is in it
     context.run(_ENTERED.set, ())
-    return context.run(function, *args)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(context.run, torch.no_grad()(function), *args).result()
 
 
 @dataclass

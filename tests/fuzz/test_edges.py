@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import random
 import zlib
@@ -17,8 +16,15 @@ from tests.fuzz.edges import EDGE_SUBJECTS, PLACES, edge_subject, events_of, pla
 from tests.fuzz.plan import Plan, plans
 from tests.fuzz.play import attempt
 
-SEQUENCES = {"part": 6, "scoring": 6, "default-fp64": 4}
-SEQUENCES |= {f"break-{place}": 3 for place in PLACES} | {"break-4-bias": 3}
+SEQUENCES = {
+    "part": 4,
+    "scoring": 4,
+    "default-fp64": 3,
+    "break-0": 2,
+    "break-4-bias": 2,
+    "break-5": 2,
+}
+"""Few, for a suite that runs in minutes; the campaign plays all edges, and many of each."""
 
 
 def played(name: str, sequences: int, start: int = 0) -> Counter[str]:
@@ -58,23 +64,19 @@ def test_edges(name: str) -> None:
         assert tally["fewer retained"] and tally["calls"] > 10
 
 
-@pytest.mark.parametrize("place", PLACES[1:-1])
+@pytest.mark.parametrize("place", PLACES[2:4])
 def test_a_break_between_layers_is_refused(place: int) -> None:
     """What follows it would take rows of evicted tokens, which are zeros, for theirs."""
     tally = played(f"break-{place}", 2, 1)
     assert tally["dense calls"] and not tally["calls"]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("focus_compile.ambient") is None,
-    reason="a session that a generator enters leaks to the code that advances it",
-)
-@pytest.mark.parametrize("name", ["streams", "streams-canvas"])
+@pytest.mark.parametrize("name", ["streams"])
 def test_streams(name: str) -> None:
-    tally = played(name, 8)
+    tally = played(name, 4)
     print(f"\n{name}: {dict(tally)}")
-    assert tally["calls"] > 40 and tally["fewer retained"] > 10
-    assert tally["turns in threads"] > 10
+    assert tally["calls"] > 20 and tally["fewer retained"] > 5
+    assert tally["turns in threads"] > 5
 
 
 def test_all_edges_are_played_in_a_campaign() -> None:
