@@ -152,9 +152,7 @@ class Executable:
             warning_once(log, CAUSAL)
         if session is None:
             warn_outside()
-        made = self._focus(args, ids.view(masked.shape), masked, session)
-        self.record.focus_call()
-        return made
+        return self._focus(args, ids.view(masked.shape), masked, session)
 
     def _dense(self, args: Sequence[Any], session: Session | None, masked: bool = False) -> Any:
         self.dense_calls += 1
@@ -206,6 +204,7 @@ class Executable:
         count_own = len(made) - len(self.layout.written)
         for argument, value in zip(self.layout.written, made[count_own:], strict=True):
             args[argument].copy_(value)
+        self.record.focus_call()
         if session is not None:
             retained = values["retain_mask"].clone()  # it outlives this call
             state.advance(tables.fed, retained, self._slots(values), delayed)

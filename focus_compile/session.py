@@ -109,7 +109,7 @@ class Session:
         mask_sought: the id of the mask token that calls looked for last, None before.
         reached: calls that the backend saw, and generations that took settings from here.
         eager: masked calls of a generation that the backend did not see.
-        busy: held while a call runs, so that no other thread's can.
+        calls: the thread whose call is running, if one is, so that no other thread's can.
     """
 
     def __init__(
@@ -147,10 +147,11 @@ class Session:
         self.mask_sought: int | None = None
         self.reached = 0
         self.eager = 0
-        self.busy = threading.RLock()
+        self.calls: dict[str, int] = {}
         self._limits = recompile_limits_hit()
         self._masked: Tensor | None = None
         self._states: dict[tuple[int, ...], BlockState] = {}
+        self._kept: tuple[int, ...] | None = None
 
     @property
     def masked(self) -> Tensor | None:
@@ -219,19 +220,29 @@ class Session:
     def calling(self) -> Iterator[None]:
         """Around one call of a compiled model.
 
+        An interrupt behind :meth:`keep` takes the state back: the caller never saw the logits.
+
         Raises:
             RuntimeError: another thread's call is in progress.
         """
-        if not self.busy.acquire(blocking=False):
+        thread = threading.get_ident()
+        # no lock: one that an interrupt left closed would keep other threads out for ever
+        if self.calls.setdefault("thread", thread) != thread:
             raise RuntimeError(
                 "two threads call a model in one session at the same time: enter "
                 "focus_compile.session(...) in each of them"
             )
+        self._kept = None
         try:
-            self.reached += 1
-            yield
-        finally:
-            self.busy.release()
+            try:
+                self.reached += 1
+                yield
+            finally:
+                self.calls.clear()
+        except BaseException as error:
+            if self._kept is not None and not isinstance(error, Exception):
+                self.forget(self._kept)
+            raise
 
     def state(self, key: tuple[int, ...]) -> BlockState | None:
         return self._states.get(key)
@@ -242,6 +253,7 @@ class Session:
     def keep(self, key: tuple[int, ...], state: BlockState) -> None:
         for other in self._related(key):
             self.forget(other)  # the model with other layers, such as without its adapter
+        self._kept = key  # before: an interrupt in between takes it back
         self._states[key] = state
 
     def end_blocks(self, key: tuple[int, ...]) -> None:
