@@ -1,4 +1,4 @@
-"""docs/{fuzz,soak}.json -> docs/reliability.md."""
+"""docs/{fuzz,fuzz_edges,soak}.json -> docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 HEAD = """# Reliability
 
-Written by `benchmarks/reliability_page.py` from `fuzz.json` and `soak.json`.
+Written by `benchmarks/reliability_page.py` from `fuzz.json`, `fuzz_edges.json` and `soak.json`.
 
 ```
 python -m tests.fuzz.campaign
+python -m tests.fuzz.campaign --edges --sequences 2000 --out docs/fuzz_edges.json
 python -m benchmarks.soak --out docs/soak.json
 python -m benchmarks.reliability_page
 ```
@@ -39,6 +40,19 @@ may select other tokens. The tests play 360 of them each time.
 {rows}
 
 Not covered: bf16, Inductor's code (other tests have both), signals other than FOCUS's, GPUs.
+"""
+
+EDGES = """
+### Edges
+
+The same where the backend is given a part of a model, or more than one ({subjects} kinds,
+`tests/fuzz/edges.py`): a module behind which the head is not compiled, a confidence and hidden
+states beside the logits, a graph break at each place of the model, with and without a bias in the
+head, default dtypes of bf16, fp16 and fp64 and a default device, and two or three streams, each a
+generator in a session of its own, that take turns in one thread or in several. {sequences}
+sequences (`--start {seed}`, commit {commit}, torch {torch}), {calls} masked calls of FOCUS and
+{dense} dense ones: **none was wrong**. Where a graph is refused, as those before a break are, the
+calls give what the model gives. {turns} turns of streams were taken in other threads.
 """
 
 NAMES = {
@@ -113,6 +127,22 @@ def _fuzz(report: dict[str, Any]) -> str:
     )
 
 
+def _edges(report: dict[str, Any]) -> str:
+    total: Counter[str] = Counter()
+    for counts in report["subjects"].values():
+        total.update(counts)
+    return EDGES.format(
+        subjects=len(report["subjects"]),
+        sequences=total["sequences"],
+        seed=next(iter(report["subjects"].values()))["seed"],
+        commit=report["commit"].rstrip("+"),
+        torch=report["torch"],
+        calls=total["calls"],
+        dense=total["dense calls"],
+        turns=total["turns in threads"],
+    )
+
+
 def _soak(report: dict[str, Any]) -> str:
     resident = [
         f"{report['samples'][index][1] / 2**20:.1f} MiB at generation {report['samples'][index][0]}"
@@ -127,7 +157,7 @@ def _soak(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Write the page."""
-    page = HEAD + _fuzz(_load("fuzz")) + _soak(_load("soak"))
+    page = HEAD + _fuzz(_load("fuzz")) + _edges(_load("fuzz_edges")) + _soak(_load("soak"))
     (DOCS / "reliability.md").write_text(page)
 
 
