@@ -33,7 +33,7 @@ Uninitialised memory is filled with NaN meanwhile. One run of {sequences} sequen
 {sequences} --start {seed}`, commit {commit}, torch {torch}, nothing compiled behind the graphs,
 fp32, CPU): **none was wrong**. Failures that earlier runs with other seeds found were mended
 (`tests/fuzz/test_found.py` has each of them). {ties} sequences ended at a near tie, where rounding
-may select other tokens. The tests play 360 of them each time.
+may select other tokens. The tests play 480 of them each time.
 
 | what happened | times |
 |---|---|

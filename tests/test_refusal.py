@@ -211,10 +211,10 @@ def test_an_empty_call_is_one_clear_error(batch: int, tokens: int) -> None:
     """At first, or after calls that were not: Dynamo captures sizes of 0 apart."""
     message = re.escape(f"the token ids have shape ({batch}, {tokens}): batch or block is empty")
     torch._dynamo.reset()
-    compiled = Compiled(Toy().eval())
+    compiled = Compiled(Toy().eval(), mask_token_id=22)
     with pytest.raises(BackendCompilerFailed, match=message):
         compiled.call(torch.zeros(batch, tokens, dtype=torch.int64))
-    compiled = Compiled(Toy().eval())
+    compiled = Compiled(Toy().eval(), mask_token_id=22)
     compiled.call(torch.zeros(BATCH, TOKENS, dtype=torch.int64))
     with pytest.raises(BackendCompilerFailed, match=message):
         compiled.call(torch.zeros(batch, tokens, dtype=torch.int64))
@@ -226,7 +226,7 @@ def test_the_recompile_limit_is_reported_once(said: Said) -> None:
     torch._dynamo.reset()
     limit = torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=False)
     with limit, torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        compiled = Compiled(Toy().eval())
+        compiled = Compiled(Toy().eval(), mask_token_id=22)
         for tokens in (TOKENS, TOKENS + 1, TOKENS + 2, TOKENS + 3):
             compiled.call(torch.zeros(BATCH, tokens, dtype=torch.int64))
     assert len(compiled.programs) == 2

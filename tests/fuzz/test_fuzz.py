@@ -16,7 +16,7 @@ from tests.fuzz.play import attempt
 from tests.fuzz.subjects import EDGES, SUBJECTS, subject
 from tests.reference import algorithm
 
-PER_SUBJECT = 15
+PER_SUBJECT = 20
 
 
 @pytest.fixture(scope="module")
