@@ -35,7 +35,7 @@ class Wrapped(nn.Module):
 
     def __init__(self, then: Then, calls: int = 1) -> None:
         super().__init__()
-        self.inner, self.then, self.calls = build_model(Sizes(layers=3)), then, calls
+        self.inner, self.then, self.calls = build_model(Sizes(layers=2)), then, calls
         self.config = self.inner.config
 
     def forward(self, input_ids: Tensor, **given: Any) -> Any:
