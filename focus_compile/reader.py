@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from focus_compile.torch_private import OptimizedModule
+
 __all__ = ["MaskedCall", "Program", "Reader", "outermost"]
 
 
@@ -68,10 +70,14 @@ class Reader:
 
 
 def outermost() -> bool:
-    """Whether no module called the compiled one: then nothing but the caller changes its output."""
+    """Whether no module called the compiled one: then nothing but the caller changes its output.
+
+    The one that ``torch.compile`` returns, which calls the user's, is none.
+    """
     calls, frame = 0, _caller()
     while frame is not None:
-        calls += frame.f_code is nn.Module._wrapped_call_impl.__code__
+        if frame.f_code is nn.Module._wrapped_call_impl.__code__:
+            calls += not isinstance(frame.f_locals["self"], OptimizedModule)
         frame = frame.f_back
     return calls <= 1
 

@@ -152,6 +152,7 @@ class Session:
         self._masked: Tensor | None = None
         self._states: dict[tuple[int, ...], BlockState] = {}
         self._kept: tuple[int, ...] | None = None
+        self._thread: int | None = None
 
     @property
     def masked(self) -> Tensor | None:
@@ -253,6 +254,7 @@ class Session:
     def keep(self, key: tuple[int, ...], state: BlockState) -> None:
         for other in self._related(key):
             self.forget(other)  # the model with other layers, such as without its adapter
+        self._thread = threading.get_ident()
         self._kept = key  # before: an interrupt in between takes it back
         self._states[key] = state
 
@@ -262,10 +264,11 @@ class Session:
             if other in self._states:
                 self._states[other].committed = True
 
-    def is_mid_block(self, key: tuple[int, ...]) -> bool:
-        """Whether a model's last call was a masked one."""
+    def changes_threads(self, key: tuple[int, ...]) -> bool:
+        """Whether a model's last call was a masked one, made by another thread."""
         state = self._states.get(key)
-        return state is not None and not state.committed
+        mid_block = state is not None and not state.committed
+        return mid_block and self._thread != threading.get_ident()
 
     def _related(self, key: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Models that share weights with one, itself excepted."""

@@ -47,6 +47,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
+    "OptimizedModule",
     "ShapeEnv",
     "TracingContext",
     "backend_of",

@@ -28,7 +28,7 @@ class Unchanged:
             return self.dense(*args)
         with session.calling():
             key = model_key(args)
-            if session.is_mid_block(key):
+            if session.changes_threads(key):
                 _check_modes(args)
             session.masked = None
             session.end_blocks(key)
@@ -36,7 +36,7 @@ class Unchanged:
 
 
 def _check_modes(args: Sequence[Any]) -> None:
-    """In mid-block: whether this call is dense for the modes of its thread."""
+    """In mid-block, in another thread: whether this call is dense for the modes of that one."""
     try:
         refuse_modes(args)
     except Unsupported as refusal:

@@ -153,7 +153,7 @@ def test_shifts_behind_the_program_are_found() -> None:
 
 def test_a_wrapper_that_calls_twice_runs_dense(caplog: pytest.LogCaptureFixture) -> None:
     model = Wrapped(same, calls=2)
-    expected = generated(build_model(Sizes(layers=3)))
+    expected = generated(build_model(Sizes(layers=2)))
     with focus_compile.session(alpha=1.0):
         out = generated(inner(model))
     assert torch.equal(out.sequences, expected.sequences) and out.focus_steps == 0

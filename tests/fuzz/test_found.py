@@ -109,8 +109,10 @@ def test_generate_lays_out_what_it_passes(monkeypatch: pytest.MonkeyPatch) -> No
     model = build_model(Sizes(layers=2, heads=2, groups=1))
     seen: list[torch.Tensor] = []
 
-    def forward(self: Rows, ids: torch.Tensor, plain: Any = Rows.forward) -> torch.Tensor:
-        logits: torch.Tensor = plain(self, ids)
+    def forward(
+        self: Rows, ids: torch.Tensor, *given: Any, plain: Any = Rows.forward, **others: Any
+    ) -> torch.Tensor:
+        logits: torch.Tensor = plain(self, ids, *given, **others)
         layers: list[Any] = self.cache.layers
         for layer in layers:
             layer.keys = layer.keys.transpose(1, 2).clone(memory_format=torch.contiguous_format)
