@@ -180,8 +180,11 @@ def _delegator(frame: FrameType) -> FrameType | None:
 
 def _has_yielded(frame: FrameType) -> bool:
     """Whether an asynchronous generator is suspended at a ``yield``, and not at an ``await``."""
-    code, after = frame.f_code.co_code, frame.f_lasti + 2
-    return code[after] == _RESUME and code[after + 1] & 3 == _AFTER_YIELD
+    code = frame.f_code.co_code
+    for at in (frame.f_lasti, frame.f_lasti + 2):  # from 3.13 on, the last instruction is RESUME
+        if code[at] == _RESUME:
+            return code[at + 1] & 3 == _AFTER_YIELD
+    return False
 
 
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:
