@@ -1,0 +1,134 @@
+"""Write docs/versions.md: which tests passed on which PyTorch, transformers and Python.
+
+    python docs/versions.py --run tests/test_eviction.py tests/fused   run them here, and record it
+    python docs/versions.py --read report.xml                          record pytest --junitxml's
+    python docs/versions.py                                            write the page anew
+
+What is recorded lies in docs/versions.json. A report must come from the interpreter that reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+from xml.etree import ElementTree
+
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.provenance import commit  # noqa: E402  a script of docs/ is run by its path
+
+PAGE = Path(__file__).with_suffix(".md")
+RECORD = PAGE.with_suffix(".json")
+OUTCOMES = ("passed", "failed", "skipped")
+HEAD = """# Versions
+
+Which tests passed where, one row per run of a commit: on a CPU, unless a device is named. A failed
+test is named below its row. `.ci/run` installs the versions of `.ci/constraints.txt`. Two failures
+are the environment's: Triton 3.6's interpreter, which tests/fused uses, needs NumPy < 2.4; under
+Python 3.13.0 PyTorch warns and asks for 3.13.1, and warnings are errors in tests.
+Written by `python docs/versions.py` from docs/versions.json.
+
+| torch | transformers | triton | Python | commit | tests | passed | failed | skipped | day |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def here() -> dict[str, str]:
+    """The versions of this interpreter's packages."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def outcomes(report: Path) -> dict[str, Any]:
+    """Per test file, how many tests passed, failed and were skipped; and which failed."""
+    files: dict[str, Counter[str]] = {}
+    failed: list[str] = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        tags = {part.tag for part in case}
+        outcome = "failed" if tags & {"failure", "error"} else "passed"
+        outcome = "skipped" if "skipped" in tags else outcome
+        file = case.attrib["classname"].replace(".", "/") or case.attrib["name"]
+        files.setdefault(file, Counter())[outcome] += 1
+        if outcome == "failed":
+            failed.append(f"{file}::{case.attrib['name']}")
+    counts = {file: [count[name] for name in OUTCOMES] for file, count in sorted(files.items())}
+    return {"files": counts, "failed": failed}
+
+
+def add(runs: list[dict[str, Any]], report: Path, where: dict[str, str]) -> list[dict[str, Any]]:
+    """The record with a report; what it says of a test file replaces what was said before."""
+    found = outcomes(report)
+    same = [run for run in runs if all(run[name] == value for name, value in where.items())]
+    others = [run for run in runs if run not in same]
+    files: dict[str, Any] = {}
+    failed: list[str] = []
+    for run in same:
+        files |= run["files"]
+        failed += [name for name in run["failed"] if name.partition("::")[0] not in found["files"]]
+    made = {
+        "files": dict(sorted((files | found["files"]).items())),
+        "failed": failed + found["failed"],
+    }
+    return [*others, where | made | {"day": date.today().isoformat()}]
+
+
+def text(runs: list[dict[str, Any]]) -> str:
+    """The page."""
+    every = max((len(run["files"]) for run in runs), default=0)
+    lines = []
+    for run in sorted(runs, key=lambda run: (_numbers(run["torch"]), run["day"])):
+        names = [name.removeprefix("tests/") for name in run["files"]]
+        told = f"{len(names)} files" if len(names) > 6 else ", ".join(names)
+        told = f"all {every} files" if len(names) == every else told
+        totals = [sum(counts[index] for counts in run["files"].values()) for index in range(3)]
+        cells = [run[name] for name in ("torch", "transformers", "triton", "python", "commit")]
+        lines.append("| " + " | ".join([*cells, told, *map(str, totals), run["day"]]) + " |")
+    notes = [
+        f"- torch {run['torch']}, {run['commit']}: `{name}` failed."
+        for run in runs
+        for name in run["failed"]
+    ]
+    return HEAD + "\n".join(lines) + "\n" + ("\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.partition("+")[0].split("."))
+
+
+def main(
+    *,
+    run: Annotated[list[str] | None, typer.Option(help="test file or folder to run here")] = None,
+    read: Annotated[Path | None, typer.Option(help="a report of pytest --junitxml")] = None,
+) -> None:
+    """Record a run, if one is given, and write the page."""
+    runs: list[dict[str, Any]] = json.loads(RECORD.read_text()) if RECORD.exists() else []
+    where = here() | {"commit": commit()}
+    if read is not None:
+        runs = add(runs, read, where)
+    if run:
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.xml"
+            command = [sys.executable, "-m", "pytest", "-q", "--junitxml", str(report), *run]
+            subprocess.run(command, cwd=ROOT, check=False)
+            runs = add(runs, report, where)
+    RECORD.write_text(json.dumps(runs, indent=1) + "\n")
+    PAGE.write_text(text(runs))
+
+
+if __name__ == "__main__":
+    typer.run(main)
