@@ -89,12 +89,10 @@ def add(runs: list[dict[str, Any]], report: Path, where: dict[str, str]) -> list
 
 def text(runs: list[dict[str, Any]]) -> str:
     """The page."""
-    every = max((len(run["files"]) for run in runs), default=0)
     lines = []
     for run in sorted(runs, key=lambda run: (_numbers(run["torch"]), run["day"])):
         names = [name.removeprefix("tests/") for name in run["files"]]
         told = f"{len(names)} files" if len(names) > 6 else ", ".join(names)
-        told = f"all {every} files" if len(names) == every else told
         totals = [sum(counts[index] for counts in run["files"].values()) for index in range(3)]
         cells = [run[name] for name in ("torch", "transformers", "triton", "python", "commit")]
         lines.append("| " + " | ".join([*cells, told, *map(str, totals), run["day"]]) + " |")

@@ -41,7 +41,7 @@ def test_a_report_is_counted_by_file(script: ModuleType, tmp_path: Path) -> None
     assert run["files"] == {"tests/fused/test_b": [0, 1, 1], "tests/test_a": [1, 1, 0]}
     assert run["failed"] == ["tests/test_a::test_two", "tests/fused/test_b::test_four"]
     page = script.text([run])
-    assert "| 2.11.0+cpu | 5 | none | 3 | c | all 2 files | 1 | 2 | 1 |" in page
+    assert "| 2.11.0+cpu | 5 | none | 3 | c | fused/test_b, test_a | 1 | 2 | 1 |" in page
     assert "`tests/test_a::test_two` failed" in page
 
 
