@@ -85,19 +85,22 @@ def test_calls(where: Where, name: str, recordings: Recordings) -> None:
     dialect = SUBJECTS[name]
     torch.manual_seed(0)
     model: Any = dialect.build().eval().to(where.device)
-    draws = [
-        draw_call(dialect, seed).to(where.device, torch.float32)
-        for seed in range(where.draws(4, 2))
-    ]
+    wanted_draws = where.draws(4, 2)
 
     def logits(run: Run, draw: Draw) -> Tensor:
         with torch.no_grad(), focus_compile.session(alpha=1.2):
             out = dialect.logits(run.compiled(**dialect.arguments(model, draw)))
-        assert bool((out == 0).all(-1).any())
         return out.clone()
 
     plain = Run(model, {}, eager_inner, dynamic=True)
-    expected = [logits(plain, draw) for draw in draws]
+    draws, expected = [], []
+    for seed in range(20):
+        draw = draw_call(dialect, seed).to(where.device, torch.float32)
+        found = logits(plain, draw)
+        if len(draws) < wanted_draws and bool((found == 0).all(-1).any()):  # it evicts
+            draws.append(draw)
+            expected.append(found)
+    assert len(draws) == wanted_draws
     run = Run(model, GRAPHS, where.inner, dynamic=True)
     before = 0
     for turn in range(4):
