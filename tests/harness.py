@@ -27,7 +27,7 @@ CACHE = "cache" if "cache" in KNOWN else "past_key_values"
 class Sizes:
     """Sizes of a model; pairwise distinct unless a test wants them equal."""
 
-    layers: int = 4
+    layers: int = 3
     heads: int = 6
     groups: int = 2
     head_dim: int = 16

@@ -93,7 +93,7 @@ class Dream(nn.Module):
         *,
         vocab: int = 61,
         size: int = 40,
-        layers: int = 4,
+        layers: int = 3,
         heads: int = 6,
         groups: int = 2,
         head: int = 16,

@@ -67,7 +67,7 @@ class Gemma(nn.Module):
         *,
         vocab: int = 61,
         size: int = 40,
-        layers: int = 4,
+        layers: int = 3,
         heads: int = 4,
         groups: int = 2,
         head: int = 16,

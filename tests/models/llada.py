@@ -119,7 +119,7 @@ class LLaDA(nn.Module):
         *,
         vocab: int = 61,
         size: int = 48,
-        layers: int = 4,
+        layers: int = 3,
         heads: int = 4,
         groups: int = 4,
         inner: int = 72,
