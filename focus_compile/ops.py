@@ -20,6 +20,7 @@ from focus_compile.linear import linear
 from focus_compile.packing import join, pack, pack_rows, repack, restore, tables, unpack
 from focus_compile.ranks import embedding_shard, gather_ranks, sum_ranks
 from focus_compile.selection import retain
+from focus_compile.shapes import SHAPES
 from focus_compile.slots import clear, extend, extend_mask, replace
 
 __all__ = ["focus"]
@@ -95,44 +96,11 @@ def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
-def _join_fake(past: Tensor | None, new: Tensor, tokens: Tensor, stale: Tensor, *_: Any) -> Tensor:
-    """A shape for :func:`join`, whatever ``reuse`` says."""
-    return torch.empty_like(stale, memory_format=torch.contiguous_format)
-
-
-def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A shape for :func:`linear`."""
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _gather_ranks_fake(x: Tensor, size: int, *_: Any) -> Tensor:
-    """A shape for :func:`gather_ranks`."""
-    return x.new_empty((*x.shape[:-1], size))
-
-
-def _sum_ranks_fake(importance0: Tensor, importance1: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Shapes for :func:`sum_ranks`."""
-    return torch.empty_like(importance0), torch.empty_like(importance1)
-
-
-def _importance_fake(query: Tensor, key: Tensor, masked: Tensor, scale: float) -> Tensor:
-    """A shape for :func:`importance`, whose pooling makes a constant of a symbolic length."""
-    return query.new_empty(masked.shape, dtype=torch.float32)
-
-
-_FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
-    gather_ranks: _gather_ranks_fake,
-    importance: _importance_fake,
-    join: _join_fake,
-    linear: _linear_fake,
-    sum_ranks: _sum_ranks_fake,
-}
 _LIBRARY: Any = torch.library.Library("focus", "DEF")  # type: ignore[no-untyped-call]
 for _schema, _function in _DEFINITIONS.items():
     _name, _kernel = _schema.split("(")[0], _contiguous(_function)
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    _fake = _FAKES.get(_function, _kernel)
-    torch.library.register_fake(f"focus::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_fake(f"focus::{_name}", SHAPES[_name], lib=_LIBRARY)
 
 focus = torch.ops.focus
