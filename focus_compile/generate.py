@@ -281,14 +281,14 @@ def _session(mask_token_id: int, shifted_logits: bool) -> Session:
         around = Session()
     around.reached += 1
     return Session(
-        mask_token_id,
-        around.alpha,
-        around.visibility,
-        around.signal,
-        "packed",
-        around.enabled,
-        shifted_logits,
-        around.exact,
+        mask_token_id=mask_token_id,
+        alpha=around.alpha,
+        visibility=around.visibility,
+        signal=around.signal,
+        logits="packed",
+        enabled=around.enabled,
+        shifted_logits=shifted_logits,
+        exact=around.exact,
     )
 
 
