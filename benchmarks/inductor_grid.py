@@ -5,7 +5,8 @@ an evicting budget against the eager reference. Run it from the root of the repo
 
     python -m benchmarks.inductor_grid --out grid.jsonl
 
-Cases that are in the file already are not run again; ``--summary`` prints a table of the file.
+Cases that are in the file already are not run again; ``--summary FILE`` runs none, and writes a
+record of what the file holds, from which docs/inductor_grid.md is made (``python -m docs.build``).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.provenance import commit
 from tests.harness import (
     MASK,
     Call,
@@ -167,32 +169,43 @@ def run_grid(path: Path) -> None:
         print(json.dumps(line), flush=True)
 
 
-def summarise(path: Path) -> None:
+def summary(path: Path) -> dict[str, Any]:
+    """How many cases are ok, and the largest errors, by attention, mask and dtype."""
     lines = list(read(path).values())
-    total = sum(1 for _ in cases())
-    print(f"torch {torch.__version__}, {platform.machine()}, one thread, {SIZES}")
-    print(f"{len(lines)} of {total} cases, {sum(line['ok'] for line in lines)} ok")
-    print("| attention | mask | dtype | cases | ok | focus | inductor | eager | with eviction |")
-    print("|---|---|---|---|---|---|---|---|---|")
     key = ("attention", "mask", "dtype")
+    rows = []
     for group, members in itertools.groupby(lines, lambda line: [line["case"][k] for k in key]):
         some = list(members)
-        worst = [
-            f"{max(line[name] for line in some):.1e}"
-            for name in ("focus", "inductor", "eager", "evicting")
-        ]
-        ok = sum(line["ok"] for line in some)
-        print(f"| {' | '.join(group)} | {len(some)} | {ok} | {' | '.join(worst)} |")
+        rows.append(
+            dict(zip(key, group, strict=True))
+            | {"cases": len(some), "ok": sum(line["ok"] for line in some)}
+            | {
+                name: f"{max(line[name] for line in some):.1e}"
+                for name in ("focus", "inductor", "eager", "evicting")
+            }
+        )
+    return {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": 1,
+        "commit": commit(),
+        "sizes": str(SIZES),
+        "cases": len(lines),
+        "of": sum(1 for _ in cases()),
+        "ok": sum(line["ok"] for line in lines),
+        "rows": rows,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("inductor_grid.jsonl"))
-    parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--summary", type=Path, help="write a record, run nothing")
     args = parser.parse_args()
-    if not args.summary:
+    if args.summary is None:
         run_grid(args.out)
-    summarise(args.out)
+    else:
+        args.summary.write_text(json.dumps(summary(args.out), indent=1) + "\n")
 
 
 if __name__ == "__main__":

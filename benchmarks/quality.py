@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --n 1000 --out docs/quality.json
 
-Writes JSON; ``docs/quality.md`` is made from it by ``benchmarks/quality_page.py``.
+Writes JSON; ``docs/quality.md`` is made from it by ``python -m docs.build``.
 """
 
 from __future__ import annotations

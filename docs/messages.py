@@ -155,6 +155,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "which is not masked": (TRACE, AGAIN),
     # ours
     "sizes became constants": (BUG, OFF),
+    "after ...: ": (BUG, OFF),
     "a size became a constant": (BUG, OFF),
     "but computes": (BUG, OFF),
     "the graph holds no fake tensor": (BUG, OFF),

@@ -36,7 +36,7 @@ Which tests passed where, one row per run of a commit: on a CPU, unless a device
 test is named below its row. `.ci/run` installs the versions of `.ci/constraints.txt`. Two failures
 are the environment's: Triton 3.6's interpreter, which tests/fused uses, needs NumPy < 2.4; under
 Python 3.13.0 PyTorch warns and asks for 3.13.1, and warnings are errors in tests.
-Written by `python docs/versions.py` from docs/versions.json.
+Written by `python -m docs.build` from docs/versions.json, which `python docs/versions.py` adds to.
 
 | torch | transformers | triton | Python | commit | tests | passed | failed | skipped | day |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -87,6 +87,12 @@ def add(runs: list[dict[str, Any]], report: Path, where: dict[str, str]) -> list
     return [*others, where | made | {"day": date.today().isoformat()}]
 
 
+def record() -> list[dict[str, Any]]:
+    """What docs/versions.json holds."""
+    runs: list[dict[str, Any]] = json.loads(RECORD.read_text()) if RECORD.exists() else []
+    return runs
+
+
 def text(runs: list[dict[str, Any]]) -> str:
     """The page."""
     lines = []
@@ -114,7 +120,7 @@ def main(
     read: Annotated[Path | None, typer.Option(help="a report of pytest --junitxml")] = None,
 ) -> None:
     """Record a run, if one is given, and write the page."""
-    runs: list[dict[str, Any]] = json.loads(RECORD.read_text()) if RECORD.exists() else []
+    runs = record()
     where = here() | {"commit": commit()}
     if read is not None:
         runs = add(runs, read, where)

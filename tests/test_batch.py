@@ -19,8 +19,6 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks import scale_page
-
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PROMPTS, BATCH, LIMIT = 32, 2, 500
 OPTIONS = ["--batch", str(BATCH), "--max-new-tokens", "64"]
@@ -158,10 +156,6 @@ def test_ray(prompts: Path, one: str) -> None:
     assert answered(error) == PROMPTS
     assert error.count("Loading weights") >= 3, "no third worker"
     assert out.read_text() == one
-
-
-def test_the_page_is_written_anew() -> None:
-    assert (EXAMPLES.parent / "docs" / "scale.md").read_text() == scale_page.text()
 
 
 def options(**changed: Any) -> Any:

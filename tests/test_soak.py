@@ -11,8 +11,8 @@ from typing import Any
 
 from torch._dynamo.utils import counters
 
-from benchmarks.reliability_page import _soak
 from benchmarks.soak import MASK, census, soak
+from docs import reliability
 from focus_compile import focus_backend
 from tests.harness import eager_inner
 
@@ -41,4 +41,4 @@ def test_nothing_grows() -> None:
     assert report["slope_bytes"] - 3 * report["slope_error_bytes"] < FREELY
     about = {"python": "", "torch": "", "transformers": "", "machine": "", "threads": 1}
     about |= {"commit": "", "recompile_limit": 8, "batches": (1, 6), "prompts": (1, 24)}
-    assert "bytes per generation" in _soak(report | about | {"blocks": (1, 3)})
+    assert "bytes per generation" in reliability.soak(report | about | {"blocks": (1, 3)})

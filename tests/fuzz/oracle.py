@@ -1,7 +1,8 @@
 """What a session owes its caller: docs/algorithm.md by the eager emulation, row by row.
 
-When a row starts anew is told in words by docs/algorithm.md and README.md: a decoded position is
-masked again, an id changed, the history is another one, or a mask-free call came in between.
+When a row starts anew is told in words by docs/algorithm.md and docs/sessions.md: a decoded
+position is masked again, an id changed, the history is another one, or a mask-free call came in
+between.
 """
 
 from __future__ import annotations

@@ -7,17 +7,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parent
 
 HEAD = """# Reliability
 
-Written by `benchmarks/reliability_page.py` from `fuzz.json`, `fuzz_edges.json` and `soak.json`.
+Written by `python -m docs.build` from `fuzz.json`, `fuzz_edges.json` and `soak.json`.
 
 ```
 python -m tests.fuzz.campaign
 python -m tests.fuzz.campaign --edges --sequences 2000 --out docs/fuzz_edges.json
 python -m benchmarks.soak --out docs/soak.json
-python -m benchmarks.reliability_page
+python -m docs.build
 ```
 """
 
@@ -143,7 +143,7 @@ def _edges(report: dict[str, Any]) -> str:
     )
 
 
-def _soak(report: dict[str, Any]) -> str:
+def soak(report: dict[str, Any]) -> str:
     resident = [
         f"{report['samples'][index][1] / 2**20:.1f} MiB at generation {report['samples'][index][0]}"
         for index in (part * len(report["samples"]) // 4 - 1 for part in (1, 2, 3, 4))
@@ -155,16 +155,11 @@ def _soak(report: dict[str, Any]) -> str:
     return SOAK.format(**report, quarters=", ".join(resident), rows=rows)
 
 
-def main() -> None:
-    """Write the page."""
-    page = HEAD + _fuzz(_load("fuzz")) + _edges(_load("fuzz_edges")) + _soak(_load("soak"))
-    (DOCS / "reliability.md").write_text(page)
+def text() -> str:
+    """The page."""
+    return HEAD + _fuzz(_load("fuzz")) + _edges(_load("fuzz_edges")) + soak(_load("soak"))
 
 
 def _load(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((DOCS / f"{name}.json").read_text())
     return found
-
-
-if __name__ == "__main__":
-    main()

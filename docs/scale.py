@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parent
 COLUMNS = {"seconds": 0, "first_batch_s": 0, "prompts_per_s": 1}
 """Figures of a run, and how many digits of them are shown."""
 
@@ -48,7 +48,3 @@ def text() -> str:
         whole=middle["1 warm"]["seconds"] / middle["2 warm"]["seconds"],
         percent="{:.0%}".format,
     )
-
-
-if __name__ == "__main__":
-    (DOCS / "scale.md").write_text(text())

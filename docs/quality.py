@@ -1,4 +1,4 @@
-"""docs/quality.json -> docs/quality.md and its pictures."""
+"""docs/quality.json -> docs/quality.md."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
-
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parent
 
 HEAD = """# Quality on the tiny models
 
-Written by `benchmarks/quality_page.py` from `quality.json`; measured by `benchmarks/quality.py`.
+Written by `python -m docs.build` from `quality.json`; measured by `benchmarks/quality.py`.
 
 {n} prompts per task, batch {batch}, confidence threshold {threshold} for every contestant,
 {dtype}, {threads} thread(s), torch {torch}, transformers {transformers}, CPU, Inductor. "Dense" is
@@ -67,52 +64,18 @@ def _goal(rows: list[dict[str, Any]], task: str) -> str:
     return f"- `{task}`: {'; '.join(good) or 'none'}."
 
 
-def _plot(rows: list[dict[str, Any]], tasks: list[str], picture: str) -> None:
-    mpl.use("Agg")
-    figure, panels = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.4), sharey=True)
-    for panel, task in zip(panels, tasks, strict=True):
-        mine = [row for row in rows if row["task"] == task]
-        for visibility, mark in (("written", "o-"), ("prefix", "s--")):
-            line = [row for row in mine if row["visibility"] == visibility]
-            xs = [row["retained_fraction"] for row in line]
-            ys = [row["exact_match"] for row in line]
-            panel.plot(xs, ys, mark, label=f"visibility {visibility}")
-            for row in line:
-                at = (row["retained_fraction"], row["exact_match"])
-                panel.annotate(f"{row['alpha']:g}", at, fontsize=7)
-        for row in mine:
-            if row["contestant"] == "dense":
-                panel.axhline(row["exact_match"], color="grey", linewidth=1, label="dense")
-            elif row["alpha"] is None:
-                label = row["contestant"].rpartition(", ")[2]
-                panel.plot(row["retained_fraction"], row["exact_match"], "x", label=label)
-        panel.set_title(task)
-        panel.set_xlabel("retained tokens, share of the block")
-    panels[0].set_ylabel("exact match (numbers: alpha)")
-    panels[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(DOCS / picture, dpi=110)
-    plt.close(figure)
-
-
-def main() -> None:
-    """Write the page."""
+def text() -> str:
+    """The page."""
     report: dict[str, Any] = json.loads((DOCS / "quality.json").read_text())
     tasks = list(dict.fromkeys(row["task"] for row in report["rows"]))
     page = HEAD.format(**report)
     for checkpoint in dict.fromkeys(row["checkpoint"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["checkpoint"] == checkpoint]
         rows.sort(key=lambda row: tasks.index(row["task"]))
-        picture = f"quality_{checkpoint}.png"
-        _plot(rows, tasks, picture)
-        page += TABLE.format(checkpoint=checkpoint, picture=picture)
+        page += TABLE.format(checkpoint=checkpoint, picture=f"quality_{checkpoint}.png")
         page += "\n".join(_line(row) for row in rows)
         page += (
             "\n\nWithin one point of dense's exact match and 1.15 times its steps per block:\n\n"
         )
         page += "\n".join(_goal(rows, task) for task in tasks) + "\n"
-    (DOCS / "quality.md").write_text(page)
-
-
-if __name__ == "__main__":
-    main()
+    return page

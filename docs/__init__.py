@@ -1,0 +1,1 @@
+"""Pages, and the modules that write some of them: ``python -m docs.build``."""
