@@ -1,4 +1,4 @@
-"""One thread, one Dynamo cache per module, warnings forgotten between tests."""
+"""Tiers of tests; one thread, one Dynamo cache per module, warnings forgotten between tests."""
 
 from __future__ import annotations
 
@@ -12,12 +12,41 @@ from focus_compile.report import text_once
 
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = False  # else pytest formats every trace record
+TIERS = {
+    "inductor": "compiles through Inductor",
+    "process": "starts processes",
+    "triton": "runs or compiles Triton kernels, on no GPU",
+    "browser": "needs a browser",
+    "soak": "many calls of one process: minutes",
+    "docs": "compiles for a page of docs/",
+    "gpu": "needs a GPU",
+    "wide": "more of what the default tier shows by a few: dialects, draws, forms",
+}
+"""Markers; a test that has none is in the default tier."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``pytest tests/fuzz --fuzz N``: N sequences of calls, other ones at every run."""
     text = "sequences of calls, over all subjects; without it a fixed, small set is run"
     parser.addoption("--fuzz", type=int, default=None, help=text)
+    parser.addoption("--full", action="store_true", help="every tier")
+    parser.addoption("--rest", action="store_true", help="what is left out without --full")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, text in TIERS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tiers that were asked for; tests that are named on the command line run anyway."""
+    named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    if config.getoption("--full") or (named and not config.getoption("--rest")):
+        return
+    rest = [item for item in items if any(mark.name in TIERS for mark in item.iter_markers())]
+    left_out = set(items) - set(rest) if config.getoption("--rest") else set(rest)
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True, scope="module")
