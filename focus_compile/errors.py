@@ -69,19 +69,23 @@ class Unsupported(Told):
     """The graph is valid, but FOCUS cannot be applied to it soundly.
 
     Made of an entry of the catalogue (refusals.py), the operator at fault, and a value for every
-    field of the entry's reason.
+    field of the entry's reason. Code outside of this package may give a reason alone, as a string.
 
     Attributes:
         reason: what is wrong, in one sentence.
-        cure: what a user can do about it.
+        cure: what a user can do about it; empty for a reason alone.
         op: the operator at fault, or empty.
         module: dotted path of the module that called it, or empty.
         line: the model's own line that called it, ``file:number `code```, or empty.
     """
 
-    def __init__(self, refusal: Refusal, node: Node | None = None, /, **fields: object) -> None:
-        self.reason = refusal.filled(fields)
-        self.cure = refusal.cure
+    def __init__(
+        self, refusal: Refusal | str, node: Node | None = None, /, **fields: object
+    ) -> None:
+        if isinstance(refusal, str):
+            self.reason, self.cure = refusal, ""
+        else:
+            self.reason, self.cure = refusal.filled(fields), refusal.cure
         self.line = "" if node is None else source_line(node)
         self.op = "" if node is None else _operator(node)
         self.module = "" if node is None else module_path(node)

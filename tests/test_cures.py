@@ -14,7 +14,7 @@ import torch
 
 import focus_compile
 from focus_compile.errors import Unsupported
-from focus_compile.refusals import catalogue
+from focus_compile.refusals import AUTOCAST, catalogue
 from tests import test_dispatch, test_labels, test_refusal
 from tests.dialects import draw_call
 from tests.toy import Toy
@@ -61,6 +61,12 @@ def test_an_entry(name: str) -> None:
     for wrong in ({**values, "other": 1}, *fewer):
         with pytest.raises(TypeError, match=" has the fields "):
             Unsupported(entry, **wrong)
+
+
+def test_an_unknown_reason_has_none() -> None:
+    """A reason alone, of code outside of the package."""
+    assert Unsupported("something else").cure == ""
+    assert Unsupported(AUTOCAST).to_dict()["cure"].startswith("leave autocast")
 
 
 def test_reasons_are_told_apart() -> None:

@@ -40,6 +40,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 def errors() -> list[Exception]:
     node = Graph().placeholder("x")
     return [
+        Unsupported("why {not}"),
         Unsupported(DROPOUT),
         Unsupported(NO_SIZE, node, extent="{7}"),
         NothingToEvict(ONE_TOKEN, node),
@@ -61,7 +62,7 @@ def test_errors(error: Exception, way: Callable[[Any], Any]) -> None:
     assert type(again) is type(error) and str(again) == str(error) and again.args == error.args
     assert vars(again) == vars(error)
     if isinstance(error, Unsupported):
-        assert again.cure == error.cure != ""
+        assert again.cure == error.cure and bool(error.cure) == (error.reason != "why {not}")
 
 
 def quick(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
