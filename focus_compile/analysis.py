@@ -20,6 +20,7 @@ from focus_compile.inputs import Input
 from focus_compile.labels import token_ids
 from focus_compile.own_masks import is_causal
 from focus_compile.plan import Plan, make_plan, slot_name
+from focus_compile.refusals import GOES_ON_BEHIND_A_BREAK, INTERNAL_ERROR, ONE_TOKEN, WRITES_TOKENS
 from focus_compile.rewrite import rewrite
 from focus_compile.rules import operands
 from focus_compile.runtime import Layout
@@ -60,8 +61,8 @@ def analyze(gm: GraphModule, broke: GraphBreak | None = None) -> Analysis:
     except (Unsupported, EmptyCall):
         raise
     except Exception as error:
-        reason = f"internal error, please report it: {type(error).__name__}: {error}"
-        raise Unsupported(reason) from error
+        kind = type(error).__name__
+        raise Unsupported(INTERNAL_ERROR, kind=kind, error=error) from error
 
 
 def _analyze(gm: GraphModule, broke: GraphBreak | None) -> Analysis:
@@ -70,7 +71,7 @@ def _analyze(gm: GraphModule, broke: GraphBreak | None) -> Analysis:
     if entry is not None and 0 in (shape := tensor_of(entry[1]).shape):
         raise EmptyCall(tuple(shape))
     if entry is not None and isinstance(shape[-1], int) and shape[-1] == 1:
-        raise NothingToEvict("the block has one token", entry[0])  # its axis is nowhere to be seen
+        raise NothingToEvict(ONE_TOKEN, entry[0])  # its axis is nowhere to be seen
     widened, last = widen(grow(captured))
     canonical = canonicalize(widened)
     plan = make_plan(canonical)
@@ -80,7 +81,7 @@ def _analyze(gm: GraphModule, broke: GraphBreak | None) -> Analysis:
     halves = cut(stages[-1][1], plan, last)
     first = len(halves.own) - len(written)
     if any(value is not None and value.tokens is not None for value in halves.own[first:]):
-        raise Unsupported("the model writes what it computes of tokens into an input")
+        raise Unsupported(WRITES_TOKENS)
     if broke is not None:
         _refuse_holes(halves, broke)
     return Analysis(captured, canonical, plan, stages, halves, layout)
@@ -93,10 +94,7 @@ def _refuse_holes(halves: Halves, broke: GraphBreak) -> None:
     """
     for index, own in enumerate(halves.own):
         if own is not None and own.tokens is not None and index not in halves.vocabulary:
-            raise Unsupported(
-                "the model goes on behind a graph break with what it computed of tokens, where "
-                f"evicted ones would be rows of zeros: {broke}"
-            )
+            raise Unsupported(GOES_ON_BEHIND_A_BREAK, broke=broke)
 
 
 def _layout(

@@ -18,6 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from focus_compile.errors import Unsupported
+from focus_compile.refusals import AXES_MEET, NO_TENSOR, UNEVEN_VIEW, VIEW_OF_OTHER_SIZE
 from focus_compile.torch_private import FloorDiv
 
 __all__ = [
@@ -105,7 +106,7 @@ def tensor_of(node: Node) -> torch.Tensor:
     """The fake tensor that ``node`` computes."""
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
-        raise Unsupported("expected a tensor", node)
+        raise Unsupported(NO_TENSOR, node)
     return value
 
 
@@ -209,7 +210,7 @@ class AxisMap:
             need, taken = self.expr(size), list[Axis]()
             while need != 1:
                 if not queue:
-                    raise Unsupported("a view changes the number of elements", self.current)
+                    raise Unsupported(VIEW_OF_OTHER_SIZE, self.current)
                 axis = queue.pop(0)
                 length = self.expr(axis.size)
                 quotient = sympy.cancel(need / length)
@@ -219,7 +220,7 @@ class AxisMap:
                     continue
                 rest = sympy.cancel(length / need)
                 if not _is_count(rest):
-                    raise Unsupported("a view splits an axis unevenly", self.current)
+                    raise Unsupported(UNEVEN_VIEW, self.current)
                 inner, outer = Axis(need), Axis(rest)
                 self._define_product(axis, (inner, outer))
                 taken.append(inner)
@@ -227,7 +228,7 @@ class AxisMap:
                 need = sympy.Integer(1)
             out.append(tuple(taken))
         if queue:
-            raise Unsupported("a view changes the number of elements", self.current)
+            raise Unsupported(VIEW_OF_OTHER_SIZE, self.current)
         return out
 
     def label(self, dim: Dim, role: Role) -> None:
@@ -238,7 +239,7 @@ class AxisMap:
         """Raise if two axes that were merged stand for different things."""
         for node, left, right in self.conflicts:
             if any(self.holds((axis,), role) for axis in (left, right) for role in Role):
-                raise Unsupported("the token, batch or key axis meets another axis", node)
+                raise Unsupported(AXES_MEET, node)
 
     def _merge(self, left: Axis, right: Axis) -> None:
         left, right = self.find(left), self.find(right)

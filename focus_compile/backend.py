@@ -94,7 +94,12 @@ def focus_backend(
         record.graph(str(refusal))
         if config.strict:
             raise
-        warning_once(log, "backend 'focus' leaves this graph as it is: %s", refusal)
+        warning_once(
+            log,
+            "backend 'focus' leaves this graph as it is: %s. What to do: %s",
+            refusal,
+            refusal.cure,
+        )
         return Unchanged(dense)
     trace_analysis(analysis)
     record.graph()

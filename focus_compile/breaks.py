@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch.fx import GraphModule
 
 from focus_compile.errors import Unsupported
+from focus_compile.refusals import BEHIND_A_BREAK, DYNAMIC_ROPE, NO_EMBEDDING
 
 __all__ = ["GraphBreak", "graph_break", "refuse_fragment"]
 
@@ -91,9 +92,9 @@ def refuse_fragment(gm: GraphModule) -> NoReturn:
     traces = (node.meta.get("stack_trace") or "" for node in gm.graph.nodes)
     found = next(filter(None, map(_RESUMED.search, traces)), None)
     if found is None:
-        raise Unsupported("no embedding of token ids: compile the whole model, not single layers")
+        raise Unsupported(NO_EMBEDDING)
     line = linecache.getline(found[1], int(found[2])).strip()
     place = f"{found[1]}:{found[2]} `{line}`"
     if "rotary" in line or "rope" in line:
-        raise Unsupported(f"dynamic RoPE breaks the graph before the layers: {place}")
-    raise Unsupported(f"no embedding of token ids behind a graph break: {place}")
+        raise Unsupported(DYNAMIC_ROPE, place=place)
+    raise Unsupported(BEHIND_A_BREAK, place=place)

@@ -29,6 +29,7 @@ from focus_compile.errors import Unsupported
 from focus_compile.inputs import Input, static_tensor
 from focus_compile.labels import propagate
 from focus_compile.ranges import arange, is_window, progression, window
+from focus_compile.refusals import RETURNS_SIZE
 from focus_compile.replay import Replay
 from focus_compile.rules import ARANGES, RESHAPES
 from focus_compile.sizes import Sizes
@@ -92,7 +93,7 @@ def canonicalize(gm: GraphModule) -> Canonical:
 
 def _returned(node: Node, env: dict[Node, Any]) -> Any:
     if node not in env:
-        raise Unsupported("the graph returns a size", node)
+        raise Unsupported(RETURNS_SIZE, node)
     return env[node]
 
 

@@ -13,6 +13,12 @@ from torch.fx.traceback import preserve_node_meta
 from focus_compile.axes import graph_inputs, graph_outputs
 from focus_compile.errors import Unsupported
 from focus_compile.functional import functionalize
+from focus_compile.refusals import (
+    FLEX_ATTENTION,
+    NO_TENSOR_INPUT,
+    OPERATOR_WITH_A_GRAPH,
+    TENSOR_OF_TENSORS,
+)
 from focus_compile.shards import LocalRank, local_value, shard_of
 from focus_compile.torch_private import (
     FakeTensor,
@@ -38,17 +44,16 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     values = [node.meta["example_value"] for node in graph_inputs(gm)]
     for value in values:
         if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
-            raise Unsupported(
-                f"an input is a {type(value).__name__}, a tensor made of others, such as quantised "
-                "weights"
-            )
+            raise Unsupported(TENSOR_OF_TENSORS, kind=type(value).__name__)
     for node in gm.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
-            raise Unsupported(_graphs_inside(str(node.target)), node)
+            if str(node.target).startswith("flex_attention"):
+                raise Unsupported(FLEX_ATTENTION, node)
+            raise Unsupported(OPERATOR_WITH_A_GRAPH, node)
     own = [local_value(value) for value in values]
     modes = [value.fake_mode for value in own if isinstance(value, FakeTensor)]
     if not modes:
-        raise Unsupported("the graph has no tensor input")
+        raise Unsupported(NO_TENSOR_INPUT)
     with modes[0], preserve_node_meta():
         graph = make_fx(LocalRank(gm, values).run, pre_dispatch=True)(*own)
     for node, inner in zip(graph_inputs(gm), graph_inputs(graph), strict=True):
@@ -63,12 +68,3 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         graph.recompile()
     places = {node: index for index, node in enumerate(graph_inputs(graph))}
     return graph, tuple(places[node] for node in written)
-
-
-def _graphs_inside(name: str) -> str:
-    if name.startswith("flex_attention"):
-        return (
-            "attention by flex_attention, whose masks are functions: load the model with "
-            "attn_implementation='sdpa' or 'eager'"
-        )
-    return "an operator holds a graph of its own, into which the passes do not look"

@@ -20,6 +20,7 @@ from focus_compile.errors import Unsupported
 from focus_compile.ops import focus
 from focus_compile.passes.retain import CONTROL
 from focus_compile.plan import Plan
+from focus_compile.refusals import RETURNS_LAST
 from focus_compile.sites import data_flow
 
 __all__ = ["Half", "Halves", "Returned", "cut", "part"]
@@ -123,7 +124,7 @@ def part(gm: GraphModule, node: Node) -> Half:
 def _returned(node: Node, last: int | None) -> Returned:
     if node.target is not focus.restore.default:
         if last is not None:
-            raise Unsupported("the model returns last tokens of a value that is not packed", node)
+            raise Unsupported(RETURNS_LAST, node)
         return Returned(node.name)
     value, tokens, keep, batch_dim, token_dim = (
         part.name if isinstance(part, Node) else part for part in node.args

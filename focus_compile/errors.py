@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from focus_compile.cures import cure_of
+from focus_compile.refusals import Refusal
 
 __all__ = [
     "EmptyCall",
@@ -68,26 +68,30 @@ def _rebuilt(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
 class Unsupported(Told):
     """The graph is valid, but FOCUS cannot be applied to it soundly.
 
+    Made of an entry of the catalogue (refusals.py), the operator at fault, and a value for every
+    field of the entry's reason. Code outside of this package may give a reason alone, as a string.
+
     Attributes:
-        reason: one sentence that a user can act on.
+        reason: what is wrong, in one sentence.
+        cure: what a user can do about it; empty for a reason alone.
         op: the operator at fault, or empty.
         module: dotted path of the module that called it, or empty.
         line: the model's own line that called it, ``file:number `code```, or empty.
     """
 
-    def __init__(self, reason: str, node: Node | None = None) -> None:
-        self.reason = reason
+    def __init__(
+        self, refusal: Refusal | str, node: Node | None = None, /, **fields: object
+    ) -> None:
+        if isinstance(refusal, str):
+            self.reason, self.cure = refusal, ""
+        else:
+            self.reason, self.cure = refusal.filled(fields), refusal.cure
         self.line = "" if node is None else source_line(node)
         self.op = "" if node is None else _operator(node)
         self.module = "" if node is None else module_path(node)
         where = f" [op {self.op}" if self.op else ""
         where += f" in module {self.module}]" if self.module else "]" if where else ""
-        super().__init__(reason + where)
-
-    @property
-    def cure(self) -> str:
-        """What a user can do about it."""
-        return cure_of(self.reason)
+        super().__init__(self.reason + where)
 
     def to_dict(self) -> dict[str, str]:
         """Its attributes and the cure, as plain data."""

@@ -21,6 +21,16 @@ from focus_compile.axes import AxisMap, Dim, Dims, Role, Transfer, graph_outputs
 from focus_compile.errors import Unsupported
 from focus_compile.labels import propagate
 from focus_compile.ops import focus
+from focus_compile.refusals import (
+    CAUSAL_SLOTS,
+    DIFFERENT_SLOTS,
+    FIXED_SLOTS,
+    FOLDED_SLOTS,
+    KEYS_MIXED,
+    RETURNS_CACHE,
+    SLOTS_WITHOUT_MASK,
+    UNKNOWN_ON_SLOTS,
+)
 from focus_compile.replay import Replay, fake_mode_of
 from focus_compile.rules import RESHAPES, argument, aten, operands, transfer, wrap
 
@@ -178,17 +188,17 @@ class _Growth:
             args = (self.env[past], self.env[node], self.env[index], self._at(node))  # type: ignore
             return self.replay.call(focus.replace.default, args, like=node)
         if node in self.grown:
-            raise Unsupported("the model returns a cache that it has changed", node)
+            raise Unsupported(RETURNS_CACHE, node)
         return self.env[node]
 
     def _emit(self, node: Node) -> None:
         """A node with an operand that has grown: all others that hold slots grow, too."""
         found = {self.grown[source] for source in node.all_input_nodes if source in self.grown}
         if len(found) > 1:
-            raise Unsupported("keys and values are put into different slots", node)
+            raise Unsupported(DIFFERENT_SLOTS, node)
         (index,) = found
         if node not in self.axes.dims or node in self.axes.unruled:
-            raise Unsupported("what this operator does with the slots of a cache is unknown", node)
+            raise Unsupported(UNKNOWN_ON_SLOTS, node)
         if any(axis in self.slots for axis in map(self._resolved, self.axes.mixed[node])):
             self._check_hidden(node)
         args, kwargs = self._arguments(node, index)
@@ -202,16 +212,16 @@ class _Growth:
             results = made.meta["val"]
             results = [results] if isinstance(results, Tensor) else results
             if any(result.shape[at] != longer for result in results):
-                raise Unsupported("the number of slots of a cache is written into the model", node)
+                raise Unsupported(FIXED_SLOTS, node)
             self.grown[node] = index
 
     def _check_hidden(self, node: Node) -> None:
         if node.target not in _OVER_KEYS:
-            raise Unsupported("keys or values are mixed before they are attended to", node)
+            raise Unsupported(KEYS_MIXED, node)
         if node.target is _SDPA and argument(node, 5, "is_causal", False):
-            raise Unsupported("is_causal over the slots of a cache: give a mask", node)
+            raise Unsupported(CAUSAL_SLOTS, node)
         if node.target in _SOFTMAX and node.args[0] not in self.hidden:
-            raise Unsupported("attention over the slots of a cache needs a mask", node)
+            raise Unsupported(SLOTS_WITHOUT_MASK, node)
 
     def _arguments(self, node: Node, index: Node) -> tuple[Any, Any]:
         if node.target is _SDPA:
@@ -266,5 +276,5 @@ class _Growth:
             if dim in self.slots:
                 return at
             if any((axis,) in self.slots for axis in dim):
-                raise Unsupported("the slots of a cache are folded with another axis", node)
+                raise Unsupported(FOLDED_SLOTS, node)
         return None

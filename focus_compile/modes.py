@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from focus_compile.errors import Unsupported
+from focus_compile.refusals import AUTOCAST, GRADIENTS
 
 __all__ = ["refuse_modes"]
 
@@ -20,8 +21,6 @@ def refuse_modes(values: Sequence[Any]) -> None:
     """
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
-        raise Unsupported("gradients are enabled: call the model under torch.no_grad()")
+        raise Unsupported(GRADIENTS)
     if any(torch.is_autocast_enabled(kind) for kind in {value.device.type for value in tensors}):
-        raise Unsupported(
-            "autocast is enabled: give the model its dtype with model.to(...) instead"
-        )
+        raise Unsupported(AUTOCAST)

@@ -26,6 +26,22 @@ from focus_compile.dispatch import GROUPED
 from focus_compile.errors import NothingToEvict, Unsupported
 from focus_compile.inputs import Extent, Input, runtime_inputs
 from focus_compile.labels import embedded_inputs, token_ids
+from focus_compile.refusals import (
+    EXPERT_COUNTS,
+    FEW_SITES,
+    LATE_QUERIES,
+    MIXES_TOKENS,
+    NO_ATTENTION,
+    NO_RULE,
+    ONE_LAYER,
+    ONE_TOKEN,
+    READS_HISTORY,
+    REMOVES_TOKENS,
+    SITE_NOT_PACKED,
+    SITE_ORDER,
+    TWO_EMBEDDINGS,
+    WRITES_INPUT,
+)
 from focus_compile.rules import ARANGES, operands
 from focus_compile.shards import Group, sharded_heads
 from focus_compile.sites import Site, data_flow, find_sites
@@ -80,16 +96,7 @@ class Plan:
     heads: Group | None = None
 
     def __post_init__(self) -> None:
-        if len(self.sites) < _MIN_LAYERS:
-            raise ValueError("a plan needs two attention sites")
-        if any(site.layer != layer for layer, site in enumerate(self.sites)):
-            raise ValueError("attention sites are not in layer order")
-        for site in self.sites:
-            for name in (site.query, site.out, *(write.new for write in site.writes)):
-                if name not in self.packed:
-                    raise ValueError(f"attention of layer {site.layer} reads {name}, not packed")
-        if self.packed[self.sites[1].query].domain is not Domain.FED:
-            raise ValueError("the cut lies after the queries of layer 1")
+        _check_sites(self.sites, self.packed, {})
 
 
 def slot_name(layer: int, part: int) -> str:
@@ -110,14 +117,14 @@ def make_plan(canonical: Canonical) -> Plan:
         refuse_fragment(gm)
     embedding, ids = entry
     if len(embedded_inputs(gm)) > 1:
-        raise Unsupported("two inputs are embedded: which one holds the token ids?", embedding)
+        raise Unsupported(TWO_EMBEDDINGS, embedding)
     if not axes.of(ids)[-1]:
-        raise NothingToEvict("the block has one token", embedding)
+        raise NothingToEvict(ONE_TOKEN, embedding)
     sites = find_sites(gm, axes)
     if not sites:
-        raise Unsupported("no attention site over the tokens: compile the whole model")
+        raise Unsupported(NO_ATTENTION)
     if len(sites) < _MIN_LAYERS:
-        raise Unsupported("FOCUS compares the attention of two layers, and this graph has one")
+        raise Unsupported(ONE_LAYER)
     nodes = {node.name: node for node in gm.graph.nodes}
     prefix = _early(gm, sites[:2], nodes)
     packed = _packed(gm, axes, embedding, sites, prefix)
@@ -126,11 +133,25 @@ def make_plan(canonical: Canonical) -> Plan:
     stale = _slots(canonical, sites, nodes)
     inputs = {given.name: given for given in (*added, *stale)}
     heads = sharded_heads(gm, [nodes[site.query] for site in sites])
+    _check_sites(sites, packed, nodes)
     frozen = MappingProxyType(packed), MappingProxyType(inputs)
-    try:
-        return Plan(ids.name, embedding.name, sites, *frozen, heads)
-    except ValueError as error:
-        raise Unsupported(str(error), nodes[sites[0].out]) from error
+    return Plan(ids.name, embedding.name, sites, *frozen, heads)
+
+
+def _check_sites(
+    sites: tuple[Site, ...], packed: Mapping[str, Place], nodes: Mapping[str, Node]
+) -> None:
+    """Refuse sites that the passes could not restrict; ``nodes``: those to name as at fault."""
+    if len(sites) < _MIN_LAYERS:
+        raise Unsupported(FEW_SITES)
+    for layer, site in enumerate(sites):
+        if site.layer != layer:
+            raise Unsupported(SITE_ORDER, nodes.get(site.out))
+        for name in (site.query, site.out, *(write.new for write in site.writes)):
+            if name not in packed:
+                raise Unsupported(SITE_NOT_PACKED, nodes.get(site.out), layer=layer, name=name)
+    if packed[sites[1].query].domain is not Domain.FED:
+        raise Unsupported(LATE_QUERIES, nodes.get(sites[1].out))
 
 
 def _slots(
@@ -158,7 +179,7 @@ def _refuse_mutation(gm: GraphModule) -> None:
         if not isinstance(target, OpOverload) or target is torch.ops.aten.detach_.default:
             continue
         if target._schema.is_mutable:
-            raise Unsupported("an operator writes into its input", node)
+            raise Unsupported(WRITES_INPUT, node)
 
 
 def _early(gm: GraphModule, sites: tuple[Site, ...], nodes: Mapping[str, Node]) -> set[Node]:
@@ -229,23 +250,23 @@ def _check_count(node: Node, axes: AxisMap) -> None:
     """Refuse a value of all tokens together, but for counts that only tell experts their rows."""
     known = axes.meaning.get(node)
     if known is None or known.kind not in _COUNTS:
-        raise Unsupported("an operator removes the token axis", node)
+        raise Unsupported(REMOVES_TOKENS, node)
     for user in node.users:
         counts = axes.meaning.get(user)
         ends = user.target in GROUPED and operands(user)[2] is node and node not in user.args[:2]
         if not ends and (counts is None or counts.kind not in _COUNTS):
-            raise Unsupported("the number of tokens per expert is used for something else", user)
+            raise Unsupported(EXPERT_COUNTS, user)
 
 
 def _check(node: Node, axes: AxisMap) -> None:
     """Refuse an operator that gathering tokens does not commute with."""
     if node in axes.unruled:
-        raise Unsupported("no rule says how this operator treats the token axis", node)
+        raise Unsupported(NO_RULE, node)
     for dim in axes.mixed.get(node, ()):
         if axes.holds(dim, Role.TOKEN) or axes.holds(dim, Role.BATCH):
-            raise Unsupported("this operator mixes tokens outside attention", node)
+            raise Unsupported(MIXES_TOKENS, node)
     for operand in operands(node):
         for dim in axes.of(operand):
             if axes.resolve(dim) and any(axis.sum is not None for axis in axes.resolve(dim)):
                 if axes.holds(dim, Role.TOKEN):
-                    raise Unsupported("this operator reads keys of the history", node)
+                    raise Unsupported(READS_HISTORY, node)

@@ -18,6 +18,7 @@ from torch.fx.node import Argument, map_arg
 from focus_compile.axes import graph_outputs
 from focus_compile.errors import Unsupported
 from focus_compile.inputs import Input, static_tensor
+from focus_compile.refusals import OTHER_SIZES
 from focus_compile.torch_private import FakeTensor, FakeTensorMode, OpOverload, symbolic_mode
 
 __all__ = ["Replay", "fake_mode_of"]
@@ -113,8 +114,8 @@ class Replay:
             except (RuntimeError, ValueError, IndexError) as error:
                 if like is None:
                     raise
-                reason = str(error).partition("\n")[0]
-                raise Unsupported(f"this operator fails on other sizes: {reason}", like) from error
+                line = str(error).partition("\n")[0]
+                raise Unsupported(OTHER_SIZES, like, error=line) from error
         wanted = name or (like.name if like is not None and self.keep_names else None)
         node = self.graph.create_node("call_function", target, args, kwargs, name=wanted)
         return self._finish(node, value, like)

@@ -21,13 +21,12 @@ from torch.fx.node import map_aggregate
 
 from focus_compile.errors import Unsupported
 from focus_compile.ops import focus
+from focus_compile.refusals import OWN_COLLECTIVES, UNKNOWN_SHARDS
 from focus_compile.torch_private import OpOverload, OpOverloadPacket
 
 __all__ = ["Group", "LocalRank", "is_sharded", "local", "local_value", "shard_of", "sharded_heads"]
 
 collectives = torch.ops._c10d_functional
-UNKNOWN = "weights are sharded over processes in a way that is not known here"
-OWN = "the model calls collectives of its own"
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class LocalRank(fx.Interpreter):
     def _part(self, value: Tensor, mesh: Any, placements: Any, shape: Any) -> Part:
         mesh, (placement, *others) = _mesh(mesh), placements
         if others:
-            raise Unsupported(UNKNOWN, self.node)
+            raise Unsupported(UNKNOWN_SHARDS, self.node)
         size = shape[placement.dim] if placement.is_shard() else 0
         return Part(value, placement, size, mesh)
 
@@ -134,7 +133,7 @@ class LocalRank(fx.Interpreter):
         ids = ids.value if isinstance(ids, Part) else ids
         limit = named.get("max_norm", options[1] if len(options) > 1 else None)
         if limit is not None or not weight.placement.is_shard():
-            raise Unsupported(UNKNOWN, self.node)
+            raise Unsupported(UNKNOWN_SHARDS, self.node)
         if weight.placement.is_shard(1):
             features = torch.nn.functional.embedding(ids, weight.value)
             return Part(features, Shard(ids.dim()), weight.size, weight.mesh)
@@ -147,14 +146,14 @@ class LocalRank(fx.Interpreter):
         """``redistribute(placements=[Replicate()])``."""
         value, placement, group = part.value, part.placement, _group(part.mesh)
         if list(how) != ["placements"] or list(how["placements"]) != [Replicate()]:
-            raise Unsupported(UNKNOWN, self.node)
+            raise Unsupported(UNKNOWN_SHARDS, self.node)
         if placement.is_partial("sum"):
             reduced = collectives.all_reduce(value, "sum", group.name)
             value = collectives.wait_tensor(reduced)
         elif placement.is_shard() and placement.dim in (-1, value.dim() - 1):  # type: ignore[attr-defined]
             value = focus.gather_ranks(value, part.size, group.ranks, group.name)
         elif not placement.is_replicate():
-            raise Unsupported(UNKNOWN, self.node)
+            raise Unsupported(UNKNOWN_SHARDS, self.node)
         return Part(value, Replicate(), 0, part.mesh)
 
     def _check_collective(self, name: str, args: Any) -> None:
@@ -162,12 +161,12 @@ class LocalRank(fx.Interpreter):
         if "wait_tensor" in name:
             return
         if not ("all_reduce" in name and args[1] == "sum" and args[2] in self.groups):
-            raise Unsupported(OWN, self.node)
+            raise Unsupported(OWN_COLLECTIVES, self.node)
 
     def _refuse_parts(self, *values: Any) -> None:
         def check(value: Any) -> None:
             if isinstance(value, Part):
-                raise Unsupported(UNKNOWN, self.node)
+                raise Unsupported(UNKNOWN_SHARDS, self.node)
 
         map_aggregate(values, check)
 
@@ -190,7 +189,7 @@ def sharded_heads(gm: GraphModule, queries: Sequence[Node]) -> Group | None:
     first, *others = (of[query] for query in queries)
     for query, other in zip(queries[1:], others, strict=True):
         if other != first:
-            raise Unsupported(UNKNOWN, query)
+            raise Unsupported(UNKNOWN_SHARDS, query)
     return first
 
 
@@ -202,7 +201,7 @@ def _real(value: Any) -> Any:
 def _mesh(value: Any) -> DeviceMesh:
     mesh: DeviceMesh = _real(value)
     if mesh.ndim != 1:
-        raise Unsupported(UNKNOWN)
+        raise Unsupported(UNKNOWN_SHARDS)
     return mesh
 
 

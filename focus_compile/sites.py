@@ -18,8 +18,24 @@ import networkx as nx
 from torch.fx import GraphModule, Node
 
 from focus_compile.axes import AxisMap, Dim, Dims, Role, tensor_of
-from focus_compile.errors import Unsupported
+from focus_compile.errors import Unsupported, module_path
 from focus_compile.ops import focus
+from focus_compile.refusals import (
+    BATCH_AXIS,
+    CACHE_WRITE,
+    DROPOUT,
+    HEAD_GROUPS,
+    KEY_AXES,
+    KEYS_MIXED,
+    KEYS_WITHOUT_TOKENS,
+    MASK_NOT_ADDITIVE,
+    MASK_SCALED,
+    NEW_KEY_AXES,
+    PAST_CHANGED,
+    QUERY_AXES,
+    SCORES_USED,
+    SITES_ABREAST,
+)
 from focus_compile.rules import argument, aten, cat_parts, operands
 
 __all__ = ["Site", "Write", "data_flow", "find_sites"]
@@ -117,7 +133,7 @@ def find_sites(gm: GraphModule, axes: AxisMap) -> tuple[Site, ...]:
     nodes = {node.name: node for node in gm.graph.nodes}
     for site, after in pairwise(sites):
         if not nx.has_path(flow, nodes[site.out], nodes[after.query]):
-            raise Unsupported("two attention sites run side by side", nodes[after.out])
+            raise Unsupported(SITES_ABREAST, nodes[after.out])
     return tuple(sites)
 
 
@@ -125,11 +141,9 @@ def _site(layer: int, match: _Match, axes: AxisMap, flow: nx.DiGraph) -> Site:
     node = match.region[-1]
     query = axes.of(match.query)
     if len(query) != 4 or axes.position(query, Role.TOKEN) != 2:
-        raise Unsupported(
-            "the queries of an attention site are not [batch, heads, token, size]", node
-        )
+        raise Unsupported(QUERY_AXES, node)
     if axes.position(query, Role.BATCH) not in (0, None):
-        raise Unsupported("the batch axis of an attention site is not its first", node)
+        raise Unsupported(BATCH_AXIS, node)
     key, value = (_attended(operand, axes, node) for operand in (match.key, match.value))
     return Site(
         layer=layer,
@@ -141,7 +155,7 @@ def _site(layer: int, match: _Match, axes: AxisMap, flow: nx.DiGraph) -> Site:
         scale=match.scale,
         region=tuple(part.name for part in match.region),
         writes=(_write(key, axes, node, flow), _write(value, axes, node, flow)),
-        module=Unsupported("", node).module,
+        module=module_path(node),
     )
 
 
@@ -159,7 +173,7 @@ def _match_sdpa(node: Node) -> _Match:
     query, key, value = node.args[:3]
     assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
     if argument(node, 4, "dropout_p", 0.0):
-        raise Unsupported("attention with dropout: call model.eval() first", node)
+        raise Unsupported(DROPOUT, node)
     mask = argument(node, 3, "attn_mask")
     scale = argument(node, 6, "scale")
     size = tensor_of(query).shape[-1]
@@ -206,7 +220,7 @@ def _match_softmax(node: Node) -> _Match | None:
     if transposed.target is not aten.transpose.int or _swapped(transposed) != {2, 3}:
         return None
     if any(len(part.users) != 1 for part in (scores, *before)):
-        raise Unsupported("attention scores are used outside their attention site", node)
+        raise Unsupported(SCORES_USED, node)
     key = transposed.args[0]
     assert isinstance(key, Node)
     region = (transposed, scores, *before, *after, out)
@@ -216,11 +230,10 @@ def _match_softmax(node: Node) -> _Match | None:
 def _check_mask(add: Node, mask: Node, scale: float) -> None:
     """Refuse what is added to scores, walking back from the softmax, if it is no additive mask."""
     if scale != 1.0 or add.kwargs.get("alpha", 1) != 1:
-        raise Unsupported("the mask of an attention site is scaled", add)
+        raise Unsupported(MASK_SCALED, add)
     if not tensor_of(mask).dtype.is_floating_point:
         raise Unsupported(
-            "a mask of booleans or integers is added to attention scores, where True adds 1: give "
-            "eager attention an additive mask, 0 where visible and else the lowest number",
+            MASK_NOT_ADDITIVE,
             add,
         )
 
@@ -241,9 +254,9 @@ def _attended(operand: Node, axes: AxisMap, site: Node) -> Node:
             last = node
     dims = axes.of(last)
     if len(dims) != 4 or _along(axes, dims) is None:
-        raise Unsupported("keys or values of an attention site have no token axis", site)
+        raise Unsupported(KEYS_WITHOUT_TOKENS, site)
     if _along(axes, dims) != 2 or axes.position(dims, Role.BATCH) not in (0, None):
-        raise Unsupported("keys and values are not [batch, heads, token, size]", site)
+        raise Unsupported(KEY_AXES, site)
     _check_groups(operand, last, axes, site)
     return last
 
@@ -274,11 +287,11 @@ def _write(attended: Node, axes: AxisMap, site: Node, flow: nx.DiGraph) -> Write
                 seen.add(source)
                 queue.append(source)
     if len(found) != 1:
-        raise Unsupported("the write of new keys or values into the cache is not understood", site)
+        raise Unsupported(CACHE_WRITE, site)
     (cat,) = found
     for node in nx.descendants(flow, cat) & (nx.ancestors(flow, attended) | {attended}):
         if node in axes.unruled or any(_is_keys(dim, axes) for dim in axes.mixed.get(node, ())):
-            raise Unsupported("keys or values are mixed before they are attended to", node)
+            raise Unsupported(KEYS_MIXED, node)
     history, new = cat_parts(cat)
     past: Any = history
     index: str | None = None
@@ -286,11 +299,11 @@ def _write(attended: Node, axes: AxisMap, site: Node, flow: nx.DiGraph) -> Write
         past, places, _ = history.args
         index = str(places)
     if past.op != "placeholder":
-        raise Unsupported("past keys or values are changed before they are used", past)
+        raise Unsupported(PAST_CHANGED, past)
     dims = axes.of(new)
     token_dim, batch_dim = axes.position(dims, Role.TOKEN), axes.position(dims, Role.BATCH)
     if token_dim in (0, None) or batch_dim not in (0, None):
-        raise Unsupported("new keys and values are not [batch, ..., token, ...]", site)
+        raise Unsupported(NEW_KEY_AXES, site)
     assert token_dim is not None
     return Write(new.name, cat.name, past.name, history.name, index, batch_dim, token_dim)
 
@@ -313,4 +326,4 @@ def _check_groups(operand: Node, source: Node, axes: AxisMap, site: Node) -> Non
     """Refuse an expansion in which query head h does not read key head ``h // (H / G)``."""
     expanded, stored = axes.of(operand)[1], axes.of(source)[1]
     if expanded[: len(stored)] != stored:
-        raise Unsupported("neighbouring query heads do not share a key head", site)
+        raise Unsupported(HEAD_GROUPS, site)

@@ -13,6 +13,15 @@ from focus_compile.axes import Axis, AxisMap, Dim, Role
 from focus_compile.errors import Unsupported
 from focus_compile.inputs import Extent, generic
 from focus_compile.own_masks import makes_mask
+from focus_compile.refusals import (
+    CHANGES_LENGTH,
+    FOLDED_INPUT,
+    MAKES_MASK,
+    NO_RULE,
+    NO_SIZE,
+    SIZE_FORM,
+    SIZE_MEANING,
+)
 from focus_compile.replay import Replay
 
 __all__ = ["Sizes"]
@@ -60,7 +69,7 @@ class Sizes:
         if not named:
             return number
         if number != 1 or len(named) != 1:
-            raise Unsupported("an input folds two axes into one dimension", self.axes.current)
+            raise Unsupported(FOLDED_INPUT, self.axes.current)
         return named[0]
 
     def _total(self, parts: tuple[Dim, ...]) -> Extent:
@@ -74,7 +83,7 @@ class Sizes:
         if isinstance(extent, tuple):
             return self.replay.total(*(self.argument(part) for part in extent))
         if extent not in self.reads:
-            raise Unsupported(f"no input has the size {extent}", self.axes.current)
+            raise Unsupported(NO_SIZE, self.axes.current, extent=extent)
         return self.replay.size(*self.reads[extent])
 
     def size(self, dim: Dim) -> Node | int:
@@ -118,14 +127,14 @@ class Sizes:
         if expr.is_Symbol:
             extent = self.meaning.get(expr)
             if extent is None:
-                raise Unsupported(f"the meaning of the size {expr} is unknown", node)
+                raise Unsupported(SIZE_MEANING, node, size=expr)
             return self.argument(extent)
         parts = [self.expression(part, node) for part in expr.args]
         if expr.is_Add:
             return self.replay.total(*parts)
         if expr.is_Mul:
             return self.replay.product(*parts)
-        raise Unsupported(f"the size {expr} is neither a sum nor a product", node)
+        raise Unsupported(SIZE_FORM, node, size=expr)
 
     def check(self, node: Node, made: Any) -> None:
         """Refuse an operator whose result is not as long as its labels say."""
@@ -133,7 +142,7 @@ class Sizes:
         for dims, result in zip(self.axes.dims[node], results, strict=True):
             if [self.number(dim) for dim in dims] != list(result.shape):
                 if makes_mask(node):
-                    raise Unsupported("the model makes its attention mask itself", node)
+                    raise Unsupported(MAKES_MASK, node)
                 if node in self.axes.unruled:
-                    raise Unsupported("no rule says how this operator treats the token axis", node)
-                raise Unsupported("this operator changes the length of the token axis", node)
+                    raise Unsupported(NO_RULE, node)
+                raise Unsupported(CHANGES_LENGTH, node)

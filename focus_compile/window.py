@@ -17,13 +17,12 @@ from torch.fx.node import map_arg
 from focus_compile.axes import AxisMap, Role, graph_outputs, tensor_of
 from focus_compile.errors import Unsupported
 from focus_compile.labels import propagate, token_ids
+from focus_compile.refusals import LAST_TOKENS, MIXES_TOKENS
 from focus_compile.replay import Replay, fake_mode_of
 from focus_compile.rules import RESHAPES, argument, aten, operands
 from focus_compile.sites import data_flow
 
 __all__ = ["widen"]
-
-UNKNOWN = "what is computed from the last tokens alone is not understood"
 
 
 def widen(gm: GraphModule) -> tuple[GraphModule, dict[int, int]]:
@@ -52,9 +51,9 @@ def widen(gm: GraphModule) -> tuple[GraphModule, dict[int, int]]:
         elif found:
             others = [source for source in operands(node) if source not in shortened]
             if any(axes.holds(dim, Role.TOKEN) for source in others for dim in axes.of(source)):
-                raise Unsupported("this operator mixes tokens outside attention", node)
+                raise Unsupported(MIXES_TOKENS, node)
             if len(found) > 1:
-                raise Unsupported(UNKNOWN, node)
+                raise Unsupported(LAST_TOKENS, node)
             env[node] = _widened(node, replay, env, any(found))
             (shortened[node],) = found
         else:
@@ -98,9 +97,9 @@ def _number(node: Node) -> int:
 def _widened(node: Node, replay: Replay, env: dict[Node, Node], longer: bool) -> Node:
     """A node whose operands may have become longer."""
     if longer and (node.target in RESHAPES or node.target is aten.expand.default):
-        raise Unsupported(UNKNOWN, node)
+        raise Unsupported(LAST_TOKENS, node)
     args, kwargs = map_arg((node.args, node.kwargs), lambda arg: env[arg])
     made = replay.call(node.target, args, kwargs, like=node)
     if isinstance(node.meta["val"], Tensor) and tensor_of(made).dim() != tensor_of(node).dim():
-        raise Unsupported(UNKNOWN, node)  # a squeeze of one token, which is no longer one
+        raise Unsupported(LAST_TOKENS, node)  # a squeeze of one token, which is no longer one
     return made

@@ -18,6 +18,7 @@ from focus_compile.inputs import Extent, is_generic
 from focus_compile.labels import propagate
 from focus_compile.ops import focus
 from focus_compile.plan import Domain, Place, Plan, slot_name
+from focus_compile.refusals import ANOTHER_ORDER, FOLDED_TOKENS, UNKNOWN_SIZE, VALUE_PER_ROW
 from focus_compile.replay import Replay, fake_mode_of
 from focus_compile.rules import ARANGES, POINTWISE, RESHAPES, aten
 from focus_compile.sites import Site, Write
@@ -158,7 +159,7 @@ class _Narrow:
             elif axis.role is None:
                 size = int(self.axes.expr(axis.size))
                 if is_generic(size):
-                    raise Unsupported("a packed value has an axis of unknown size", node)
+                    raise Unsupported(UNKNOWN_SIZE, node)
                 sizes.append(size)
         return self.replay.product(*sizes)
 
@@ -238,7 +239,7 @@ class _Narrow:
             if old.domain is place.domain:
                 return value
             if old.token_dim is None:
-                raise Unsupported("fed tokens, in another order, meet retained ones", user)
+                raise Unsupported(ANOTHER_ORDER, user)
             return self.replay.once(
                 focus.repack.default, (value, self.inverse[old.domain], tokens, old.token_dim)
             )
@@ -250,14 +251,14 @@ class _Narrow:
                 focus.pack.default, (value, tokens, inverse, batch_dim, token_dim)
             )
         if any(self.axes.holds(dim, Role.TOKEN) for dim in dims):
-            raise Unsupported("packed tokens meet a value whose token axis is folded", user)
+            raise Unsupported(FOLDED_TOKENS, user)
         if batch_dim is None:
             return value
         if place.token_dim is None:
-            raise Unsupported("packed tokens meet one value per row in this operator", user)
+            raise Unsupported(VALUE_PER_ROW, user)
         token_dim = len(dims) - (tensor_of(user).dim() - place.token_dim)
         if user.target not in POINTWISE or token_dim < 0 or dims[token_dim]:
-            raise Unsupported("packed tokens meet one value per row in this operator", user)
+            raise Unsupported(VALUE_PER_ROW, user)
         return self.replay.once(
             focus.pack_rows.default, (value, tokens, inverse, batch_dim, token_dim)
         )

@@ -11,6 +11,7 @@ from torch.fx.node import map_arg
 from focus_compile.errors import Unsupported
 from focus_compile.ops import focus
 from focus_compile.plan import Domain, Plan
+from focus_compile.refusals import RETURNS_ANOTHER_ORDER
 from focus_compile.replay import Replay
 
 __all__ = ["restore"]
@@ -30,7 +31,7 @@ def restore(gm: GraphModule, plan: Plan) -> GraphModule:
         if place is None:
             return node
         if place.token_dim is None or place.folded:
-            raise Unsupported("the model returns tokens in another order, or folded", node)
+            raise Unsupported(RETURNS_ANOTHER_ORDER, node)
         tokens, keep = tables[place.domain]
         return replay.call(
             focus.restore.default, (node, tokens, keep, place.batch_dim, place.token_dim)

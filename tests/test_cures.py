@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,81 +13,64 @@ import pytest
 import torch
 
 import focus_compile
-from focus_compile.cures import CURES, cure_of
 from focus_compile.errors import Unsupported
+from focus_compile.refusals import AUTOCAST, catalogue
 from tests import test_dispatch, test_labels, test_refusal
 from tests.dialects import draw_call
 from tests.toy import Toy
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [*(ROOT / "focus_compile").glob("*.py"), *(ROOT / "passes").glob("*.py")]
+SOURCES = [*(ROOT / "focus_compile").rglob("*.py"), *(ROOT / "passes").rglob("*.py")]
+CATALOGUE = catalogue()
 
 
-def texts(node: ast.expr, tree: ast.Module) -> Iterator[str]:
-    """How the string that an expression gives may begin."""
-    if isinstance(node, ast.Constant):
-        yield str(node.value)
-    elif isinstance(node, ast.JoinedStr):
-        yield from texts(node.values[0], tree)
-    elif isinstance(node, ast.Name):
-        values = [
-            found.value
-            for found in ast.walk(tree)
-            if isinstance(found, ast.Assign) and ast.unparse(found.targets[0]) == node.id
-        ]
-        assert values, f"no value of {node.id}"
-        for value in values:
-            yield from texts(value, tree)
-    elif ast.unparse(node) == "str(error)":  # of a plan that checks itself
-        (check,) = (
-            found
-            for found in ast.walk(tree)
-            if isinstance(found, ast.FunctionDef) and found.name == "__post_init__"
-        )
-        for found in ast.walk(check):
-            if isinstance(found, ast.Raise) and "ValueError(" in ast.unparse(found):
-                assert isinstance(found.exc, ast.Call)
-                yield from texts(found.exc.args[0], tree)
-    else:
-        assert isinstance(node, ast.Call), ast.unparse(node)
-        name = ast.unparse(node.func)
-        for found in ast.walk(tree):
-            if isinstance(found, ast.FunctionDef) and found.name == name:
-                for inner in ast.walk(found):
-                    if isinstance(inner, ast.Return) and inner.value is not None:
-                        yield from texts(inner.value, tree)
-
-
-def raised() -> set[str]:
-    """The reasons of all refusals, as far as they are written down."""
-    found: set[str] = set()
+def raised() -> Iterator[tuple[str, list[str]]]:
+    """What every refusal in the sources is made of: its entry, and the fields it fills."""
     for path in SOURCES:
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-                if ast.unparse(node.exc.func) == "Unsupported":
-                    found |= set(texts(node.exc.args[0], tree))
-    return found
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                kind = ast.unparse(node.func)
+                assert kind != "Refusal" or path.name == "refusals.py", path
+                if kind in ("Unsupported", "NothingToEvict"):
+                    assert isinstance(node.args[0], ast.Name), ast.unparse(node)
+                    yield node.args[0].id, [str(word.arg) for word in node.keywords]
 
 
 def test_every_refusal_has_a_cure() -> None:
-    """And the table has no entry that none of them needs."""
-    reasons = raised()
-    assert len(reasons) > 50
-    assert not [reason for reason in reasons if not cure_of(reason)]
-    for start, _ in CURES:
-        assert any(reason.startswith(start) for reason in reasons), start
+    """It is of the catalogue, by name, which has no entry that none of them needs."""
+    found = list(raised())
+    assert len(found) > 50
+    for name, fields in found:
+        assert sorted(fields) == sorted(CATALOGUE[name].fields), name
+    assert {name for name, _ in found} == set(CATALOGUE)
 
 
-def test_entries_do_not_hide_each_other() -> None:
-    starts = [start for start, _ in CURES]
-    for index, start in enumerate(starts):
-        assert not any(start.startswith(before) for before in starts[:index]), start
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_an_entry(name: str) -> None:
+    """Its cure is a sentence behind a colon; its fields are named and filled, all of them."""
+    entry = CATALOGUE[name]
+    assert re.fullmatch(r"[a-z]+( \S+)+[^.,:;!]", entry.cure)
+    values: dict[str, object] = {field: f"<{field}: {{x}}>" for field in entry.fields}
+    refusal = Unsupported(entry, **values)
+    assert refusal.cure == entry.cure and refusal.reason == str(refusal)
+    assert all(field.isidentifier() for field in entry.fields)
+    assert all(refusal.reason.count(str(value)) == 1 for value in values.values())
+    empty = dict.fromkeys(("op", "module", "line"), "")
+    assert refusal.to_dict() == {"reason": refusal.reason, "cure": entry.cure, **empty}
+    fewer = [{key: values[key] for key in entry.fields - {field}} for field in entry.fields]
+    for wrong in ({**values, "other": 1}, *fewer):
+        with pytest.raises(TypeError, match=" has the fields "):
+            Unsupported(entry, **wrong)
 
 
 def test_an_unknown_reason_has_none() -> None:
+    """A reason alone, of code outside of the package."""
     assert Unsupported("something else").cure == ""
-    assert Unsupported("autocast is enabled: so").to_dict()["cure"].startswith("leave autocast")
+    assert Unsupported(AUTOCAST).to_dict()["cure"].startswith("leave autocast")
+
+
+def test_reasons_are_told_apart() -> None:
+    assert len({entry.reason for entry in CATALOGUE.values()}) == len(CATALOGUE)
 
 
 def told(model: Any, *args: Any, **kwargs: Any) -> tuple[Unsupported, str]:

@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 import focus_compile
 from focus_compile.analysis import Analysis
 from focus_compile.cli import app
+from focus_compile.errors import Unsupported, module_path
 from focus_compile.inputs import GENERIC
 from focus_compile.ops import focus
+from focus_compile.plan import make_plan
 from focus_compile.programs import SpecializedSize
 from focus_compile.replay import fake_mode_of
 from focus_compile.verify import InvalidGraph, verify
@@ -145,8 +147,20 @@ def test_a_plan_checks_itself(analysis: Analysis) -> None:
         ({"packed": late}, "the cut lies after the queries of layer 1"),
     ]
     for changes, told in cases:
-        with pytest.raises(ValueError, match=f"^{told}$"):
+        with pytest.raises(Unsupported, match=f"^{told}$"):
             dataclasses.replace(plan, **changes)
+
+
+def test_the_site_at_fault_is_named(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first one, whichever it is."""
+    out, query = analysis.plan.sites[2].out, analysis.plan.sites[2].query
+    packed = {name: place for name, place in analysis.plan.packed.items() if name != query}
+    monkeypatch.setattr("focus_compile.plan._packed", lambda *_: packed)
+    with pytest.raises(Unsupported, match=f"attention of layer 2 reads {query}, ") as refusal:
+        make_plan(analysis.canonical)
+    (node,) = (node for node in analysis.canonical.gm.graph.nodes if node.name == out)
+    assert refusal.value.op == str(node.target)
+    assert refusal.value.module == module_path(node) == "model.layers.2.self_attn"
 
 
 def test_a_pass_that_is_wrong_is_found(analysis: Analysis) -> None:

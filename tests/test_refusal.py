@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from focus_compile import analysis, session
 from focus_compile.backend import focus_backend
+from focus_compile.refusals import HEAD_GROUPS, catalogue
 from focus_compile.runtime import Executable
 from tests.harness import (
     MASK,
@@ -118,6 +119,8 @@ def test_refused(name: str, said: Said) -> None:
     assert len(compiled.programs) == 1 and not isinstance(compiled.programs[0], Executable)
     (warning,) = said()
     assert warning.startswith("backend 'focus' leaves this graph as it is: ") and reason in warning
+    (entry,) = (entry for entry in catalogue().values() if reason in entry.reason)
+    assert warning.endswith(f". What to do: {entry.cure}")
 
 
 @torch.no_grad()
@@ -138,6 +141,18 @@ def test_a_refusal_names_operator_and_module() -> None:
         Compiled(model, strict=True).call(*arguments())
     where = "[op aten.scaled_dot_product_attention.default in module layers.0]"
     assert where in str(refusal.value)
+
+
+@torch.no_grad()
+def test_the_warning_says_all_of_it(said: Said) -> None:
+    """Reason, operator, module and cure."""
+    model, arguments = interleaved()
+    Compiled(model).call(*arguments())
+    where = "[op aten.scaled_dot_product_attention.default in module layers.0]"
+    assert said() == [
+        f"backend 'focus' leaves this graph as it is: {HEAD_GROUPS.reason} {where}. "
+        f"What to do: {HEAD_GROUPS.cure}"
+    ]
 
 
 @pytest.fixture(scope="module")

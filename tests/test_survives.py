@@ -24,6 +24,7 @@ from focus_compile.errors import (
     UncommittedHistory,
     Unsupported,
 )
+from focus_compile.refusals import DROPOUT, MIXES_TOKENS, NO_SIZE, ONE_TOKEN
 from focus_compile.session import session
 from tests.toy import VOCAB, Toy
 
@@ -39,9 +40,10 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 def errors() -> list[Exception]:
     node = Graph().placeholder("x")
     return [
-        Unsupported("why"),
-        Unsupported("why", node),
-        NothingToEvict("why", node),
+        Unsupported("why {not}"),
+        Unsupported(DROPOUT),
+        Unsupported(NO_SIZE, node, extent="{7}"),
+        NothingToEvict(ONE_TOKEN, node),
         NotCompiled("prefix", RuntimeError("x")),
         EmptyCall((0, 3)),
         UncommittedHistory(3, 5),
@@ -59,6 +61,8 @@ def test_errors(error: Exception, way: Callable[[Any], Any]) -> None:
     again = way(error)
     assert type(again) is type(error) and str(again) == str(error) and again.args == error.args
     assert vars(again) == vars(error)
+    if isinstance(error, Unsupported):
+        assert again.cure == error.cure and bool(error.cure) == (error.reason != "why {not}")
 
 
 def quick(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
@@ -85,7 +89,8 @@ def test_a_refusal_is_told_once_and_holds_no_model(caplog: pytest.LogCaptureFixt
     gc.collect()
     assert [ref() for ref in found] == [None, None]
     (record,) = warnings_of(caplog)
-    assert "leaves this graph as it is" in record.getMessage()
+    told = f"leaves this graph as it is: {MIXES_TOKENS.reason} [op aten.mean.dim]. What to do: "
+    assert record.getMessage().endswith(told + MIXES_TOKENS.cure)
 
 
 @pytest.mark.parametrize("way", [pickled, copy.copy, copy.deepcopy])
