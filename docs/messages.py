@@ -159,7 +159,6 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "a size became a constant": (BUG, OFF),
     "but computes": (BUG, OFF),
     "the graph holds no fake tensor": (BUG, OFF),
-    "after ...: ": (BUG, OFF),
     " has the fields ": (BUG, OFF),
     # any other option
     ": expected ": (OPTION, NAMED),
