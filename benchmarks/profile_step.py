@@ -19,7 +19,7 @@ from torch.profiler import profile
 
 from benchmarks.contest import Run, contestants, prepare
 from benchmarks.provenance import commit
-from focus_compile.programs import Program
+from focus_compile.programs.program import Program
 
 PARTS = {
     "importance": ("focus::importance",),

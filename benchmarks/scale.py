@@ -28,7 +28,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 import focus_compile
 from benchmarks.provenance import commit, cpu
-from focus_compile.rows import cache_keyword
+from focus_compile.models.masks import cache_keyword
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 LARGE = {

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from benchmarks.provenance import commit, cpu
 from benchmarks.shapes import build
 from focus_compile import Signal, session
-from focus_compile.rows import Rows
+from focus_compile.generation.batch import Rows
 
 
 @dataclass(frozen=True)

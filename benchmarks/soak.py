@@ -32,10 +32,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks.memory import resident
 from benchmarks.provenance import commit, cpu
 from focus_compile import Generated, Session, focus_backend, generate
-from focus_compile.block import BlockState
-from focus_compile.decoding import Candidates
-from focus_compile.programs import Program
-from focus_compile.report import text_once
+from focus_compile.generation.decoding import Candidates
+from focus_compile.log import text_once
+from focus_compile.programs.program import Program
+from focus_compile.runtime.block import BlockState
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,

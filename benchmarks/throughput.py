@@ -35,7 +35,7 @@ from benchmarks.contest import Run, Work, contestants, prepare
 from benchmarks.memory import sampled
 from benchmarks.provenance import commit, cpu
 from benchmarks.trace import BLOCK, Trace
-from focus_compile.rows import cache_keyword
+from focus_compile.models.masks import cache_keyword
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "throughput.json"
 FULL = [("tiny", 32, f"threshold:{task}") for task in ("total", "chain", "order")]

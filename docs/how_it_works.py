@@ -22,9 +22,9 @@ from torch.fx import GraphModule
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import focus_compile
-from focus_compile.describe import code, describe
-from focus_compile.load import denoising_call
-from focus_compile.runtime import Executable
+from focus_compile.models.load import denoising_call
+from focus_compile.runtime.executable import Executable
+from focus_compile.views.describe import code, describe
 
 HERE = Path(__file__).resolve().parent
 PAGE, TEMPLATE = HERE / "how-it-works.md", HERE / "how-it-works.md.j2"

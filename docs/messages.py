@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path(__file__).with_suffix(".md")
-SOURCES = sorted([*ROOT.glob("focus_compile/*.py"), *ROOT.glob("passes/*.py")])
+SOURCES = sorted([*ROOT.glob("focus_compile/**/*.py"), *ROOT.glob("passes/*.py")])
 OPTION, BUG = "an option or argument is out of range", "a bug of ours: please report it"
 OFF = "leave FOCUS off for this model"
 TRACE, NAMED = "the file is no trace of `generate --trace`", "give one of the values that it names"

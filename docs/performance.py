@@ -92,8 +92,8 @@ NOTES = """
 - A denoising step that decodes much retains much: `threshold:total` decodes most of a block in its
   first step, so that its average, and with it the number of tokens to keep, stays high.
 - Part of the gain is the backend's and not the method's: prefix and suffix call oneDNN for their
-  matrix products, plain Inductor MKL, which is slower for few rows (`focus_compile/linear.py`), and
-  on AMD CPUs slower for all: a dense forward took 1540 ms with oneDNN's products where plain
+  matrix products, plain Inductor MKL, which is slower for few rows (`focus_compile/ops/linear.py`),
+  and on AMD CPUs slower for all: a dense forward took 1540 ms with oneDNN's products where plain
   Inductor took 3354, so that about half of the ratios of AMD rows is not FOCUS's. (Measured beside
   this page's scripts, which have no such contestant; on Intel it was not measured.) FOCUS against
   such a dense program is not measured yet; by arithmetic, at least 2.2 of the 4.9 of `sdar-0.6b`,

@@ -22,8 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import focus_compile
-from focus_compile.compile import find_mask_token
-from focus_compile.text import answers, end_tokens, left_padded, prompt_ids
+from focus_compile.generation.text import answers, end_tokens, left_padded, prompt_ids
+from focus_compile.models.mask_token import find_mask_token
 
 CHECKPOINT = Path(__file__).resolve().parent / "tiny_dllm" / "aligned_checkpoint"
 

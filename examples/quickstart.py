@@ -25,8 +25,8 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 import focus_compile
-from focus_compile.text import answers as texts_of
-from focus_compile.text import end_tokens, left_padded, prompt_ids
+from focus_compile.generation.text import answers as texts_of
+from focus_compile.generation.text import end_tokens, left_padded, prompt_ids
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "tiny_dllm"))

@@ -4,23 +4,18 @@ from importlib.metadata import version
 
 from focus_compile import testing
 from focus_compile.backend import focus_backend
-from focus_compile.compile import compile, status
 from focus_compile.config import FocusConfig
-from focus_compile.cost import Cost
-from focus_compile.decoding import Candidates
-from focus_compile.errors import (
-    EvictedTokenDecoded,
-    NotCompiled,
-    UncommittedHistory,
-    Unsupported,
-)
-from focus_compile.explain import Explanation, explain
-from focus_compile.generate import generate
-from focus_compile.generated import Generated
-from focus_compile.masks import block_mask
-from focus_compile.session import PackedLogits, Session, Signal, Step, session
-from focus_compile.statistics import SessionStats
-from focus_compile.status import Status
+from focus_compile.entry import compile, status
+from focus_compile.errors import EvictedTokenDecoded, NotCompiled, UncommittedHistory, Unsupported
+from focus_compile.generation.decoding import Candidates
+from focus_compile.generation.generated import Generated
+from focus_compile.generation.loop import generate
+from focus_compile.models.masks import block_mask
+from focus_compile.reports.explanation import Explanation, explain
+from focus_compile.runtime.record import Status
+from focus_compile.runtime.session import PackedLogits, Session, Signal, Step, session
+from focus_compile.runtime.statistics import SessionStats
+from focus_compile.views.cost import Cost
 
 __version__ = version("focus-compile")
 

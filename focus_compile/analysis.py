@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch.fx import GraphModule
 
-from focus_compile.axes import graph_inputs, tensor_of
-from focus_compile.breaks import GraphBreak
-from focus_compile.canonical import Canonical, canonicalize
-from focus_compile.capture import capture
-from focus_compile.cut import Halves, cut, part
+from focus_compile.axes.entry import token_ids
+from focus_compile.capture.breaks import GraphBreak
+from focus_compile.capture.canonical import Canonical, canonicalize
+from focus_compile.capture.capture import capture
+from focus_compile.capture.grow import grow
+from focus_compile.capture.last_tokens import widen
 from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
-from focus_compile.grow import grow
-from focus_compile.identity import key_program
-from focus_compile.inputs import Input
-from focus_compile.labels import token_ids
-from focus_compile.own_masks import is_causal
-from focus_compile.plan import Plan, make_plan, slot_name
+from focus_compile.graph.inputs import Input
+from focus_compile.graph.nodes import graph_inputs, tensor_of
+from focus_compile.passes import rewrite
+from focus_compile.plan.plan import Plan, make_plan
+from focus_compile.programs.cut import cut
+from focus_compile.programs.halves import Halves
+from focus_compile.programs.layout import Layout, layout_of
 from focus_compile.refusals import GOES_ON_BEHIND_A_BREAK, INTERNAL_ERROR, ONE_TOKEN, WRITES_TOKENS
-from focus_compile.rewrite import rewrite
-from focus_compile.rules import operands
-from focus_compile.runtime import Layout
 from focus_compile.torch_private import is_module_state
-from focus_compile.verify import no_constant_sizes
-from focus_compile.window import widen
 
 __all__ = ["Analysis", "analyze"]
 
@@ -77,7 +72,7 @@ def _analyze(gm: GraphModule, broke: GraphBreak | None) -> Analysis:
     plan = make_plan(canonical)
     stages = tuple(rewrite(canonical.gm, plan))
     own = [index for index, node in enumerate(graph_inputs(gm)) if is_module_state(node)]
-    layout = _layout(canonical, plan, written, own)
+    layout = layout_of(canonical, plan, written, own)
     halves = cut(stages[-1][1], plan, last)
     first = len(halves.own) - len(written)
     if any(value is not None and value.tokens is not None for value in halves.own[first:]):
@@ -95,49 +90,3 @@ def _refuse_holes(halves: Halves, broke: GraphBreak) -> None:
     for index, own in enumerate(halves.own):
         if own is not None and own.tokens is not None and index not in halves.vocabulary:
             raise Unsupported(GOES_ON_BEHIND_A_BREAK, broke=broke)
-
-
-def _layout(
-    canonical: Canonical, plan: Plan, written: tuple[int, ...], own: Sequence[int]
-) -> Layout:
-    """``own``: arguments that are the model's, not the call's."""
-    keys = plan.sites[-1].writes[0]
-    nodes = {node.name: node for node in canonical.gm.graph.nodes}
-    names = [slot_name(site.layer, part) for site in plan.sites for part in (0, 1)]
-    index = None if keys.index is None else part(canonical.gm, nodes[keys.index])
-    if index is not None:
-        no_constant_sizes(index.gm)
-    return Layout(
-        inputs=canonical.inputs,
-        arguments=canonical.arguments,
-        ids=plan.ids,
-        slots=tuple(plan.inputs[name] for name in names),
-        past=keys.past,
-        past_dim=keys.token_dim,
-        index=index,
-        written=written,
-        causal=any(is_causal(canonical.gm, site) for site in plan.sites),
-        buffers=_buffers(canonical, plan, {*own} - {*written}),
-        key_program=key_program(canonical.gm, (w for site in plan.sites for w in site.writes)),
-        vocabulary=_vocabulary(canonical.gm),
-    )
-
-
-def _buffers(canonical: Canonical, plan: Plan, own: set[int]) -> tuple[int, ...]:
-    """Arguments that are the model's own: neither weights, nor a cache, nor sized by the call."""
-    pasts = {write.past for site in plan.sites for write in site.writes}
-    pairs = zip(canonical.inputs, canonical.arguments, strict=True)
-    return tuple(
-        argument
-        for given, argument in pairs
-        if argument in own and not (given.parameter or given.symbolic or given.name in pasts)
-    )
-
-
-def _vocabulary(gm: GraphModule) -> int | None:
-    """Rows of the embedding; None where ranks share them out."""
-    found = token_ids(gm)
-    assert found is not None
-    table = operands(found[0])[0]
-    whole = found[0].target is torch.ops.aten.embedding.default and not table.meta.get("shard")
-    return int(tensor_of(table).shape[0]) if whole else None

@@ -10,22 +10,23 @@ from typing import Any
 from torch.fx import GraphModule
 
 from focus_compile.analysis import Analysis, analyze
-from focus_compile.artifacts import trace_analysis, trace_refusal
-from focus_compile.breaks import graph_break
+from focus_compile.capture.breaks import graph_break
+from focus_compile.capture.capture import has_attention
+from focus_compile.capture.modes import refuse_modes
 from focus_compile.config import FocusConfig
-from focus_compile.describe import difference
 from focus_compile.errors import NothingToEvict, Unsupported
-from focus_compile.lower import drop_unread, lower
-from focus_compile.modes import refuse_modes
-from focus_compile.programs import Inner, make_programs
-from focus_compile.report import warning_once
-from focus_compile.runtime import Executable
-from focus_compile.status import Record
+from focus_compile.graph.recompute import handed
+from focus_compile.log import warning_once
+from focus_compile.programs.lower import drop_unread, lower
+from focus_compile.programs.program import Inner, make_programs
+from focus_compile.runtime.executable import Executable
+from focus_compile.runtime.record import Record
+from focus_compile.runtime.unchanged import Unchanged
 from focus_compile.torch_private import compile_fx, frame_compile_id, recompile_limit
-from focus_compile.unchanged import Unchanged
-from focus_compile.verify import handed
+from focus_compile.views.describe import difference
+from focus_compile.views.trace import trace_analysis, trace_refusal
 
-__all__ = ["focus_backend", "has_attention"]
+__all__ = ["focus_backend"]
 
 log = logging.getLogger(__name__)
 
@@ -124,16 +125,6 @@ def _log_passes(analysis: Analysis) -> None:
     for name, gm in stages:
         log.debug("%s: %d nodes", name, len(gm.graph.nodes))
     log.debug("what the passes changed:\n%s", difference(analysis))
-
-
-def has_attention(gm: GraphModule) -> bool:
-    """Whether Dynamo's graph calls attention or a softmax: samplers and mask builders do not."""
-    names = ("scaled_dot_product_attention", "softmax", "flex_attention", "_softmax")
-    return any(
-        node.op in ("call_function", "call_method")
-        and (node.target if isinstance(node.target, str) else node.target.__name__) in names
-        for node in gm.graph.nodes
-    )
 
 
 def _report_recompile_limit() -> None:

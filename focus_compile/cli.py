@@ -21,25 +21,23 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 from typer.core import TyperCommand
 
 from focus_compile import __version__
-from focus_compile.compile import compile as compile_model
-from focus_compile.contest import Plan, contest, read_prompts
-from focus_compile.cost import Cost
-from focus_compile.counts import ASSUMED, counts_of
-from focus_compile.explain import Explanation
-from focus_compile.explain import explain as explain_call
-from focus_compile.failure import one_line
-from focus_compile.generate import generate as generate_blocks
-from focus_compile.generated import Generated
-from focus_compile.load import BadInput, denoising_call, load, mask_token, tokenizer
-from focus_compile.page import page
-from focus_compile.render import evicting
-from focus_compile.session import session
-from focus_compile.text import answers, end_tokens, left_padded, prompt_ids
+from focus_compile.entry import compile as compile_model
+from focus_compile.generation.generated import Generated
+from focus_compile.generation.loop import generate as generate_blocks
+from focus_compile.generation.text import answers, end_tokens, left_padded, prompt_ids
+from focus_compile.models.load import BadInput, denoising_call, load, mask_token, tokenizer
+from focus_compile.reports.contest import Plan, contest, read_prompts
+from focus_compile.reports.counts import ASSUMED, counts_of
+from focus_compile.reports.explanation import Explanation
+from focus_compile.reports.explanation import explain as explain_call
+from focus_compile.reports.failure import one_line
+from focus_compile.reports.page import page
+from focus_compile.reports.terminal import cost_data, evicting, print_cost
+from focus_compile.runtime.session import session
 
 __all__ = ["app"]
 
@@ -173,9 +171,9 @@ def cost(
         tokens = batch * block
         counts = (batch, block, history, round(fed * tokens), round(retained * tokens))
         if as_json:
-            typer.echo(json.dumps(_cost_data(found, counts), indent=1))
+            typer.echo(json.dumps(cost_data(found, counts), indent=1))
         else:
-            _print_cost(found, counts)
+            print_cost(found, counts)
 
 
 @app.command()
@@ -380,31 +378,6 @@ def _read_trace(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise BadInput(f"{path} is no trace: {error}") from error
-
-
-def _cost_data(found: Cost, counts: tuple[int, int, int, int, int]) -> dict[str, Any]:
-    dense, focus = found.flops(*counts)
-    names = ("batch", "block", "history", "fed", "retained")
-    return dict(zip(names, counts, strict=True)) | {
-        "dense": dense,
-        "focus": focus,
-        "ratio": dense / focus,
-        "bytes": dict(zip(("dense", "focus"), found.bytes(*counts), strict=True)),
-        "formulas": {"dense": str(found.dense), "focus": str(found.focus)},
-    }
-
-
-def _print_cost(found: Cost, counts: tuple[int, int, int, int, int]) -> None:
-    console = Console()
-    title = "B {} T {} S {} F {} N {}".format(*counts)
-    table = Table("", "GFLOP per step", "MB per step", "formula of FLOPs", title=title)
-    rows = zip(found.flops(*counts), found.bytes(*counts), strict=True)
-    for (work, moved), formula in zip(rows, (found.dense, found.focus), strict=True):
-        name = "dense" if formula is found.dense else "focus"
-        table.add_row(name, f"{work / 1e9:.3f}", f"{moved / 1e6:.1f}", str(formula))
-    console.print(table)
-    ratio = found.speedup(*counts)
-    console.print(f"ratio of FLOPs: {ratio:.2f}, a limit unless kernels differ")
 
 
 @contextmanager

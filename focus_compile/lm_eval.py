@@ -22,14 +22,14 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from focus_compile.compile import compile as compile_model
-from focus_compile.compile import find_mask_token
-from focus_compile.generate import generate
-from focus_compile.generated import Generated
-from focus_compile.load import load
-from focus_compile.report import warning_once
-from focus_compile.session import session
-from focus_compile.text import answers, end_tokens, left_padded, prompt_ids
+from focus_compile.entry import compile as compile_model
+from focus_compile.generation.generated import Generated
+from focus_compile.generation.loop import generate
+from focus_compile.generation.text import answers, end_tokens, left_padded, prompt_ids
+from focus_compile.log import warning_once
+from focus_compile.models.load import load
+from focus_compile.models.mask_token import find_mask_token
+from focus_compile.runtime.session import session
 
 __all__ = ["FocusLM"]
 
@@ -190,9 +190,9 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         """Answers to ``(context, generation_kwargs)``, in the order of ``requests``.
 
         An answer ends at the first of the task's ``until`` strings (special tokens' among them), at
-        an end of text (:func:`~focus_compile.text.end_tokens`), or after ``max_gen_toks`` tokens.
-        Prompts of about one length share a batch; a batch goes on, block by block, until its last
-        row has ended.
+        an end of text (:func:`~focus_compile.generation.text.end_tokens`), or after
+        ``max_gen_toks`` tokens. Prompts of about one length share a batch; a batch goes on, block
+        by block, until its last row has ended.
         """
         sorted_requests = Collator(
             [request.args for request in requests],

@@ -118,8 +118,8 @@ AXES_MEET = Refusal("the token, batch or key axis meets another axis", _ONE_BY_O
 ANOTHER_ORDER = Refusal("fed tokens, in another order, meet retained ones", _ONE_BY_ONE)
 NO_RULE = Refusal(
     "no rule says how this operator treats the token axis",
-    "write it with operators that have a rule, or add its rule to focus_compile/rules.py "
-    "(docs/design.md, 'Adding an operator')",
+    "write it with operators that have a rule, or add its rule to focus_compile/axes/rules "
+    "(CONTRIBUTING.md)",
 )
 _PACKED = (
     "give this operator values that are per token, or the same for all rows: expand one value per "

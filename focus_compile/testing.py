@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from focus_compile.compile import find_mask_token
-from focus_compile.measure import own_code
+from focus_compile.models.mask_token import find_mask_token
+from focus_compile.reports.measure import own_code
 from focus_compile.rounding import TOLERANCE
-from focus_compile.session import session
+from focus_compile.runtime.session import session
 from focus_compile.torch_private import tree_leaves
 
 __all__ = ["assert_matches_eager"]

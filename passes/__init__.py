@@ -10,13 +10,14 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule
 
+from focus_compile.graph.recompute import InvalidGraph, verify
 from focus_compile.passes.narrow import narrow
 from focus_compile.passes.restore import restore
 from focus_compile.passes.retain import retain
 from focus_compile.passes.score import score
-from focus_compile.plan import Plan
+from focus_compile.plan.plan import Plan
 
-__all__ = ["PASSES", "Pass"]
+__all__ = ["PASSES", "Pass", "rewrite"]
 
 Pass = Callable[[GraphModule, Plan], GraphModule]
 
@@ -26,3 +27,32 @@ PASSES: tuple[Pass, ...] = (
     narrow,  # needs the retain mask: everything after layer 1's q, k and v becomes packed
     restore,  # packed outputs leave the graph in canvas shape
 )
+
+
+def rewrite(gm: GraphModule, plan: Plan) -> list[tuple[str, GraphModule]]:
+    """The graph after each pass, by name of the pass; the last one is the FOCUS graph.
+
+    Every node of the last graph is recomputed, whichever pass made it. To recompute each pass's
+    graph as well costs a quarter of the analysis, so that is done only to name the pass at fault.
+
+    Raises:
+        InvalidGraph: a node claims what it does not compute, naming the first pass that left it.
+    """
+    stages: list[tuple[str, GraphModule]] = []
+    for apply in PASSES:
+        gm = apply(gm, plan)
+        stages.append((apply.__name__, gm))
+    try:
+        verify(gm)
+    except InvalidGraph:
+        _blame(stages)
+        raise
+    return stages
+
+
+def _blame(stages: list[tuple[str, GraphModule]]) -> None:
+    for name, gm in stages:
+        try:
+            verify(gm)
+        except InvalidGraph as error:
+            raise InvalidGraph(f"after {name}: {error}") from error

@@ -12,16 +12,20 @@ import torch
 from torch import fx
 from torch.fx import GraphModule, Node
 
-from focus_compile.axes import AxisMap, Dim, Role, graph_outputs, tensor_of
+from focus_compile.axes.axes import AxisMap, Dim, Role
+from focus_compile.axes.propagate import propagate
+from focus_compile.axes.rules.pointwise import POINTWISE
+from focus_compile.axes.rules.table import ARANGES, RESHAPES
 from focus_compile.errors import Unsupported
-from focus_compile.inputs import Extent, is_generic
-from focus_compile.labels import propagate
-from focus_compile.ops import focus
-from focus_compile.plan import Domain, Place, Plan, slot_name
+from focus_compile.graph.nodes import aten, fake_mode_of, graph_outputs, tensor_of
+from focus_compile.graph.replay import Replay
+from focus_compile.graph.sizes import Extent, is_generic
+from focus_compile.ops.library import focus
+from focus_compile.plan.controls import slot_name
+from focus_compile.plan.plan import Domain, Place, Plan
+from focus_compile.plan.sites import Site
+from focus_compile.plan.writes import Write
 from focus_compile.refusals import ANOTHER_ORDER, FOLDED_TOKENS, UNKNOWN_SIZE, VALUE_PER_ROW
-from focus_compile.replay import Replay, fake_mode_of
-from focus_compile.rules import ARANGES, POINTWISE, RESHAPES, aten
-from focus_compile.sites import Site, Write
 
 __all__ = ["narrow"]
 

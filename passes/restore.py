@@ -9,10 +9,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from focus_compile.errors import Unsupported
-from focus_compile.ops import focus
-from focus_compile.plan import Domain, Plan
+from focus_compile.graph.replay import Replay
+from focus_compile.ops.library import focus
+from focus_compile.plan.plan import Domain, Plan
 from focus_compile.refusals import RETURNS_ANOTHER_ORDER
-from focus_compile.replay import Replay
 
 __all__ = ["restore"]
 

@@ -10,14 +10,12 @@ import operator
 
 from torch.fx import GraphModule
 
-from focus_compile.ops import focus
-from focus_compile.plan import Plan
-from focus_compile.replay import Replay
+from focus_compile.graph.replay import Replay
+from focus_compile.ops.library import focus
+from focus_compile.plan.controls import CONTROL
+from focus_compile.plan.plan import Plan
 
-__all__ = ["CONTROL", "retain"]
-
-CONTROL = ("retain_mask", "order", "inverse", "places", "sizes", "delta")
-"""What the pass adds to the outputs, as one tuple after the graph's own."""
+__all__ = ["retain"]
 
 
 def retain(gm: GraphModule, plan: Plan) -> GraphModule:

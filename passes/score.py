@@ -14,10 +14,10 @@ import operator
 
 from torch.fx import GraphModule
 
-from focus_compile.ops import focus
-from focus_compile.plan import Plan
-from focus_compile.replay import Replay
-from focus_compile.shards import Group
+from focus_compile.graph.replay import Replay
+from focus_compile.graph.sharding import Group
+from focus_compile.ops.library import focus
+from focus_compile.plan.plan import Plan
 
 __all__ = ["score"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from focus_compile.report import text_once
+from focus_compile.log import text_once
 
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = False  # else pytest formats every trace record

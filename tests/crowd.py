@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 import focus_compile
-from focus_compile.programs import Inner
+from focus_compile.programs.program import Inner
 from tests.harness import MASK, Call, Run, Sizes, build_model, eager_inner, eager_logits, retained
 from tests.reference.emulation import Emulated, Emulation
 from tests.reference.state import Config

@@ -24,7 +24,7 @@ from transformers.models.diffusion_gemma import (
 )
 
 from focus_compile import focus_backend
-from focus_compile.runtime import Executable
+from focus_compile.runtime.executable import Executable
 from tests.harness import CACHE, MASK, eager_inner
 from tests.models.dream import Dream
 from tests.models.gemma import Gemma

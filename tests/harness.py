@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from focus_compile import focus_backend
-from focus_compile.programs import Program
-from focus_compile.runtime import Executable
+from focus_compile.programs.program import Program
+from focus_compile.runtime.executable import Executable
 
 VOCAB, MASK = 61, 60
 KNOWN = inspect.signature(Qwen3ForCausalLM.forward).parameters

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-import focus_compile.grow  # noqa: F401  registers rules
-from focus_compile.ops import focus
-from focus_compile.rules import POINTWISE
+import focus_compile.capture.grow  # noqa: F401  registers rules
+from focus_compile.axes.rules.pointwise import POINTWISE
+from focus_compile.ops.library import focus
 
 aten, collectives = torch.ops.aten, torch.ops._c10d_functional
 GROUP = "0"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import focus_compile
 from focus_compile.analysis import Analysis
-from focus_compile.explain import Explanation
+from focus_compile.reports.explanation import Explanation
 from tests.dialects import DIALECTS, draw_call
 from tests.models.dream import Dream
 

@@ -15,7 +15,7 @@ import torch
 
 import focus_compile
 from focus_compile import Session, session
-from focus_compile.ambient import _OPEN, current_session, inside
+from focus_compile.runtime.ambient import _OPEN, current_session, inside
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from focus_compile.attention import attend, line_index, site_mask, visible
-from focus_compile.packing import pack, tables
+from focus_compile.ops.attention import attend, line_index, site_mask, visible
+from focus_compile.ops.packing import pack
+from focus_compile.ops.tables import tables
 
 BATCH, TOKENS, HISTORY, GROUPS, SIZE, VALUE_SIZE = 3, 7, 4, 2, 5, 6
 KEYS = HISTORY + TOKENS

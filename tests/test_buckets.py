@@ -14,9 +14,9 @@ from torch import Tensor
 
 import focus_compile
 from focus_compile import FocusConfig
-from focus_compile.lower import drop_unread, lower
-from focus_compile.ops import focus
-from focus_compile.packing import retained_tables, tables
+from focus_compile.ops.library import focus
+from focus_compile.ops.tables import retained_tables, tables
+from focus_compile.programs.lower import drop_unread, lower
 from tests.dialects import DIALECTS, Subject, draw_call
 from tests.harness import (
     MASK,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 import focus_compile
-from focus_compile.rows import Canvas
+from focus_compile.generation.batch import Canvas
 from tests.harness import MASK, Sizes, build_model
 from tests.models.dream import Dream
 from tests.models.llada import LLaDA

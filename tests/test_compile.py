@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import focus_compile
-from focus_compile.compile import FAMILIES, find_mask_token
+from focus_compile.models.mask_token import FAMILIES, find_mask_token
 from tests.harness import MASK, Sizes, build_model, eager_logits, random_call
 
 

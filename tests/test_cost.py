@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3MoeForCausalLM
 
 import focus_compile
-from focus_compile.attention import attend
-from focus_compile.cost import BATCH, FED, HISTORY, RETAINED, TOKENS
-from focus_compile.importance import importance
+from focus_compile.ops.attention import attend
+from focus_compile.ops.importance import importance
+from focus_compile.views.cost import BATCH, FED, HISTORY, RETAINED, TOKENS
 from tests.dialects import DIALECTS, Dialect, Draw, Subject, sdar_moe
 from tests.harness import MASK
 from tests.models.dream import Dream

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import focus_compile
-from focus_compile.block import BlockState, History
-from focus_compile.decoding import propose
-from focus_compile.selection import target
+from focus_compile.generation.decoding import propose
+from focus_compile.ops.selection import target
+from focus_compile.runtime.block import BlockState, History
 from tests.defaults import DEFAULTS, DTYPES, default
 from tests.harness import MASK, Run, Sizes, build_model
 

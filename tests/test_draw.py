@@ -9,7 +9,7 @@ import pydot
 import pytest
 from pyparsing.warnings import PyparsingDeprecationWarning
 
-from focus_compile.draw import dot
+from focus_compile.views.dot import dot
 from tests.stories import analysis, marked, story
 
 FOLDED = "folded layers"

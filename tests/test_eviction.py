@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from focus_compile.ops import focus
-from focus_compile.programs import Program
+from focus_compile.ops.library import focus
+from focus_compile.programs.program import Program
 from tests.harness import (
     Call,
     Recorded,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import focus_compile
 from focus_compile import Candidates, FocusConfig
-from focus_compile.decoding import choose
+from focus_compile.generation.decoding import choose
 from tests.harness import MASK, Run, Sizes, build_model
 from tests.models.llada import LLaDA
 from tests.test_canvas import Named

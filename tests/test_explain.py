@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 import focus_compile
 from focus_compile.backend import focus_backend
-from focus_compile.cost import BATCH, FED, HISTORY, RETAINED, TOKENS
+from focus_compile.views.cost import BATCH, FED, HISTORY, RETAINED, TOKENS
 from tests.dialects import DIALECTS, draw_call, qwen3
 from tests.harness import MASK
 from tests.models.dream import Attention
@@ -198,7 +198,7 @@ def test_a_real_run() -> None:
 
 def test_a_real_run_finds_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass that changes numbers is told."""
-    monkeypatch.setattr("focus_compile.measure.focus_backend", wrong_backend)
+    monkeypatch.setattr("focus_compile.reports.measure.focus_backend", wrong_backend)
     told = focus_compile.explain(qwen3("sdpa").eval(), run=True, mask_token_id=MASK, **real_call())
     made = told.measured
     assert made is not None and not made.equal

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.testing._internal.two_tensor import TwoTensor
 
 import focus_compile
-from focus_compile.rules import RULES
+from focus_compile.axes.rules.table import RULES
 from tests.dialects import DIALECTS, Dialect, Draw, Subject, draw_call, sdar_moe
 from tests.harness import MASK, retained
 from tests.models import dream, llada, parts

@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 
 import focus_compile
 from benchmarks import provenance
-from focus_compile import contest as contests
 from focus_compile.backend import focus_backend
 from focus_compile.cli import app
-from focus_compile.contest import Plan, contest, read_prompts
-from focus_compile.describe import legend
-from focus_compile.generated import Generated
-from focus_compile.inputs import GENERIC
-from focus_compile.load import BadInput, load, tokenizer
-from focus_compile.measure import measure
+from focus_compile.generation.generated import Generated
+from focus_compile.graph.sizes import GENERIC
+from focus_compile.models.load import BadInput, load, tokenizer
+from focus_compile.reports import contest as contests
+from focus_compile.reports.contest import Plan, contest, read_prompts
+from focus_compile.reports.measure import measure
+from focus_compile.views.describe import legend
 from tests.harness import MASK, Sizes, build_model, eager_inner
 from tests.stories import story
 from tests.toy import Toy
@@ -114,7 +114,7 @@ def real_call(tokens: int, masks: slice) -> dict[str, Any]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
-    monkeypatch.setattr("focus_compile.measure.focus_backend", without_inductor)
+    monkeypatch.setattr("focus_compile.reports.measure.focus_backend", without_inductor)
     yield
 
 
@@ -288,7 +288,7 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise OSError("there is\nno network")
 
     for name in ("AutoConfig", "AutoTokenizer"):
-        monkeypatch.setattr(f"focus_compile.load.{name}.from_pretrained", fails)
+        monkeypatch.setattr(f"focus_compile.models.load.{name}.from_pretrained", fails)
     for ask in (load, tokenizer):
         with pytest.raises(BadInput, match=r"^some-one/a\.model-8B: there is no network$"):
             ask("some-one/a.model-8B")

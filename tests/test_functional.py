@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from focus_compile.functional import functionalize
+from focus_compile.capture.functional import functionalize
 
 
 def writes(gm: GraphModule) -> list[str]:

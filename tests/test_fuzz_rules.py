@@ -18,9 +18,9 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from focus_compile.axes import AxisMap, Role
+from focus_compile.axes.axes import AxisMap, Role
+from focus_compile.axes.propagate import propagate
 from focus_compile.errors import Unsupported
-from focus_compile.labels import propagate
 
 BATCH, TOKENS, SIZE = 3, 5, 8
 PICKED = torch.tensor([3, 0])

@@ -12,7 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache, StaticCache
 
 import focus_compile
-from focus_compile.slots import extend, extend_mask, replace
+from focus_compile.ops.fixed_cache import extend, extend_mask, replace
 from tests.dialects import DIALECTS, Subject, draw_call
 from tests.harness import CACHE, MASK
 from tests.models.llada import LLaDA

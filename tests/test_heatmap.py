@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from focus_compile.heatmap import grids
-from focus_compile.page import page
+from focus_compile.reports.heatmap import grids
+from focus_compile.reports.page import page
 from tests.stories import CELLS, SIZES, story, trace
 
 

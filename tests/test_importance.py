@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from focus_compile.importance import compact, importance, rank_of
+from focus_compile.ops.importance import importance
+from focus_compile.ops.tables import compact, rank_of
 from tests.reference import algorithm
 
 BATCH, TOKENS, HEADS, GROUPS, SIZE = 3, 11, 6, 2, 5

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from focus_compile.feed import feed
+from focus_compile.ops.tables import feed
 from tests.harness import (
     MASK,
     Call,

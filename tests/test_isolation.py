@@ -12,8 +12,8 @@ from torch import Tensor
 
 import focus_compile
 from focus_compile import Generated
-from focus_compile.block import BlockState
-from focus_compile.session import current_session
+from focus_compile.runtime.ambient import current_session
+from focus_compile.runtime.block import BlockState
 from tests import third_party
 from tests.harness import MASK, Run, Sizes
 from tests.third_party import BLOCK

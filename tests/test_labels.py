@@ -11,7 +11,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
 from focus_compile.analysis import Analysis, analyze
-from focus_compile.axes import Role
+from focus_compile.axes.axes import Role
 from focus_compile.backend import focus_backend
 from tests.harness import Run, Sizes, build_model, eager_inner, random_call, retained
 from tests.reference.state import Config

@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule
 from torch.nn.functional import linear
 
 from focus_compile import backend
-from focus_compile.lower import lower
+from focus_compile.programs.lower import lower
 from tests.harness import Run, Sizes, build_model, random_call
 
 pytestmark = pytest.mark.skipif(

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 import focus_compile
 from focus_compile.lm_eval import FocusLM
-from focus_compile.load import BadInput
+from focus_compile.models.load import BadInput
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "tiny_dllm"
 ALIGNED = FOLDER / "aligned_checkpoint"

@@ -125,7 +125,7 @@ def test_an_interrupted_step_is_forgotten(run: Run) -> None:
         run.logits(call)
         later = next_call(call, focus)
         with (
-            patch("focus_compile.programs.Program.__call__", side_effect=KeyboardInterrupt),
+            patch("focus_compile.programs.program.Program.__call__", side_effect=KeyboardInterrupt),
             pytest.raises(KeyboardInterrupt),
         ):
             run.compiled(**later.kwargs(run.model))
@@ -158,7 +158,7 @@ def test_no_canvas_of_logits_in_generate(run: Run) -> None:
         raise AssertionError("logits were spread over the canvas")
 
     generated(run)  # a program's first masked call proves that its logits are the model's
-    with patch("focus_compile.outputs.restore", refuse):
+    with patch("focus_compile.runtime.outputs.restore", refuse):
         out = generated(run)
         assert out.focus_steps == out.forwards > 0
         with pytest.raises(AssertionError, match="spread over the canvas"):

@@ -19,12 +19,12 @@ import focus_compile
 from focus_compile.analysis import Analysis
 from focus_compile.cli import app
 from focus_compile.errors import Unsupported, module_path
-from focus_compile.inputs import GENERIC
-from focus_compile.ops import focus
-from focus_compile.plan import make_plan
-from focus_compile.programs import SpecializedSize
-from focus_compile.replay import fake_mode_of
-from focus_compile.verify import InvalidGraph, verify
+from focus_compile.graph.nodes import fake_mode_of
+from focus_compile.graph.recompute import InvalidGraph, verify
+from focus_compile.graph.sizes import GENERIC
+from focus_compile.ops.library import focus
+from focus_compile.plan.plan import make_plan
+from focus_compile.programs.program import SpecializedSize
 from tests.harness import Run, Sizes, build_model, random_call
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +155,7 @@ def test_the_site_at_fault_is_named(analysis: Analysis, monkeypatch: pytest.Monk
     """Not the first one, whichever it is."""
     out, query = analysis.plan.sites[2].out, analysis.plan.sites[2].query
     packed = {name: place for name, place in analysis.plan.packed.items() if name != query}
-    monkeypatch.setattr("focus_compile.plan._packed", lambda *_: packed)
+    monkeypatch.setattr("focus_compile.plan.plan._packed", lambda *_: packed)
     with pytest.raises(Unsupported, match=f"attention of layer 2 reads {query}, ") as refusal:
         make_plan(analysis.canonical)
     (node,) = (node for node in analysis.canonical.gm.graph.nodes if node.name == out)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from focus_compile.backend import focus_backend
-from focus_compile.runtime import Executable
+from focus_compile.runtime.executable import Executable
 from tests.harness import MASK, Sizes, build_model, eager_inner, random_call, retained
 
 

@@ -8,16 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from focus_compile.feed import feed
-from focus_compile.packing import (
-    join,
-    pack,
-    pack_rows,
-    repack,
-    restore,
-    tables,
-    unpack,
-)
+from focus_compile.ops.packing import join, pack, pack_rows, repack, restore, unpack
+from focus_compile.ops.tables import feed, tables
 
 BATCH, TOKENS, HEADS, SIZE = 3, 7, 2, 5
 LAYOUTS = [(0, 1), (0, 2), (1, 0), (2, 1), (1, 3)]

@@ -13,10 +13,10 @@ import sympy
 import torch
 
 import focus_compile
-from focus_compile import page as report
-from focus_compile.describe import difference
-from focus_compile.explain import Explanation
-from focus_compile.page import page
+from focus_compile.reports import page as report
+from focus_compile.reports.explanation import Explanation
+from focus_compile.reports.page import page
+from focus_compile.views.describe import difference
 from tests.models.dream import Attention, Dream
 from tests.stories import MARKUP, SIZES, Twice, analysis, marked, story, told, trace
 

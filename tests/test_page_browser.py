@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Route, sync_playwright
 
-from focus_compile.draw import dot
-from focus_compile.page import page
+from focus_compile.reports.page import page
+from focus_compile.views.dot import dot
 from tests.stories import CELLS, MARKUP, SIZES, analysis, marked, story, trace
 from tests.test_draw import read
 

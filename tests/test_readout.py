@@ -16,13 +16,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import focus_compile
 from focus_compile.backend import focus_backend
 from focus_compile.errors import Unsupported
-from focus_compile.explain import explain
-from focus_compile.inputs import GENERIC
-from focus_compile.reader import Reader
-from focus_compile.runtime import Executable
-from focus_compile.scores import step_scores
-from focus_compile.session import Session
-from focus_compile.verify import InvalidGraph, handed
+from focus_compile.generation.scores import step_scores
+from focus_compile.graph.recompute import InvalidGraph, handed
+from focus_compile.graph.sizes import GENERIC
+from focus_compile.reports.explanation import explain
+from focus_compile.runtime.executable import Executable
+from focus_compile.runtime.reader import Reader
+from focus_compile.runtime.session import Session
 from tests.harness import CACHE, MASK, Sizes, build_model, eager_inner
 from tests.toy import HIDDEN, VOCAB, Attention
 

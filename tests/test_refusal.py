@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from focus_compile import analysis, session
 from focus_compile.backend import focus_backend
 from focus_compile.refusals import HEAD_GROUPS, catalogue
-from focus_compile.runtime import Executable
+from focus_compile.runtime.executable import Executable
 from tests.harness import (
     MASK,
     VOCAB,

@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from focus_compile.cli import app
-from focus_compile.counts import ASSUMED, counts_of
-from focus_compile.page import page
+from focus_compile.reports.counts import ASSUMED, counts_of
+from focus_compile.reports.page import page
 from tests.models.dream import Attention, Dream
 from tests.stories import story, told, trace
 from tests.test_page import part

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from focus_compile.axes import Axis, AxisMap, Dims, graph_inputs
-from focus_compile.labels import propagate
-from focus_compile.rules import RULES
+from focus_compile.axes.axes import Axis, AxisMap, Dims
+from focus_compile.axes.propagate import propagate
+from focus_compile.axes.rules.table import RULES
+from focus_compile.graph.nodes import graph_inputs
 from tests.rule_examples import EXAMPLES, Example
 
 

@@ -16,7 +16,7 @@ from focus_compile.cli import app
 from tests.toy import Toy
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted([*ROOT.glob("focus_compile/*.py"), *ROOT.glob("passes/*.py")])
+SOURCES = sorted([*ROOT.glob("focus_compile/**/*.py"), *ROOT.glob("passes/*.py")])
 MODULES = {
     "pickle", "marshal", "shelve", "dill", "cloudpickle", "code", "pty", "ftplib", "http",
     "requests", "smtplib", "socket", "telnetlib", "urllib", "xmlrpc",

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from focus_compile.selection import enforce, last_position, retain, select, target
+from focus_compile.ops.selection import enforce, retain, select, target
+from focus_compile.ops.tables import last_position
 from tests.reference import algorithm
 
 TOKENS = 12

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from focus_compile.ops import focus
-from focus_compile.packing import tables
-from focus_compile.shapes import SHAPES
+from focus_compile.ops.library import focus
+from focus_compile.ops.shapes import SHAPES
+from focus_compile.ops.tables import tables
 
 B, T, S, G, H, D, E = 3, 7, 5, 2, 6, 4, 10
 KEEP = torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 0.5

@@ -14,8 +14,8 @@ from torch.fx import Interpreter, Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from focus_compile.analysis import Analysis, analyze
-from focus_compile.runtime import Executable
-from focus_compile.sites import data_flow
+from focus_compile.graph.nodes import data_flow
+from focus_compile.runtime.executable import Executable
 from tests.harness import VOCAB, Call, Run, Sizes, build_model, random_call, retained
 
 aten = torch.ops.aten
@@ -35,7 +35,7 @@ class Rows(Interpreter):
         self.attention: list[tuple[tuple[int, ...], ...]] = []
 
     def run_node(self, n: Node) -> Any:
-        with patch("focus_compile.attention.scaled_dot_product_attention", self._attention):
+        with patch("focus_compile.ops.attention.scaled_dot_product_attention", self._attention):
             value = super().run_node(n)
         if n.op == "call_function" and isinstance(value, Tensor):
             self.shapes[n.target].append(tuple(value.shape))

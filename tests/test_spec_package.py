@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from focus_compile.importance import importance
-from focus_compile.selection import enforce, last_position, retain, select, target
+from focus_compile.ops.importance import importance
+from focus_compile.ops.selection import enforce, retain, select, target
+from focus_compile.ops.tables import last_position
 
 KINDS = {"importance": 9, "target": 9, "select": 7, "enforce": 8, "evict": 7, "pipeline": 1}
 CASES: list[dict[str, Any]] = [

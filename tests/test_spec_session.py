@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from focus_compile.block import BlockState, History
-from focus_compile.decoding import Candidates, choose
+from focus_compile.generation.decoding import Candidates, choose
+from focus_compile.runtime.block import BlockState, History
 
 KINDS = {"delayed_cache": 4, "unmask": 5, "average": 2}
 CASES: list[dict[str, Any]] = [

@@ -25,7 +25,7 @@ from focus_compile.errors import (
     Unsupported,
 )
 from focus_compile.refusals import DROPOUT, MIXES_TOKENS, NO_SIZE, ONE_TOKEN
-from focus_compile.session import session
+from focus_compile.runtime.session import session
 from tests.toy import VOCAB, Toy
 
 MASK = 20

@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 
 import focus_compile
 from focus_compile import lm_eval
-from focus_compile.text import StopStrings, answers, end_tokens, left_padded, prompt_ids
+from focus_compile.generation.text import StopStrings, answers, end_tokens, left_padded, prompt_ids
 from tests.words import BOS, END, EOS, MASK, SOP, Saying, characters
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

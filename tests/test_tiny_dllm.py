@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from focus_compile.importance import importance
+from focus_compile.ops.importance import importance
 
 FOLDER = Path(__file__).parent.parent / "examples" / "tiny_dllm"
 CHECKPOINTS = ("checkpoint", "aligned_checkpoint")

@@ -18,12 +18,13 @@ from torch.fx import GraphModule, Interpreter, symbolic_trace
 
 from focus_compile import torch_private
 from focus_compile.config import FocusConfig
-from focus_compile.inputs import Input, Symbols
+from focus_compile.graph.inputs import Input
+from focus_compile.programs.symbols import Symbols
 
 SEEN = ((2, 11), (2, 13), (2, 14), (2, 15))
 """Releases of PyTorch on which every test of this file passed."""
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [*sorted(ROOT.glob("focus_compile/*.py")), *sorted(ROOT.glob("passes/*.py"))]
+SOURCES = [*sorted(ROOT.glob("focus_compile/**/*.py")), *sorted(ROOT.glob("passes/*.py"))]
 
 
 def release(version: str) -> tuple[int, int]:
@@ -143,7 +144,7 @@ def test_imports_of_generated_code() -> None:
 
 def test_kernels_keep_their_launches_visible() -> None:
     triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    from focus_compile.kernels import list_masked
+    from focus_compile.ops.triton.kernels import list_masked
 
     assert isinstance(list_masked, triton.runtime.jit.JITFunction)
     assert torch_private.launchable(list_masked) is not list_masked

@@ -23,7 +23,7 @@ from benchmarks.gpu.plan import ROOT, SHAPES
 from benchmarks.gpu.steps import ROOFS, key
 from benchmarks.shapes import RANDOM, build
 from benchmarks.trace import BLOCK
-from focus_compile.rows import cache_keyword
+from focus_compile.models.masks import cache_keyword
 
 __all__ = ["DOCS", "Row", "rows", "text"]
 

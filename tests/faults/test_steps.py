@@ -16,8 +16,8 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 import focus_compile
-from focus_compile.programs import Program
-from focus_compile.runtime import Executable
+from focus_compile.programs.program import Program
+from focus_compile.runtime.executable import Executable
 from tests.faults.steps import Steps, new_run, retry, same
 from tests.harness import Call, Run
 

@@ -13,8 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from focus_compile import kernels
-from focus_compile.fused import ROW, SELECT, tile
+from focus_compile.ops.triton import kernels
+from focus_compile.ops.triton.operators import ROW, SELECT, tile
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 """Comes with Triton's wheel, as ptxas does."""

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from focus_compile.fused import launch_choose, launch_importance
-from focus_compile.importance import importance
-from focus_compile.ops import signal
-from focus_compile.packing import tables
-from focus_compile.selection import retain
+from focus_compile.ops.importance import importance
+from focus_compile.ops.selection import retain, signal
+from focus_compile.ops.tables import tables
+from focus_compile.ops.triton.operators import launch_choose, launch_importance
 
 SIZES = (32, 40, 48, 64, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
 """Head sizes; small ones more often, since the interpreter is slow."""

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from focus_compile.importance import importance
-from focus_compile.ops import focus
+from focus_compile.ops.importance import importance
+from focus_compile.ops.library import focus
 
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install -e '.[triton]'", allow_module_level=True)
 
-from focus_compile import fused
+from focus_compile.ops.triton import operators as fused
 from tests.fused.cubins import signatures, usage
 
 ROOT = Path(__file__).parents[2]

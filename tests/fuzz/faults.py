@@ -10,8 +10,8 @@ from unittest.mock import patch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from focus_compile.programs import Program
-from focus_compile.session import Session
+from focus_compile.programs.program import Program
+from focus_compile.runtime.session import Session
 
 
 class Accident(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from focus_compile.session import Session
+from focus_compile.runtime.session import Session
 from tests.fuzz.caller import Caller
 from tests.fuzz.oracle import Oracle
 

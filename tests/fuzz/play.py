@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from focus_compile.session import Session
+from focus_compile.runtime.session import Session
 from tests.fuzz import events
 from tests.fuzz.caller import Caller
 from tests.fuzz.faults import Accident

@@ -20,8 +20,8 @@ from torch.fx import GraphModule
 from transformers import Qwen3ForCausalLM, StaticCache
 
 from focus_compile import focus_backend
-from focus_compile.ambient import _ENTERED
-from focus_compile.runtime import Executable
+from focus_compile.runtime.ambient import _ENTERED
+from focus_compile.runtime.executable import Executable
 from tests.defaults import default
 from tests.dialects import DIALECTS, Dialect, Draw, qwen3
 from tests.harness import CACHE, MASK, Call, Sizes, build_model, eager_inner

@@ -11,7 +11,7 @@ import torch
 
 import focus_compile
 from focus_compile.errors import EmptyCall
-from focus_compile.rows import Rows
+from focus_compile.generation.batch import Rows
 from tests.fuzz.caller import Caller
 from tests.fuzz.plan import Plan
 from tests.fuzz.play import Player

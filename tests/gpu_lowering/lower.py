@@ -27,8 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
 from focus_compile import focus_backend
-from focus_compile.programs import Program
-from focus_compile.runtime import Executable
+from focus_compile.programs.program import Program
+from focus_compile.runtime.executable import Executable
 from tests.dialects import DIALECTS, Dialect, Draw, qwen3
 from tests.gpu_lowering.fake_gpu import ARCHES, Cubin, fake_gpu, unfit
 from tests.gpu_lowering.output_code import read, tidy

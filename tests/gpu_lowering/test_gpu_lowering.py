@@ -42,7 +42,7 @@ FOCUS = {
 FUSED = {
     "list_masked": 2, "attend_rows": 2, "attend_columns": 2, "select": 1, "number_kept": 1,
 }  # fmt: skip
-"""Kernels of ``focus_compile.kernels``, and how often the prefix launches each."""
+"""Kernels of ``focus_compile.ops.triton.kernels``, and how often the prefix launches each."""
 
 ATTENTION = {"attend", "join", "line_index", "site_index", "site_mask", "visible"}
 """``focus::`` operators around attention, in both."""

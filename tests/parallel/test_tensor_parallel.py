@@ -18,9 +18,10 @@ from torch.fx import Graph, GraphModule
 
 import focus_compile
 from focus_compile.errors import Unsupported
-from focus_compile.ops import focus
-from focus_compile.ranks import embedding_shard
-from focus_compile.shards import Group, is_sharded, sharded_heads
+from focus_compile.graph.sharding import Group, is_sharded
+from focus_compile.ops.library import focus
+from focus_compile.ops.ranks import embedding_shard
+from focus_compile.plan.heads import sharded_heads
 
 pytestmark = pytest.mark.skipif(
     not dist.is_gloo_available(), reason="this build of PyTorch has no gloo"

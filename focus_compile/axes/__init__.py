@@ -1,0 +1,1 @@
+"""Axis labels: which dimension of every value is batch, token, or history plus block."""

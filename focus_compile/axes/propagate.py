@@ -1,0 +1,56 @@
+"""Axis labels of a whole graph: rules applied node by node, starting at the token ids."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from focus_compile.axes.axes import AxisMap, Role
+from focus_compile.axes.entry import token_ids
+from focus_compile.axes.rules.experts import meaning
+from focus_compile.axes.rules.table import RULES, fresh
+
+__all__ = ["propagate"]
+
+
+def _note(node: Node, axes: AxisMap) -> None:
+    """Note what the values of a node mean, if anything follows from its operands."""
+    if isinstance(node.meta["val"], torch.Tensor) and (found := meaning(node, axes)) is not None:
+        axes.meaning[node] = found
+
+
+def propagate(gm: GraphModule) -> AxisMap:
+    """Label the axes of every value of an ATen graph; labels start at the token ids.
+
+    Raises:
+        Unsupported: axes that stand for different things meet.
+    """
+    axes = AxisMap()
+    seed = token_ids(gm)
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        axes.current = node
+        if node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor):
+            axes.dims[node] = fresh(node, axes)
+            if seed is not None and node is seed[1]:
+                dims = axes.dims[node][0]
+                axes.label(dims[-1], Role.TOKEN)
+                for dim in dims[:-1]:
+                    axes.label(dim, Role.BATCH)
+        elif node.op == "call_function" and node.target.__name__ == "getitem":
+            source, index = node.args
+            if source in axes.dims and isinstance(value, torch.Tensor):
+                axes.dims[node] = (axes.dims[source][index],)
+                axes.mixed[node] = ()
+                _note(node, axes)
+        elif node.op == "call_function" and isinstance(value, torch.Tensor | list | tuple):
+            rule = RULES.get(node.target)
+            if rule is None:
+                axes.unruled.add(node)
+                axes.dims[node] = fresh(node, axes)
+            else:
+                result = rule(node, axes)
+                axes.dims[node], axes.mixed[node] = result.out, result.mixed
+                _note(node, axes)
+    axes.check()
+    return axes

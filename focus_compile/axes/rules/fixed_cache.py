@@ -1,0 +1,67 @@
+"""Transfer rules of the operators that stand for caches of fixed length."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from focus_compile.axes.axes import AxisMap, Dim, Dims, Transfer
+from focus_compile.axes.rules.table import transfer
+from focus_compile.graph.nodes import argument, aten, operands, tensor_of, wrap
+from focus_compile.ops.library import focus
+
+
+@transfer(aten.index_copy.default)
+def _index_copy(node: Node, axes: AxisMap) -> Transfer:
+    """Some slots along one dim are replaced; all other dims of source and slots are the same."""
+    x, index, source = (axes.dims[part][0] for part in node.args if isinstance(part, Node))
+    at = wrap(argument(node, 1, "dim"), len(x))
+    axes.unify(source[at], index[0])
+    out = [
+        old if place == at else axes.unify(old, new)
+        for place, (old, new) in enumerate(zip(x, source, strict=True))
+    ]
+    return Transfer((tuple(out),), (x[at], source[at]))
+
+
+@transfer(focus.clear.default)
+def _clear(node: Node, axes: AxisMap) -> Transfer:
+    x, index = (axes.dims[part][0] for part in operands(node))
+    return Transfer((x,), (x[node.args[2]], index[0]))  # type: ignore[index]
+
+
+@transfer(focus.extend.default)
+def _extend(node: Node, axes: AxisMap) -> Transfer:
+    x, index = (axes.dims[part][0] for part in operands(node))
+    at = wrap(argument(node, 2, "dim"), len(x))
+    joined = _joined(node, at, (x[at], index[0]), axes)
+    return Transfer(((*x[:at], joined, *x[at + 1 :]),), (x[at], index[0]))
+
+
+@transfer(focus.extend_mask.default)
+def _extend_mask(node: Node, axes: AxisMap) -> Transfer:
+    mask, past, index, at = node.args
+    slots = axes.dims[past][0][at]  # type: ignore[index]
+    lead: Dims = ((),) * 3
+    if isinstance(mask, Node):
+        *lead, last = axes.dims[mask][0]  # type: ignore[assignment]
+        axes.unify(last, slots)
+    place = axes.dims[index][0][0]  # type: ignore[index]
+    joined = _joined(node, len(lead), (slots, place), axes)
+    return Transfer(((*lead, joined),), (slots, place))
+
+
+@transfer(focus.replace.default)
+def _replace(node: Node, axes: AxisMap) -> Transfer:
+    past, joined = (axes.dims[part][0] for part in operands(node)[:2])
+    at: int = node.args[3]  # type: ignore[assignment]
+    out = [
+        old if place == at else axes.unify(old, new)
+        for place, (old, new) in enumerate(zip(past, joined, strict=True))
+    ]
+    return Transfer((tuple(out),), (past[at], joined[at]))
+
+
+def _joined(node: Node, at: int, parts: tuple[Dim, Dim], axes: AxisMap) -> Dim:
+    dim = axes.fresh(tensor_of(node).shape[at])
+    dim[0].sum = parts
+    return dim

@@ -1,0 +1,60 @@
+"""The table of transfer rules, operator overload -> what it does to axes; how rules are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.fx import Node
+
+from focus_compile.axes.axes import AxisMap, Dim, Dims, Transfer
+from focus_compile.graph.nodes import argument, aten, wrap
+from focus_compile.ops.library import focus
+from focus_compile.torch_private import OpOverload
+
+__all__ = ["ARANGES", "EMBEDDINGS", "RESHAPES", "RULES", "fresh", "one", "source", "transfer"]
+
+EMBEDDINGS = (aten.embedding.default, focus.embedding_shard.default)
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+Rule = Callable[[Node, AxisMap], Transfer]
+RULES: dict[OpOverload, Rule] = {}
+
+
+def transfer(*ops: OpOverload) -> Callable[[Rule], Rule]:
+    """Register a rule for ``ops``."""
+
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(ops, rule))
+        return rule
+
+    return register
+
+
+def one(*dims: Dim, mixed: Sequence[Dim] = ()) -> Transfer:
+    return Transfer((tuple(dims),), tuple(mixed))
+
+
+def source(node: Node) -> Node:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source
+
+
+def fresh(node: Node, axes: AxisMap) -> tuple[Dims, ...]:
+    value = node.meta["val"]
+    results = value if isinstance(value, list | tuple) else [value]
+    return tuple(
+        tuple(axes.fresh(size) for size in result.shape) if isinstance(result, torch.Tensor) else ()
+        for result in results
+    )
+
+
+ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+
+
+@transfer(
+    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default,
+)  # fmt: skip
+def _along(node: Node, axes: AxisMap) -> Transfer:
+    dims = axes.dims[source(node)][0]
+    return one(*dims, mixed=[dims[wrap(argument(node, 1, "dim"), len(dims))]])

@@ -1,0 +1,186 @@
+"""Pre-dispatch ATen -> its canonical form: sizes by name, no size inputs, no copies.
+
+Dynamo captures one model several times in a denoising loop (cropped or contiguous cache, static or
+symbolic past). All of these have the same canonical form, so that it is compiled once: every axis
+with a label has a name (batch unless it is 1, token, one history for each group of layers whose
+histories are equal), sizes in ``view`` and ``expand`` are re-derived from labels and read off the
+inputs, past K/V may have any strides. What layers compute alike (a slice of the mask, a view of
+the rotary tables) is computed once, so that the passes pack it once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import GraphModule, Node
+
+from focus_compile.axes.axes import Axis, AxisMap
+from focus_compile.axes.propagate import propagate
+from focus_compile.axes.rules.table import ARANGES, RESHAPES
+from focus_compile.capture.names import Sizes
+from focus_compile.capture.positions import arange, is_window, progression, window
+from focus_compile.errors import Unsupported
+from focus_compile.graph.inputs import Input, static_tensor
+from focus_compile.graph.nodes import expr_of, graph_inputs, graph_outputs, tensor_of
+from focus_compile.graph.replay import Replay
+from focus_compile.refusals import RETURNS_SIZE
+from focus_compile.torch_private import FakeTensorMode
+
+__all__ = ["Canonical", "canonicalize"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """A canonical graph.
+
+    ``axes``: its labels. ``inputs``: what each of its inputs is. ``arguments``: for each of them,
+    the index of the captured graph's input.
+    """
+
+    gm: GraphModule
+    axes: AxisMap
+    inputs: tuple[Input, ...]
+    arguments: tuple[int, ...]
+
+
+def canonicalize(gm: GraphModule) -> Canonical:
+    """Replay a captured graph with sizes by name.
+
+    Args:
+        gm: from :func:`focus_compile.capture.capture.capture`.
+
+    Raises:
+        Unsupported: a size cannot be told from the labels.
+    """
+    axes = propagate(gm)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    sizes = Sizes(axes, Replay(gm, mode, keep_names=False))
+    histories = _name_histories(gm, sizes)
+    env: dict[Node, Any] = {}
+    inputs: list[Input] = []
+    arguments: list[int] = []
+    for position, node in enumerate(graph_inputs(gm)):
+        axes.current = node
+        if isinstance(node.meta["val"], torch.Tensor):
+            given = _input(node, f"input{len(inputs)}", sizes, histories)
+            env[node] = sizes.replay.placeholder(given.name, static_tensor(mode, given), node)
+            for dim, extent in enumerate(given.shape):
+                if isinstance(extent, str):
+                    sizes.reads.setdefault(extent, (env[node], dim))
+            inputs.append(given)
+            arguments.append(position)
+    for node in gm.graph.nodes:
+        axes.current = node
+        if node.op == "get_attr":
+            env[node] = sizes.replay.attribute(node)
+        elif node.op == "call_function":
+            _emit(node, env, sizes)
+    outputs = fx.map_arg(graph_outputs(gm), lambda node: _returned(node, env))
+    canonical = sizes.replay.finish(outputs)
+    return Canonical(canonical, propagate(canonical), tuple(inputs), tuple(arguments))
+
+
+def _returned(node: Node, env: dict[Node, Any]) -> Any:
+    if node not in env:
+        raise Unsupported(RETURNS_SIZE, node)
+    return env[node]
+
+
+def _name_histories(gm: GraphModule, sizes: Sizes) -> set[Axis]:
+    """Give history axes of one captured size one name; a static 0 or 1 stays a constant.
+
+    Dynamo's guards hold the equality: it is the same symbol, or the same constant, there.
+    """
+    axes = sizes.axes
+    groups = sizes.histories
+    found: set[Axis] = set()
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node.target is not aten.cat.default:
+            continue
+        for dim in axes.of(node):
+            history = axes.history(dim)
+            for axis in axes.resolve(history) if history else ():
+                size = axes.expr(axis.size)
+                if size not in groups:
+                    name = f"history{len(groups) or ''}"
+                    groups[size] = int(size) if size in (0, 1) else name
+                sizes.names[axis] = groups[size]
+                found.add(axis)
+    return found
+
+
+def _input(node: Node, name: str, sizes: Sizes, histories: set[Axis]) -> Input:
+    axes, value = sizes.axes, tensor_of(node)
+    dims = axes.of(node)
+    shape = tuple(sizes.extent(dim) for dim in dims)
+    for old, new in zip(value.shape, shape, strict=True):
+        if isinstance(old, torch.SymInt) and expr_of(old).is_Symbol:
+            known = sizes.meaning.setdefault(expr_of(old), new)
+            if known != new:
+                sizes.meaning[expr_of(old)] = None  # two labels share a symbol
+    symbolic = not all(isinstance(extent, int) for extent in shape)
+    return Input(
+        name=name,
+        shape=shape,
+        dtype=value.dtype,
+        device=value.device,
+        stride=None if symbolic else tuple(int(step) for step in value.stride()),
+        strided=symbolic and any(axis in histories for dim in dims for axis in dim),
+        parameter=isinstance(value, torch.nn.Parameter),
+    )
+
+
+def _emit(node: Node, env: dict[Node, Any], sizes: Sizes) -> None:
+    """Re-emit one node; sizes come from labels."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor | list | tuple):
+        return  # a size computation: rebuilt where it is used
+    args: Any = node.args
+    kwargs: Any = node.kwargs
+    if (source := _copied(node)) is not None:
+        env[node] = env[source]
+        return
+    if node.target in RESHAPES or node.target is aten.expand.default:
+        args = (env[args[0]], [sizes.size(dim) for dim in sizes.axes.of(node)])
+    else:
+
+        def argument(arg: Node) -> Any:
+            if arg in env:
+                return env[arg]
+            size = arg.meta["val"]
+            if isinstance(size, torch.SymFloat):
+                return float(size)  # a constant of the module: Dynamo guards that it stays so
+            return sizes.expression(expr_of(size), node) if isinstance(size, torch.SymInt) else size
+
+        if node.target in ARANGES:
+            start, step = (fx.map_arg(part, argument) for part in progression(args))
+            env[node] = arange(node, start, step, sizes)
+            return
+        if is_window(node, sizes):
+            env[node] = window(node, env[args[0]], sizes)
+            return
+        args, kwargs = fx.map_arg((args, kwargs), argument)
+    env[node] = sizes.replay.once(node.target, args, kwargs, like=node)
+    sizes.check(node, env[node].meta["val"])
+
+
+def _copied(node: Node) -> Node | None:
+    """The operand that a node returns unchanged: a cast to the same dtype, a full slice."""
+    overwritten = node.target is aten.copy.default
+    source = node.args[overwritten] if len(node.args) > overwritten else None
+    values = [part.meta.get("val") for part in (source, node) if isinstance(part, Node)]
+    if not isinstance(source, Node) or not all(isinstance(v, torch.Tensor) for v in values):
+        return None
+    old, new = tensor_of(source), tensor_of(node)
+    same = old.dtype == new.dtype and old.device == new.device
+    if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default):
+        return source if same else None
+    if node.target is aten.slice.Tensor or (overwritten and same):
+        shapes = (tuple(map(expr_of, value.shape)) for value in (old, new))
+        return source if len(set(shapes)) == 1 else None
+    return source if node.target is aten.dropout.default and not node.args[2] else None

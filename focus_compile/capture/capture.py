@@ -1,0 +1,80 @@
+"""Dynamo's graph -> pre-dispatch ATen under the same fake mode, sizes kept symbolic.
+
+Writes in place become pure operators where nobody else can see them, and what is written into an
+input becomes an output.
+"""
+
+from __future__ import annotations
+
+from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule
+from torch.fx.traceback import preserve_node_meta
+
+from focus_compile.capture.functional import functionalize
+from focus_compile.capture.local_rank import LocalRank, local_value, shard_of
+from focus_compile.errors import Unsupported
+from focus_compile.graph.nodes import graph_inputs, graph_outputs
+from focus_compile.refusals import (
+    FLEX_ATTENTION,
+    NO_TENSOR_INPUT,
+    OPERATOR_WITH_A_GRAPH,
+    TENSOR_OF_TENSORS,
+)
+from focus_compile.torch_private import (
+    FakeTensor,
+    HigherOrderOperator,
+    is_traceable_wrapper_subclass,
+    make_fx,
+)
+
+__all__ = ["capture", "has_attention"]
+
+
+def has_attention(gm: GraphModule) -> bool:
+    """Whether Dynamo's graph calls attention or a softmax: samplers and mask builders do not."""
+    names = ("scaled_dot_product_attention", "softmax", "flex_attention", "_softmax")
+    return any(
+        node.op in ("call_function", "call_method")
+        and (node.target if isinstance(node.target, str) else node.target.__name__) in names
+        for node in gm.graph.nodes
+    )
+
+
+def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
+    """Trace Dynamo's graph to pre-dispatch ATen; module paths and input provenance are kept.
+
+    Returns:
+        the graph, and which of its inputs the model writes into. Their new values are its last
+        outputs.
+
+    Raises:
+        Unsupported: the graph has no tensor input, or one that is more than a tensor, or an
+            operator that holds a graph of its own.
+    """
+    values = [node.meta["example_value"] for node in graph_inputs(gm)]
+    for value in values:
+        if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
+            raise Unsupported(TENSOR_OF_TENSORS, kind=type(value).__name__)
+    for node in gm.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            if str(node.target).startswith("flex_attention"):
+                raise Unsupported(FLEX_ATTENTION, node)
+            raise Unsupported(OPERATOR_WITH_A_GRAPH, node)
+    own = [local_value(value) for value in values]
+    modes = [value.fake_mode for value in own if isinstance(value, FakeTensor)]
+    if not modes:
+        raise Unsupported(NO_TENSOR_INPUT)
+    with modes[0], preserve_node_meta():
+        graph = make_fx(LocalRank(gm, values).run, pre_dispatch=True)(*own)
+    for node, inner in zip(graph_inputs(gm), graph_inputs(graph), strict=True):
+        if "tensor_dict" in node.meta:
+            inner.meta["tensor_dict"] = node.meta["tensor_dict"]
+        inner.meta.setdefault("val", None)  # of a mesh
+        inner.meta["shard"] = shard_of(node.meta["example_value"])
+    graph.graph.eliminate_dead_code()
+    written = functionalize(graph)
+    if written:
+        graph.graph.output_node().args = ((*graph_outputs(graph), *written.values()),)
+        graph.recompile()
+    places = {node: index for index, node in enumerate(graph_inputs(graph))}
+    return graph, tuple(places[node] for node in written)

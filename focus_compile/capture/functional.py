@@ -1,0 +1,153 @@
+"""Operators that write into a value of the graph -> operators that return a new one.
+
+Pre-dispatch graphs keep ``scatter_``, ``div_``, ``mul_``, ... as the model wrote them. Where only
+the written value is read afterwards, and no other view of its memory, the operator without the
+underscore computes the same. An input that is written as a whole (a cache of fixed length) gets its
+last value after the call; what writes into a view of one is left alone, and refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from focus_compile.graph.nodes import expr_of, operands, tensor_of
+from focus_compile.torch_private import OpOverload
+
+__all__ = ["functionalize"]
+
+aten = torch.ops.aten
+KEPT = (aten.detach_.default,)
+SELF = (
+    aten.dropout.default, aten.feature_dropout.default, aten.type_as.default,
+    aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default,
+)  # fmt: skip
+"""Operators that may return their operand itself, though their schemas do not say so."""
+
+
+def functionalize(gm: GraphModule) -> dict[Node, Node]:
+    """Replace writes in place, where that is safe.
+
+    Returns:
+        inputs that the graph wrote into, with the value that each of them is to have.
+    """
+    graph = gm.graph
+    _drop_whole_slices(graph)
+    inputs: dict[Node, Node] = {}
+    for node in list(graph.nodes):
+        counterpart = _counterpart(node)
+        if counterpart is None:
+            continue
+        order = {other: index for index, other in enumerate(graph.nodes)}
+        written = node.args[0]
+        if not _only_read_through(written, node, order, graph, set(inputs.values())):
+            continue
+        with graph.inserting_before(node):
+            made = graph.call_function(counterpart, node.args, node.kwargs)
+            made.meta = dict(node.meta)
+            if _may_promote(node):  # what is written takes the dtype of where it goes
+                made = graph.call_function(aten.to.dtype, (made, tensor_of(written).dtype))
+                made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        for user in list(written.users):
+            if user is not made and order.get(user, -1) > order[node]:
+                user.replace_input_with(written, made)
+        graph.erase_node(node)
+        if written.op == "placeholder":
+            inputs[written] = made
+        for given, value in inputs.items():
+            if value is written:
+                inputs[given] = made
+    gm.recompile()
+    return inputs
+
+
+def _drop_whole_slices(graph: Graph) -> None:
+    """``x[:]`` is ``x``: with it, an assignment to ``x[:, :, index]`` writes into ``x`` itself."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not aten.slice.Tensor:
+            continue
+        source = node.args[0]
+        if isinstance(source, Node) and _shape(source) == _shape(node):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _shape(node: Node) -> list[sympy.Expr]:
+    return [expr_of(size) for size in tensor_of(node).shape]
+
+
+def _counterpart(node: Node) -> OpOverload | None:
+    """The operator that returns what ``node`` writes into its first argument."""
+    target = node.target
+    if not isinstance(target, OpOverload) or target in KEPT or not target._schema.is_mutable:
+        return None
+    name = target._schema.name.partition("::")[2]
+    first, *others = target._schema.arguments
+    if target.namespace != "aten" or not name.endswith("_") or not isinstance(node.args[0], Node):
+        return None
+    if not _writes(first) or any(_writes(other) for other in others):
+        return None
+    packet: Any = getattr(aten, name[:-1], None)
+    found: OpOverload | None = getattr(packet, target._overloadname, None)
+    return found
+
+
+def _writes(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _may_promote(node: Node) -> bool:
+    """Whether operands of another dtype, but of the same kind, could make the result another's."""
+    written, *others = (tensor_of(arg) for arg in operands(node))
+    return any(
+        other.dtype not in (written.dtype, torch.bool)
+        and other.is_floating_point() == written.is_floating_point()
+        for other in others
+    )
+
+
+def _only_read_through(
+    written: Any, node: Node, order: dict[Node, int], graph: Graph, inputs: set[Node]
+) -> bool:
+    """Whether, after ``node``, nobody reads the written memory but through ``written``.
+
+    ``inputs``: values that inputs are to have; of these, too, only a whole one may be written.
+    """
+    base = written
+    while (source := _aliased(base)) is not None:
+        base = source
+    if base.op not in ("call_function", "placeholder"):
+        return False
+    if base is not written and (base.op == "placeholder" or base in inputs):
+        return False
+    aliases = {base}
+    for other in graph.nodes:  # in order: an alias comes after what it is one of
+        if other is node:
+            break
+        if _aliased(other) in aliases:
+            aliases.add(other)
+    return not any(
+        order[user] > order[node] for alias in aliases - {written} for user in alias.users
+    )
+
+
+def _aliased(node: Node) -> Node | None:
+    """The operand whose memory the result of ``node`` may share."""
+    if node.op != "call_function" or not node.args:
+        return None
+    source = node.args[0]
+    if node.target is operator.getitem:
+        if isinstance(source, Node) and source.target is aten.broadcast_tensors.default:
+            return source.args[0][node.args[1]]  # type: ignore[index, return-value]
+        return _aliased(source) if isinstance(source, Node) else None
+    if not isinstance(node.target, OpOverload) or not isinstance(source, Node):
+        return None
+    if node.target in SELF:
+        return source
+    shared = any(result.alias_info is not None for result in node.target._schema.returns)
+    return source if shared else None

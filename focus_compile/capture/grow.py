@@ -1,0 +1,232 @@
+"""Caches whose slots are replaced -> caches that grow: one form for all passes.
+
+past.index_copy(2, index, k)   ->  cat([focus.clear(past, index), k])    what attention reads
+                                   focus.replace(past, joined, index)    what the model keeps
+mask [B, 1, T, M]              ->  focus.extend_mask(mask, past, index)  [B, 1, T, M + T]
+table [..., M, D]              ->  focus.extend(table, index)            [..., M + T, D]
+
+That is what transformers' ``StaticCache`` does, and Fast-dLLM's dual cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from focus_compile.axes.axes import AxisMap, Dim, Role
+from focus_compile.axes.propagate import propagate
+from focus_compile.axes.rules.table import RESHAPES
+from focus_compile.errors import Unsupported
+from focus_compile.graph.nodes import (
+    argument,
+    aten,
+    fake_mode_of,
+    graph_outputs,
+    operands,
+    tensor_of,
+    wrap,
+)
+from focus_compile.graph.replay import Replay
+from focus_compile.ops.library import focus
+from focus_compile.refusals import (
+    CAUSAL_SLOTS,
+    DIFFERENT_SLOTS,
+    FIXED_SLOTS,
+    FOLDED_SLOTS,
+    KEYS_MIXED,
+    RETURNS_CACHE,
+    SLOTS_WITHOUT_MASK,
+    UNKNOWN_ON_SLOTS,
+)
+
+__all__ = ["grow"]
+
+_SDPA = aten.scaled_dot_product_attention.default
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_OVER_KEYS = (_SDPA, *_SOFTMAX, aten.matmul.default)
+"""Operators that mix slots, and leave out what is hidden."""
+
+
+def grow(gm: GraphModule) -> GraphModule:
+    """Join new keys and values behind the cache where the model puts them into it.
+
+    Raises:
+        Unsupported: something else is done with the slots of such a cache.
+    """
+    _name_puts(gm)
+    axes = propagate(gm)
+    writes = {node for node in gm.graph.nodes if _replaces(node, axes)}
+    return _Growth(gm, axes, writes).run() if writes else gm
+
+
+def _name_puts(gm: GraphModule) -> None:
+    """``past[:, :, index] = k`` as ``index_copy``."""
+    for node in list(gm.graph.nodes):
+        if node.target is not aten.index_put.default or argument(node, 3, "accumulate", False):
+            continue
+        x, indices, values = node.args[:3]
+        *none, index = indices
+        if x.op != "placeholder" or any(part is not None for part in none):
+            continue
+        if tensor_of(index).dim() != 1:
+            continue
+        if tensor_of(index).dtype != torch.int64 or tensor_of(values).dim() != tensor_of(x).dim():
+            continue
+        with gm.graph.inserting_before(node):
+            args = (x, len(none), index, values)
+            made = gm.graph.call_function(aten.index_copy.default, args)
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        gm.graph.erase_node(node)
+
+
+def _replaces(node: Node, axes: AxisMap) -> bool:
+    """Whether a node puts the block's keys or values into a cache."""
+    if node.target is not aten.index_copy.default:
+        return False
+    past, at, _, source = node.args
+    assert isinstance(past, Node) and isinstance(source, Node)
+    dims = axes.of(source)
+    return past.op == "placeholder" and axes.position(dims, Role.TOKEN) == wrap(at, len(dims))  # type: ignore[arg-type]
+
+
+class _Growth:
+    """One replay. ``grown``: nodes that hold M + T slots instead of M, with the index of these."""
+
+    def __init__(self, gm: GraphModule, axes: AxisMap, writes: set[Node]) -> None:
+        self.gm, self.axes, self.writes = gm, axes, writes
+        self.replay = Replay(gm, fake_mode_of(gm))
+        self.env: dict[Node, Node] = {}
+        self.grown: dict[Node, Node] = {}
+        self.past: dict[Node, tuple[Node, int]] = {}
+        self.hidden: set[Node] = set()
+        self.slots = {axes.of(node)[self._at(node)] for node in writes}
+
+    def run(self) -> GraphModule:
+        for node in self.gm.graph.nodes:
+            if node.op == "output":
+                continue
+            if node in self.writes:
+                self._write(node)
+            elif any(source in self.grown for source in node.all_input_nodes):
+                self._emit(node)
+            else:
+                self.env[node] = self.replay.graph.node_copy(node, lambda arg: self.env[arg])
+                if node.op == "get_attr":
+                    name = str(node.target)
+                    self.replay.attributes[name] = getattr(self.gm, name)
+        return self.replay.finish(map_arg(graph_outputs(self.gm), self._output))
+
+    def _at(self, write: Node) -> int:
+        return wrap(write.args[1], tensor_of(write).dim())  # type: ignore[arg-type]
+
+    def _write(self, node: Node) -> None:
+        past, _, index, source = node.args
+        assert isinstance(past, Node) and isinstance(index, Node) and isinstance(source, Node)
+        at = self._at(node)
+        left = self.replay.call(focus.clear.default, (self.env[past], self.env[index], at))
+        parts = [left, self.env[source]]
+        self.env[node] = self.replay.call(aten.cat.default, (parts, at), like=node)
+        self.grown[node] = index
+        self.past[index] = (past, at)
+
+    def _output(self, node: Node) -> Node:
+        if node in self.writes:
+            past, _, index, _ = node.args
+            args = (self.env[past], self.env[node], self.env[index], self._at(node))  # type: ignore
+            return self.replay.call(focus.replace.default, args, like=node)
+        if node in self.grown:
+            raise Unsupported(RETURNS_CACHE, node)
+        return self.env[node]
+
+    def _emit(self, node: Node) -> None:
+        """A node with an operand that has grown: all others that hold slots grow, too."""
+        found = {self.grown[source] for source in node.all_input_nodes if source in self.grown}
+        if len(found) > 1:
+            raise Unsupported(DIFFERENT_SLOTS, node)
+        (index,) = found
+        if node not in self.axes.dims or node in self.axes.unruled:
+            raise Unsupported(UNKNOWN_ON_SLOTS, node)
+        if any(axis in self.slots for axis in map(self._resolved, self.axes.mixed[node])):
+            self._check_hidden(node)
+        args, kwargs = self._arguments(node, index)
+        made = self.env[node] = self.replay.call(node.target, args, kwargs, like=node)
+        at = self._along(node)
+        if any(source in self.hidden for source in node.all_input_nodes):
+            self.hidden.add(node)
+        if at is not None:
+            past, dim = self.past[index]
+            longer = tensor_of(past).shape[dim] + tensor_of(index).shape[0]
+            results = made.meta["val"]
+            results = [results] if isinstance(results, Tensor) else results
+            if any(result.shape[at] != longer for result in results):
+                raise Unsupported(FIXED_SLOTS, node)
+            self.grown[node] = index
+
+    def _check_hidden(self, node: Node) -> None:
+        if node.target not in _OVER_KEYS:
+            raise Unsupported(KEYS_MIXED, node)
+        if node.target is _SDPA and argument(node, 5, "is_causal", False):
+            raise Unsupported(CAUSAL_SLOTS, node)
+        if node.target in _SOFTMAX and node.args[0] not in self.hidden:
+            raise Unsupported(SLOTS_WITHOUT_MASK, node)
+
+    def _arguments(self, node: Node, index: Node) -> tuple[Any, Any]:
+        if node.target is _SDPA:
+            query, key, value = map_arg(node.args[:3], lambda arg: self._operand(arg, index))
+            mask = self._mask(argument(node, 3, "attn_mask"), index)
+            kwargs = {
+                "scale": argument(node, 6, "scale"),
+                "enable_gqa": argument(node, 7, "enable_gqa", False),
+            }
+            dropout = argument(node, 4, "dropout_p", 0.0)
+            return (query, key, value, mask, dropout, False), kwargs
+        if node.target in RESHAPES or node.target is aten.expand.default:
+            source, sizes = node.args
+            assert isinstance(source, Node)
+            if (at := self._along(node)) is not None and (old := self._along(source)) is not None:
+                longer = self.replay.size(self.env[source], old)
+                sizes = [longer if i == at else s for i, s in enumerate(sizes)]  # type: ignore
+            return map_arg((self.env[source], sizes), lambda arg: self.env.get(arg, arg)), {}
+        if node.target is aten.add.Tensor and self._is_scores(node):
+            masks = [
+                a for a in operands(node) if a not in self.grown and self._along(a) is not None
+            ]
+            if masks:
+                self.hidden.add(node)
+            env = {arg: self._mask(arg, index) for arg in masks}
+            return map_arg((node.args, node.kwargs), lambda arg: env.get(arg) or self.env[arg])
+        return map_arg((node.args, node.kwargs), lambda arg: self._operand(arg, index))
+
+    def _is_scores(self, node: Node) -> bool:
+        """Whether a value has a row per token and a column per slot."""
+        *_, rows, columns = ((), (), *self.axes.of(node))
+        return columns in self.slots and self.axes.holds(rows, Role.TOKEN)
+
+    def _mask(self, mask: Node | None, index: Node) -> Node:
+        past, dim = self.past[index]
+        old = None if mask is None else self.env[mask]
+        args = (old, self.env[past], self.env[index], dim)
+        return self.replay.once(focus.extend_mask.default, args)
+
+    def _operand(self, arg: Node, index: Node) -> Node:
+        grows = arg not in self.grown and arg in self.axes.dims
+        if not grows or (at := self._along(arg)) is None:
+            return self.env[arg]
+        return self.replay.once(focus.extend.default, (self.env[arg], self.env[index], at))
+
+    def _resolved(self, dim: Dim) -> Dim:
+        return self.axes.resolve(dim)
+
+    def _along(self, node: Node) -> int | None:
+        """Index of the dim that is the slots of a cache, of a value or of each part of one."""
+        for at, dim in enumerate(self.axes.of(node)):
+            if dim in self.slots:
+                return at
+            if any((axis,) in self.slots for axis in dim):
+                raise Unsupported(FOLDED_SLOTS, node)
+        return None

@@ -1,0 +1,148 @@
+"""What sizes are called: axis labels -> names, graph arguments and generic numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from focus_compile.axes.axes import Axis, AxisMap, Dim, Role
+from focus_compile.capture.own_masks import makes_mask
+from focus_compile.errors import Unsupported
+from focus_compile.graph.replay import Replay
+from focus_compile.graph.sizes import Extent, generic
+from focus_compile.refusals import (
+    CHANGES_LENGTH,
+    FOLDED_INPUT,
+    MAKES_MASK,
+    NO_RULE,
+    NO_SIZE,
+    SIZE_FORM,
+    SIZE_MEANING,
+)
+
+__all__ = ["Sizes"]
+
+_NAMES = {Role.BATCH: "batch", Role.TOKEN: "token"}
+
+
+@dataclass
+class Sizes:
+    """Sizes of a captured graph, as those of the canonical graph that ``replay`` builds.
+
+    Attributes:
+        names: what each axis is called; meaning: and each symbol of Dynamo's; reads: the input and
+            dim that a name is read off; histories: the name of a history by its captured length.
+    """
+
+    axes: AxisMap
+    replay: Replay
+    names: dict[Axis, Extent] = field(default_factory=dict)
+    meaning: dict[sympy.Symbol, Extent | None] = field(default_factory=dict)
+    reads: dict[str, tuple[Node, int]] = field(default_factory=dict)
+    histories: dict[sympy.Expr, Extent] = field(default_factory=dict)
+
+    def name(self, axis: Axis) -> Extent:
+        """The extent of an axis that is not a sum."""
+        if axis not in self.names:
+            size = self.axes.expr(axis.size)
+            if axis.role is not None:
+                self.names[axis] = _NAMES[axis.role]
+            elif size.is_Integer:
+                self.names[axis] = int(size)
+            else:
+                self.names[axis] = f"extra{len(self.names)}"
+        return self.names[axis]
+
+    def extent(self, dim: Dim) -> Extent:
+        """The extent of a dim of an input."""
+        number, named = 1, list[Extent]()
+        for axis in self.axes.resolve(dim):
+            extent = self.name(axis) if axis.sum is None else self._total(axis.sum)
+            if isinstance(extent, int):
+                number *= extent
+            else:
+                named.append(extent)
+        if not named:
+            return number
+        if number != 1 or len(named) != 1:
+            raise Unsupported(FOLDED_INPUT, self.axes.current)
+        return named[0]
+
+    def _total(self, parts: tuple[Dim, ...]) -> Extent:
+        extents = tuple(self.extent(part) for part in parts)
+        return sum(extents) if all(isinstance(part, int) for part in extents) else extents  # type: ignore
+
+    def argument(self, extent: Extent) -> Node | int:
+        """An extent as a graph argument: read off an input."""
+        if isinstance(extent, int):
+            return extent
+        if isinstance(extent, tuple):
+            return self.replay.total(*(self.argument(part) for part in extent))
+        if extent not in self.reads:
+            raise Unsupported(NO_SIZE, self.axes.current, extent=extent)
+        return self.replay.size(*self.reads[extent])
+
+    def size(self, dim: Dim) -> Node | int:
+        """The size of a dim as a graph argument."""
+        return self.replay.product(*(self._size(axis) for axis in self.axes.resolve(dim)))
+
+    def _size(self, axis: Axis) -> Node | int:
+        if axis.order is not None:
+            return self.size(axis.order)
+        if axis.sum is not None:
+            return self.replay.total(*(self.size(part) for part in axis.sum))
+        return self.argument(self.name(axis))
+
+    def number(self, dim: Dim) -> int:
+        """The generic number for the size of a dim."""
+        out = 1
+        for axis in self.axes.resolve(dim):
+            if axis.order is not None:
+                out *= self.number(axis.order)
+            elif axis.sum is not None:
+                out *= sum(self.number(part) for part in axis.sum)
+            else:
+                out *= generic(self.name(axis))
+        return out
+
+    def position(self, expr: sympy.Expr, node: Node) -> Node | int:
+        """Where something starts, as a graph argument.
+
+        A number that is the length of a history when the graph is captured is that length: the
+        graph runs only where its guards hold, and there the two are the same.
+        """
+        expr = self.axes.expr(expr)
+        if expr in self.histories:
+            return self.argument(self.histories[expr])
+        return self.expression(expr, node)
+
+    def expression(self, expr: sympy.Expr, node: Node) -> Node | int:
+        """A size computed by the captured graph, as a graph argument."""
+        if expr.is_Integer:
+            return int(expr)
+        if expr.is_Symbol:
+            extent = self.meaning.get(expr)
+            if extent is None:
+                raise Unsupported(SIZE_MEANING, node, size=expr)
+            return self.argument(extent)
+        parts = [self.expression(part, node) for part in expr.args]
+        if expr.is_Add:
+            return self.replay.total(*parts)
+        if expr.is_Mul:
+            return self.replay.product(*parts)
+        raise Unsupported(SIZE_FORM, node, size=expr)
+
+    def check(self, node: Node, made: Any) -> None:
+        """Refuse an operator whose result is not as long as its labels say."""
+        results = [made] if isinstance(made, torch.Tensor) else made
+        for dims, result in zip(self.axes.dims[node], results, strict=True):
+            if [self.number(dim) for dim in dims] != list(result.shape):
+                if makes_mask(node):
+                    raise Unsupported(MAKES_MASK, node)
+                if node in self.axes.unruled:
+                    raise Unsupported(NO_RULE, node)
+                raise Unsupported(CHANGES_LENGTH, node)

@@ -1,0 +1,1 @@
+"""Block diffusion with a compiled or eager model: requests, the denoising loop, texts."""

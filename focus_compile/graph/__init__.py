@@ -1,0 +1,1 @@
+"""Any ATen graph: nodes, re-emission, recomputation, sizes, inputs."""

@@ -1,0 +1,50 @@
+"""Inputs of the programs: their sizes by name, and fake tensors for them.
+
+The passes run under fake tensors of *static* sizes, one generic number per name, which is many
+times faster than symbolic ones. No pass reads a size off these numbers: sizes travel as nodes. The
+compiler gets symbols in their place, one per name, in a fresh shape environment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from focus_compile.graph.sizes import Extent, generic
+from focus_compile.torch_private import FakeTensorMode
+
+__all__ = ["Input", "static_tensor"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a program.
+
+    Attributes:
+        shape: its extents.
+        stride: its strides where all extents are numbers; None: contiguous, or, where
+            ``strided``, contiguous in the last dim only.
+        parameter: whether it is a weight.
+    """
+
+    name: str
+    shape: tuple[Extent, ...]
+    dtype: torch.dtype
+    device: torch.device
+    stride: tuple[int, ...] | None = None
+    strided: bool = False
+    parameter: bool = False
+
+    @property
+    def symbolic(self) -> bool:
+        return not all(isinstance(extent, int) for extent in self.shape)
+
+
+def static_tensor(mode: FakeTensorMode, given: Input) -> torch.Tensor:
+    """The fake tensor that the passes see: every name at its generic number."""
+    with mode:
+        shape = [generic(extent) for extent in given.shape]
+        if given.stride is not None:
+            return torch.empty_strided(shape, given.stride, dtype=given.dtype, device=given.device)
+        return torch.empty(shape, dtype=given.dtype, device=given.device)

@@ -1,0 +1,1 @@
+"""Hugging Face models: folders, mask tokens, attention masks."""

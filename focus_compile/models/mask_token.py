@@ -1,0 +1,60 @@
+"""Which id a model's mask token has."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["FAMILIES", "find_mask_token"]
+
+log = logging.getLogger(__name__)
+
+FAMILIES = {"llada2": 156895, "llada": 126336, "sdar": 151669, "dream": 151666}
+"""Ids of the mask token that the public checkpoints of a family use."""
+
+MODEL_TYPES = {
+    "llada2_moe": ("llada2", "LLaDA2MoeModelLM"),
+    "llada": ("llada", "LLaDAModelLM"),
+    "sdar": ("sdar", "SDARForCausalLM"),
+    "sdar_moe": ("sdar", "SDARMoeForCausalLM"),
+    "dream": ("dream", "DreamModel"),
+}
+"""model_type -> family, and its architecture: other models borrow these types, or begin alike.
+
+LLaDA-MoE is of type "llada", too, and its mask token is not LLaDA's.
+"""
+
+
+def find_mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
+    """The id of a model's mask token; see :func:`compile`.
+
+    Raises:
+        ValueError: neither tokenizer, config nor family tells.
+    """
+    config: Any = getattr(model, "config", None)
+    kind = str(getattr(config, "model_type", "")).lower()
+    places = {
+        "the tokenizer": getattr(tokenizer, "mask_token_id", None),
+        "model.config": getattr(config, "mask_token_id", None),
+    }
+    for place, found in places.items():
+        if found is not None:
+            log.info("mask_token_id=%d, from %s", found, place)
+            return int(found)
+    family, architecture = MODEL_TYPES.get(kind, (None, ""))
+    named: list[str] = getattr(config, "architectures", None) or []
+    if not named:  # a config made by hand
+        known_class = isinstance(model, PreTrainedModel)
+        named = [type(model).__name__] if known_class else [architecture]
+    if family is not None and list(named) == [architecture]:
+        known = FAMILIES[family]
+        log.warning("mask_token_id=%d, guessed: the family %r uses it", known, family)
+        return known
+    raise ValueError(
+        "no mask token: neither the tokenizer nor model.config names one, and model_type "
+        f"{kind!r} of {', '.join(map(str, named)) or 'no architecture'} is no family that we know "
+        f"({', '.join(FAMILIES)}); give mask_token_id=..., see the model's card"
+    )

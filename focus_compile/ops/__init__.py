@@ -1,0 +1,1 @@
+"""The mathematics: the operators that the passes put into graphs."""

@@ -1,0 +1,1 @@
+"""What runs when a compiled model is called, and the sessions that calls share."""

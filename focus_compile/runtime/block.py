@@ -1,0 +1,189 @@
+"""State of the current block of every row: docs/algorithm.md sections 0 and 6.
+
+A call without a session uses a fresh state and drops it; a session keeps one per model. Everything
+is per row, so that rows may start, finish and be replaced independently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from focus_compile.errors import EvictedTokenDecoded, UncommittedHistory
+from focus_compile.ops.tables import last_position
+from focus_compile.runtime.identity import NO_WEIGHTS, Weights
+
+__all__ = ["BlockState", "History"]
+
+
+@dataclass(frozen=True)
+class History:
+    """What tells one history from another.
+
+    ``length``: keys before the block. ``mark``: the last of them in the last layer, ``[B, ...]``,
+    or None without a cache or with an empty one. ``keys``: keys that the cache holds; ``places``:
+    the slots that the block takes in a cache of fixed length, int64 ``[T]``, else None.
+    """
+
+    length: int
+    mark: Tensor | None
+    keys: int = 0
+    places: Tensor | None = None
+
+    def same_slots(self, other: History) -> bool:
+        """Whether the block stands where it stood, among as many keys."""
+        if (self.length, self.keys) != (other.length, other.keys):
+            return False
+        if self.places is None or other.places is None:
+            return self.places is other.places
+        return torch.equal(self.places, other.places)
+
+    def same_rows(self, other: History) -> Tensor | bool:
+        """bool ``[B]``, or False: which rows have the same history."""
+        if not self.same_slots(other):
+            return False
+        if self.mark is None or other.mark is None:
+            return self.mark is other.mark
+        if self.mark.shape != other.mark.shape or self.mark.dtype != other.mark.dtype:
+            return False
+        return (self.mark == other.mark).flatten(1).all(1)
+
+
+class BlockState:
+    """Masks, averages and slots of one block per row; shapes ``[B, T]`` unless noted.
+
+    Attributes:
+        ids, masked: as fed to the last call.
+        retained: bool, what the last call retained.
+        final: bool, tokens that are no longer fed.
+        written01, written: bool, slots that hold K/V in layers 0 and 1, and in later layers.
+        progress: int64 ``[B]``; decoded_sum, decode_steps: int64 ``[B]``.
+        settled: bool ``[B]``, rows without masks that were fed whole once.
+        slots: K/V of history and block by input name, as the last call returned them.
+        goes_on: whether every row is in the block that it was in before the last call.
+        committed: whether a dense call ran since the last masked one.
+        weights: tells the model that made the slots from what it is after a change.
+    """
+
+    def __init__(
+        self,
+        ids: Tensor,
+        masked: Tensor,
+        history: History,
+        weights: Weights = NO_WEIGHTS,
+    ) -> None:
+        batch = masked.shape[0]
+        none = torch.zeros_like(masked)
+        count = torch.zeros(batch, dtype=torch.int64, device=masked.device)
+        self.ids, self.masked, self.history = _copy(ids), _copy(masked), history
+        self.retained, self.final, self.written01, self.written = none, none, none, none
+        self.warm = none[:, 0]
+        self.settled = none[:, 0]
+        self.progress, self.decoded_sum, self.decode_steps = count - 1, count, count
+        self.slots: dict[str, Tensor] = {}
+        self.goes_on = False
+        self.committed = False
+        self.weights = weights
+
+    def fits(self, ids: Tensor, weights: Weights) -> bool:
+        """Whether a call has the shape, dtype and device of this state, and its weights."""
+        mine = (self.ids.shape, self.ids.dtype, self.ids.device)
+        return (ids.shape, ids.dtype, ids.device) == mine and self.weights.same(weights)
+
+    def check_committed(self, ids: Tensor, history: History) -> None:
+        """Compare the next masked call's history with this one, also where its block is longer.
+
+        A prompt that holds the mask token is longer than a block, and its call is no prefill.
+
+        Raises:
+            UncommittedHistory: it grew, or the block moved within a cache of fixed length, but no
+                dense call stored exact K/V.
+        """
+        if self.committed or len(ids) != len(self.ids):
+            return
+        before = self.history
+        moved = before.places is not None and history.keys == before.keys
+        moved = moved and ids.shape == self.ids.shape and not history.same_slots(before)
+        if history.length > before.length or moved:
+            raise UncommittedHistory(before.length, history.length)
+
+    def observe(
+        self, ids: Tensor, masked: Tensor, history: History, shifted_logits: bool = False
+    ) -> None:
+        """Take in the next masked call: new blocks, and what was decoded since the last one.
+
+        A mask-free call in between (a commit, or another request's prefill) ended every block.
+        ``shifted_logits``: a position is decoded by the logits of its left neighbour. To be called
+        after :meth:`check_committed`.
+
+        Raises:
+            EvictedTokenDecoded: a position was decoded that the last call had evicted.
+        """
+        before = self.history
+        decoded = self.masked & ~masked
+        changed = (~self.masked & (masked | (ids != self.ids))).any(1)
+        same = torch.as_tensor(history.same_rows(self.history), device=ids.device)
+        fresh = changed | ~same | self.committed
+        known = _right_of(self.retained) if shifted_logits else self.retained
+        wrong = decoded & ~known & ~fresh.unsqueeze(1)
+        if bool(wrong.any()):
+            row, position = wrong.nonzero()[0].tolist()
+            raise EvictedTokenDecoded(row, position)
+        count = decoded.sum(1)
+        line = ~fresh.unsqueeze(1)
+        self.decoded_sum = torch.where(fresh, 0, self.decoded_sum + count)
+        self.decode_steps = torch.where(fresh, 0, self.decode_steps + (count > 0))
+        self.progress = torch.where(fresh, -1, self.progress)
+        self.final, self.retained = self.final & line, self.retained & line
+        self.written01, self.written = self.written01 & line, self.written & line
+        self.warm, self.settled = self.warm & ~fresh, self.settled & ~fresh
+        if not history.same_slots(before):
+            self.slots = {}
+        self.ids, self.masked, self.history = _copy(ids), _copy(masked), history
+        self.goes_on = not bool(fresh.any())
+        self.committed = False
+
+    def fed(self, delayed_cache: bool, skip_decoded_rows: bool = False) -> Tensor:
+        """The processing list of this call, bool ``[B, T]`` (section 6).
+
+        Rows with masks: all positions at first, then those that are not final. Rows without: all
+        of them once, then none; none at all with ``skip_decoded_rows``.
+        """
+        some = self.masked.any(1, keepdim=True)
+        if not delayed_cache:
+            return (some | (not skip_decoded_rows)).expand_as(self.masked).contiguous()
+        listed = torch.where(self.warm.unsqueeze(1), ~self.final, True)
+        settled = self.settled.unsqueeze(1) | skip_decoded_rows
+        return torch.where(some, listed, ~settled)
+
+    @property
+    def average(self) -> Tensor:
+        """Tokens decoded per decoding step of this block, fp32 ``[B]``; 1 before the first."""
+        average = self.decoded_sum.float() / self.decode_steps.float()  # whatever the default dtype
+        return torch.where(self.decode_steps > 0, average, 1.0)
+
+    def advance(
+        self, fed: Tensor, retained: Tensor, slots: dict[str, Tensor], delayed_cache: bool
+    ) -> None:
+        """Record what a call fed, retained and stored."""
+        decoded = ~self.masked & (fed | self.final)
+        right = torch.cat([decoded[:, 1:], torch.ones_like(decoded[:, :1])], dim=1)
+        if delayed_cache:
+            self.final = self.final | (fed & ~self.masked & right)
+        self.settled = self.settled | ~self.masked.any(1)
+        self.warm = torch.ones_like(self.warm)
+        self.written01, self.written = self.written01 | fed, self.written | retained
+        self.progress = torch.maximum(self.progress, last_position(retained))
+        self.retained, self.slots = retained, slots
+
+
+def _right_of(flags: Tensor) -> Tensor:
+    """Positions whose left neighbour is flagged, and the first. bool ``[B, T]``."""
+    return torch.cat([torch.ones_like(flags[:, :1]), flags[:, :-1]], dim=1)
+
+
+def _copy(value: Tensor) -> Tensor:
+    """A contiguous copy: callers may write into what they passed."""
+    return value.clone(memory_format=torch.contiguous_format)

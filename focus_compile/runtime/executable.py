@@ -1,0 +1,348 @@
+"""What runs when a compiled model is called: pick the dense program, or prefix and suffix."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from focus_compile.config import FocusConfig
+from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHistory
+from focus_compile.graph.inputs import Input
+from focus_compile.graph.sharding import local
+from focus_compile.graph.sizes import length
+from focus_compile.log import warning_once
+from focus_compile.models.vocabulary import check_mask_token
+from focus_compile.ops.tables import Feed, feed, retained_tables
+from focus_compile.programs.halves import Halves
+from focus_compile.programs.layout import Layout
+from focus_compile.programs.program import Program
+from focus_compile.runtime.ambient import current_session
+from focus_compile.runtime.block import BlockState, History
+from focus_compile.runtime.identity import model_key, overlap, weights_of
+from focus_compile.runtime.outputs import packed_logits, returned, trimmed
+from focus_compile.runtime.reader import MaskedCall, outermost
+from focus_compile.runtime.record import Record
+from focus_compile.runtime.session import Session, Signal, Step, warn_outside
+
+__all__ = ["CAUSAL", "Executable"]
+
+log = logging.getLogger(__name__)
+
+NO_MASKS = (
+    "backend 'focus' runs the dense program: it does not know which tokens are masked. Give the id "
+    "of the mask token, torch.compile(model, backend='focus', options={'mask_token_id': ...}) or "
+    "focus_compile.session(mask_token_id=...), or the masks themselves: session.masked = ..."
+)
+
+CAUSAL = (
+    "attention is causal: no token sees those on its right, as those of a diffusion LLM must. Of "
+    "attention_mask=None and of a 2-D mask, transformers makes a causal mask: pass one of shape "
+    "[B, 1, T, S + T], focus_compile.block_mask(model, valid, tokens)"
+)
+NOT_PACKED = (
+    "session(logits='packed') leaves logits on the canvas, and session.logits is None: this "
+    "program's outputs are not known to be what the model returns as logits. Compile the outermost "
+    "module, and remove graph breaks; or read the model's output at session.retain_mask"
+)
+
+OVERLAP = (
+    "backend 'focus' runs the dense program: the model writes into an input whose memory another "
+    "input shares"
+)
+
+
+class Executable:
+    """One captured graph, compiled: Dynamo calls it with the graph's arguments.
+
+    Attributes:
+        dense_calls: how often the dense program ran; ``prefix.calls`` and ``suffix.calls`` count
+            the others.
+        captured: the programs are recorded as CUDA graphs.
+        returns: whether the function that Dynamo captured returns behind this graph; else it goes
+            on behind a graph break.
+        read_as: models whose logits are an output of this program, and which
+            (:class:`~focus_compile.runtime.reader.Program`).
+    """
+
+    def __init__(
+        self,
+        dense: Callable[..., Any],
+        halves: Halves,
+        layout: Layout,
+        config: FocusConfig,
+        programs: tuple[Program, Program],
+        record: Record | None = None,
+        *,
+        returns: bool = True,
+    ) -> None:
+        self.dense = dense
+        self.halves = halves
+        self.layout = layout
+        self.config = config
+        self.prefix, self.suffix = programs
+        self.record = record or Record()
+        self.dense_calls = 0
+        self.captured = config.captures(slot.device for slot in layout.slots)
+        self.returns = returns
+        self.read_as: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+    @property
+    def returns_logits(self) -> bool:
+        return bool(self.halves.vocabulary)
+
+    def __call__(self, *args: Any) -> Any:
+        session = current_session()
+        if session is None:
+            return self._run(args, None)
+        with session.calling():
+            return self._run(args, session)
+
+    def _run(self, args: Sequence[Any], session: Session | None) -> Any:
+        ids = args[self.layout.arguments[int(self.layout.ids.removeprefix("input"))]]
+        if session is not None and not (session.enabled and ids.numel()):
+            session.masked = None  # they were given for this call
+        if not ids.numel():
+            raise EmptyCall(tuple(ids.shape))
+        if session is not None and not session.enabled:
+            return self._dense(args, session)
+        masked = self._masked(ids, session)
+        if masked is None or ids.shape[-1] == 1 or not bool(masked.any()):
+            return self._dense(args, session)
+        if self.layout.written and overlap(args, self.layout.written):
+            warning_once(log, OVERLAP)
+            self.record.dense_call("written and shared memory")
+            return self._dense(args, session, masked=True)
+        if self.layout.causal:
+            warning_once(log, CAUSAL)
+        if session is None:
+            warn_outside()
+        return self._focus(args, ids.view(masked.shape), masked, session)
+
+    def _dense(self, args: Sequence[Any], session: Session | None, masked: bool = False) -> Any:
+        self.dense_calls += 1
+        if session is not None:
+            session.stats.dense_calls += 1
+            session.stats.masked_dense += masked
+            session.end_blocks(model_key(args))
+        return self.dense(*args)
+
+    def _masked(self, ids: Tensor, session: Session | None) -> Tensor | None:
+        """bool ``[B, T]``, by precedence: given masks, the session's mask token, the option's."""
+        token = self.config.mask_token_id
+        if session is not None:
+            given = session.take_masked(ids)
+            if given is not None:
+                return session.in_block(given)
+            token = token if session.mask_token_id is None else session.mask_token_id
+        if token is None:
+            warning_once(log, NO_MASKS)
+            return None
+        check_mask_token(token, self.layout.vocabulary)
+        if session is not None:
+            session.mask_sought = token
+        masked = (ids == token).view(-1, ids.shape[-1])
+        return masked if session is None else session.in_block(masked)
+
+    def _focus(
+        self, args: Sequence[Any], ids: Tensor, masked: Tensor, session: Session | None
+    ) -> Any:
+        values = self._arguments(args)
+        state = self._state(args, values, ids, masked, session)
+        exact = self._exact(session)
+        delayed = self.config.delayed_cache and not exact
+        skip = session is not None and session.commits_exactly
+        tables = feed(torch.ones_like(masked) if exact else state.fed(delayed, skip))
+        values |= self._controls(state, values, tables, session)
+        # the suffix is compiled for contiguous values at the cut, whatever the prefix prefers
+        values |= {name: value.contiguous() for name, value in self.prefix(values).items()}
+        count, most = values["sizes"].tolist()
+        values["tokens"], values["rows"] = retained_tables(
+            values["order"], values["places"], count, most, self.config.buckets
+        )
+        values |= self.suffix(values)
+        values |= trimmed(self.halves, values, count)
+        packed = None if session is None else self._packed(session)
+        if session is not None and packed is not None and (own := self.halves.own[packed]):
+            session.logits = packed_logits(own, values)
+        made = returned(self.halves, values, packed)
+        count_own = len(made) - len(self.layout.written)
+        for argument, value in zip(self.layout.written, made[count_own:], strict=True):
+            args[argument].copy_(value)
+        self.record.focus_call()
+        if session is not None:
+            retained = values["retain_mask"].clone()  # it outlives this call
+            state.advance(tables.fed, retained, self._slots(values), delayed)
+            session.retain_mask = retained
+            session.stats.record(masked.numel(), tables.tokens.numel(), count)
+            self._tell(session, made, retained, packed)
+            session.keep(model_key(args), state)  # last: a call that is interrupted has no state
+        return made[:count_own]
+
+    def _packed(self, session: Session) -> int | None:
+        """Which output stays packed: one that is known to be what the caller reads as logits."""
+        if not session.packed:
+            return None
+        if self.halves.logits is None:
+            raise ValueError("logits='packed': the model returns no value with a row per token")
+        if session.reader is not None:
+            return self.read_as.get(session.reader.model)
+        if len(self.halves.vocabulary) == 1 and self.returns and outermost():
+            return self.halves.vocabulary[0]
+        session.logits = None
+        warning_once(log, NOT_PACKED)
+        return None
+
+    def _tell(
+        self,
+        session: Session,
+        made: Sequence[Tensor | None],
+        retained: Tensor,
+        packed: int | None,
+    ) -> None:
+        """Show what was returned to whom it may concern."""
+        if session.reader is None:
+            return
+        outputs = {
+            index: value
+            for index, (own, value) in enumerate(zip(self.halves.own, made, strict=True))
+            if own is not None and own.tokens == "tokens" and value is not None
+        }
+        session.reader.calls.append(MaskedCall(self, retained, outputs, packed))
+
+    def _exact(self, session: Session | None) -> bool:
+        """Whether every token is fed and retained: by the session's setting, or the option."""
+        if session is None or session.exact is None:
+            return self.config.exact
+        return session.exact
+
+    def _state(
+        self,
+        args: Sequence[Any],
+        values: Mapping[str, Tensor],
+        ids: Tensor,
+        masked: Tensor,
+        session: Session | None,
+    ) -> BlockState:
+        """The state of this call's blocks: the session's, brought up to date, or a fresh one."""
+        if session is None:
+            return BlockState(ids, masked, History(0, None))
+        history = History(0, None)
+        if self.layout.past is not None:
+            past = values[self.layout.past]
+            dim = self.layout.past_dim
+            keys = length = past.shape[dim]
+            places: Tensor | None = None
+            if (index := self.layout.index) is not None:
+                (places,) = index.gm(*(values[name] for name in index.inputs))
+                places = places.remainder(keys)
+                length = int(places.min())
+            mark = past.select(dim, length - 1).clone() if length else None
+            history = History(length, mark, keys, places)
+        key = model_key(args)
+        weights = weights_of(args, self.layout.buffers, self.layout.key_program)
+        state = session.state(key) if key else None
+        session.forget(key)  # until this call is through
+        if state is None:
+            return BlockState(ids, masked, history, weights)
+        try:
+            state.check_committed(ids, history)
+            if not state.fits(ids, weights) or not self._stores(state):
+                return BlockState(ids, masked, history, weights)
+            state.observe(ids, masked, history, session.shifted_logits)
+        except (UncommittedHistory, EvictedTokenDecoded):
+            session.keep(key, state)  # refused before anything was changed
+            raise
+        return state
+
+    def _stores(self, state: BlockState) -> bool:
+        """Whether the slots of a state are of this graph's dtype and device."""
+        return all(
+            (slot.dtype, slot.device)
+            == (state.slots[slot.name].dtype, state.slots[slot.name].device)
+            for slot in self.layout.slots
+            if state.slots
+        )
+
+    def _controls(
+        self,
+        state: BlockState,
+        values: Mapping[str, Tensor],
+        tables: Feed,
+        session: Session | None,
+    ) -> dict[str, Tensor]:
+        """The inputs that are neither the caller's nor made by the prefix."""
+        device = state.masked.device
+        batch, tokens = state.masked.shape
+        alpha, visibility, signal = self.config.alpha, self.config.visibility, Signal()
+        if session is not None:
+            alpha = alpha if session.alpha is None else session.alpha
+            visibility = session.visibility or visibility
+            step = Step(session.stats.steps, state.ids, state.masked, tables.fed)
+            signal = session.signal_of(step)
+        if self._exact(session):
+            alpha = torch.inf
+        bias = signal.bias
+        if bias is None:
+            bias = torch.zeros(batch, tokens, dtype=torch.float32, device=device)
+        if bias.shape != state.masked.shape:
+            shape = tuple(bias.shape)
+            raise ValueError(f"the signal's bias has shape {shape}: expected {(batch, tokens)}")
+        slots = state.slots or self._no_slots(state, values)
+        owns = session is not None and session.owns_kv and not self.captured
+        reuse = owns and state.goes_on and bool(state.slots)
+        exact = True if self.config.stale_kv else state.final
+        return slots | {
+            "masked": state.masked,
+            "fed": tables.fed,
+            "fed_tokens": tables.tokens,
+            "fed_inverse": tables.inverse,
+            "fed_rows": tables.rows,
+            "progress": state.progress,
+            "average": state.average,
+            "alpha": torch.tensor(alpha, dtype=torch.float32, device=device),
+            "signal_weights": torch.tensor(signal.weights, dtype=torch.float32, device=device),
+            "signal_bias": bias.to(device, torch.float32).contiguous(),
+            "written01": state.written01 & exact,
+            "written": state.written & exact,
+            "prefix_visibility": torch.tensor(visibility == "prefix", device=device),
+            "reuse": torch.tensor(reuse, device="cpu"),  # the host reads it
+        }
+
+    def _slots(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every layer's keys and values, for the next step; a CUDA graph overwrites its results."""
+        names = [name for pair in self.halves.kv for name in pair]
+        return {
+            slot.name: values[name].clone() if self.captured else values[name]
+            for slot, name in zip(self.layout.slots, names, strict=True)
+        }
+
+    def _no_slots(self, state: BlockState, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Slots that nobody has written: no memory, and no layer reads them."""
+        sizes = dict(zip(("batch", "token"), state.masked.shape, strict=True))
+        for given in self.layout.inputs:
+            for name, size in zip(given.shape, values[given.name].shape, strict=True):
+                if isinstance(name, str):
+                    sizes[name] = size
+        return {slot.name: _zeros(slot, sizes) for slot in self.layout.slots}
+
+    def _arguments(self, args: Sequence[Any]) -> dict[str, Tensor]:
+        """The canonical graph's inputs, in the layout that the programs were compiled for."""
+        values: dict[str, Tensor] = {}
+        for given, argument in zip(self.layout.inputs, self.layout.arguments, strict=True):
+            value = local(args[argument])
+            if given.strided:
+                fits = value.stride(-1) == 1
+            else:
+                fits = not given.symbolic or value.is_contiguous()
+            values[given.name] = value if fits else value.contiguous()
+        return values
+
+
+def _zeros(slot: Input, sizes: Mapping[str, int]) -> Tensor:
+    shape = [length(extent, sizes) for extent in slot.shape]
+    return torch.zeros(shape[-1:], dtype=slot.dtype, device=slot.device).expand(shape)

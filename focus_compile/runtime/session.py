@@ -1,0 +1,333 @@
+"""Sessions: the scope of one generation, in which calls of a compiled model share block state."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from focus_compile.log import warning_once
+from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
+from focus_compile.runtime.block import BlockState
+from focus_compile.runtime.reader import Reader
+from focus_compile.runtime.statistics import SessionStats
+from focus_compile.torch_private import recompile_limits_hit
+
+__all__ = [
+    "PackedLogits",
+    "Session",
+    "SessionStats",
+    "Signal",
+    "Step",
+    "current_session",
+    "session",
+    "warn_outside",
+]
+
+log = logging.getLogger(__name__)
+
+OUTSIDE = (
+    "a call of backend 'focus' is in no session, while one is open elsewhere: its settings and "
+    "state are not used. A session holds in the thread or task that entered it, and, entered in a "
+    "generator, while that generator runs. Enter focus_compile.session(...) in this thread, around "
+    "the call"
+)
+NO_MASKED_CALL = (
+    "a session ends without one masked call, after %d dense ones: no token was %s. Give the id of "
+    "the model's own mask token (tokenizer.mask_token_id), or session.masked"
+)
+NOT_REACHED = (
+    "a session ends in which masked calls may have run eagerly, without backend 'focus': Dynamo "
+    "has reached its recompile limit. Compile with focus_compile.compile(...), which has a limit "
+    "of its own, vary alpha by session(alpha=...), or raise torch._dynamo.config.recompile_limit"
+)
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The ranking signal, ``weights[0] * importance0 + weights[1] * importance1 + bias``.
+
+    The default is FOCUS's: importance at layer 1 minus importance at layer 0. ``bias`` is fp32
+    ``[B, T]`` or None.
+    """
+
+    weights: tuple[float, float] = (-1.0, 1.0)
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a signal hook may look at; ``ids``, ``masked`` and ``fed`` are ``[B, T]``."""
+
+    index: int
+    ids: Tensor
+    masked: Tensor
+    fed: Tensor
+
+
+@dataclass(frozen=True)
+class PackedLogits:
+    """Logits of the retained tokens of a call.
+
+    ``values`` ``[N, V]``; ``rows`` and ``positions`` int64 ``[N]``: where in the batch and in the
+    block each of them stands, in row-major order.
+    """
+
+    values: Tensor
+    rows: Tensor
+    positions: Tensor
+
+
+class Session:
+    """Block state of the compiled models called inside; made by :func:`session`.
+
+    Attributes:
+        mask_token_id, alpha, visibility, exact: override the model's options where not None.
+        signal: replaces the ranking signal: a :class:`Signal`, or a function of the
+            :class:`Step` that returns one. For ablations and benchmarks.
+        enabled: whether masked calls run FOCUS's programs, or the dense one like all others.
+        packed: where the compiled program is the whole model and has one output as wide as the
+            vocabulary, masked calls return no logits on the canvas but one zero, expanded, and
+            ``logits`` holds them: :class:`PackedLogits` of the last masked call. Elsewhere they
+            return logits on the canvas, and ``logits`` is None.
+        reader: sees what a model returns, and so decides what is packed; None in an own loop.
+        stats: counts so far.
+        retain_mask: bool ``[B, T]``, what the last masked call retained; None before it.
+        commits_exactly: the caller commits every block with a mask-free call, so that a row whose
+            last mask has gone need not be fed again before.
+        shifted_logits: the token at p is predicted by the logits of p - 1 (Dream), so that it may
+            be decoded where p - 1 was retained; the first one by the last call before the block.
+        block: ``(start, stop)``, the positions of the block that is being decoded, where calls get
+            the whole canvas: masks outside are no candidates, and count as decoded. None: all.
+        owns_kv: the caller drops the keys and values that a masked call returns, so that the next
+            one may write into them instead of copying the history.
+        mask_sought: the id of the mask token that calls looked for last, None before.
+        reached: calls that the backend saw, and generations that took settings from here.
+        eager: masked calls of a generation that the backend did not see.
+        calls: the thread whose call is running, if one is, so that no other thread's can.
+    """
+
+    def __init__(
+        self,
+        mask_token_id: int | None = None,
+        alpha: float | None = None,
+        visibility: str | None = None,
+        signal: Signal | Callable[[Step], Signal] | None = None,
+        logits: str = "canvas",
+        enabled: bool = True,
+        shifted_logits: bool = False,
+        exact: bool | None = None,
+    ) -> None:
+        if alpha is not None and not alpha >= 1:
+            raise ValueError(f"alpha={alpha!r}: expected a number >= 1")
+        if visibility not in (None, "written", "prefix"):
+            raise ValueError(f"visibility={visibility!r}: expected 'written' or 'prefix'")
+        if logits not in ("canvas", "packed"):
+            raise ValueError(f"logits={logits!r}: expected 'canvas' or 'packed'")
+        self.mask_token_id = mask_token_id
+        self.alpha = alpha
+        self.visibility = visibility
+        self.exact = exact
+        self.signal = signal
+        self.stats = SessionStats()
+        self.retain_mask: Tensor | None = None
+        self.enabled = enabled
+        self.shifted_logits = shifted_logits
+        self.block: tuple[int, int] | None = None
+        self.packed = logits == "packed"
+        self.logits: PackedLogits | None = None
+        self.reader: Reader | None = None
+        self.commits_exactly = False
+        self.owns_kv = False
+        self.mask_sought: int | None = None
+        self.reached = 0
+        self.eager = 0
+        self.calls: dict[str, int] = {}
+        self._limits = recompile_limits_hit()
+        self._masked: Tensor | None = None
+        self._states: dict[tuple[int, ...], BlockState] = {}
+        self._kept: tuple[int, ...] | None = None
+        self._thread: int | None = None
+
+    @property
+    def masked(self) -> Tensor | None:
+        """Which tokens of the next call are masked, bool ``[B, T]``; taken by that call."""
+        return self._masked
+
+    @masked.setter
+    def masked(self, value: Tensor | None) -> None:
+        if value is not None and value.dtype != torch.bool:
+            raise ValueError(f"session.masked has dtype {value.dtype}: expected torch.bool")
+        self._masked = value
+
+    def reset(self) -> None:
+        """Forget every block: the next call of each model starts anew."""
+        self._states.clear()
+        self._masked = None
+        self.retain_mask = None
+        self.logits = None
+
+    close = reset  # for contextlib.closing
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it changes nothing of what a generation does."""
+        settings = (self.alpha, self.visibility, self.signal, self.exact)
+        return self.enabled and settings == (None, None, None, None)
+
+    def report(self) -> None:
+        """At its end: warn if FOCUS had nothing to do, or was never asked."""
+        if not self.enabled or self.stats.steps:
+            missed = recompile_limits_hit() > self._limits
+        elif self.stats.dense_calls and self.mask_sought is not None:
+            warning_once(log, NO_MASKED_CALL, self.stats.dense_calls, self.mask_sought)
+            missed = False
+        else:
+            missed = bool(recompile_limits_hit()) and not self.reached
+        if missed and self.enabled:
+            warning_once(log, NOT_REACHED)
+
+    def take_masked(self, ids: Tensor) -> Tensor | None:
+        """The masks given for this call, if any."""
+        masked, self._masked = self._masked, None
+        if masked is None:
+            return None
+        expected = (ids.numel() // ids.shape[-1], ids.shape[-1])
+        if masked.shape != expected:
+            shape = tuple(masked.shape)
+            raise ValueError(f"session.masked has shape {shape}: the token ids have {expected}")
+        return masked.to(ids.device)
+
+    def in_block(self, masked: Tensor) -> Tensor:
+        """Masks ``[B, T]`` inside the block that is being decoded.
+
+        Raises:
+            ValueError: the block is not within the T tokens.
+        """
+        if self.block is None:
+            return masked
+        start, stop = self.block
+        if not 0 <= start < stop <= masked.shape[1]:
+            raise ValueError(f"session.block={self.block}: the call has {masked.shape[1]} tokens")
+        index = torch.arange(masked.shape[1], device=masked.device)
+        return masked & (index >= start) & (index < stop)
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Around one call of a compiled model.
+
+        An interrupt behind :meth:`keep` takes the state back: the caller never saw the logits.
+
+        Raises:
+            RuntimeError: another thread's call is in progress.
+        """
+        thread = threading.get_ident()
+        # no lock: one that an interrupt left closed would keep other threads out for ever
+        if self.calls.setdefault("thread", thread) != thread:
+            raise RuntimeError(
+                "two threads call a model in one session at the same time: enter "
+                "focus_compile.session(...) in each of them"
+            )
+        self._kept = None
+        try:
+            try:
+                self.reached += 1
+                yield
+            finally:
+                self.calls.clear()
+        except BaseException as error:
+            if self._kept is not None and not isinstance(error, Exception):
+                self.forget(self._kept)
+            raise
+
+    def state(self, key: tuple[int, ...]) -> BlockState | None:
+        return self._states.get(key)
+
+    def forget(self, key: tuple[int, ...]) -> None:
+        self._states.pop(key, None)
+
+    def keep(self, key: tuple[int, ...], state: BlockState) -> None:
+        for other in self._related(key):
+            self.forget(other)  # the model with other layers, such as without its adapter
+        self._thread = threading.get_ident()
+        self._kept = key  # before: an interrupt in between takes it back
+        self._states[key] = state
+
+    def end_blocks(self, key: tuple[int, ...]) -> None:
+        """A mask-free call: what a model is called with next starts anew."""
+        for other in (key, *self._related(key)):
+            if other in self._states:
+                self._states[other].committed = True
+
+    def changes_threads(self, key: tuple[int, ...]) -> bool:
+        """Whether a model's last call was a masked one, made by another thread."""
+        state = self._states.get(key)
+        mid_block = state is not None and not state.committed
+        return mid_block and self._thread != threading.get_ident()
+
+    def _related(self, key: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Models that share weights with one, itself excepted."""
+        others = [other for other in self._states if other != key]
+        return [other for other in others if not set(key).isdisjoint(other)] if others else []
+
+    def signal_of(self, step: Step) -> Signal:
+        if self.signal is None or isinstance(self.signal, Signal):
+            return self.signal or Signal()
+        return self.signal(step)
+
+
+def warn_outside() -> None:
+    """Warn if a session is open elsewhere in the process; for a masked call that is in none."""
+    if open_elsewhere():
+        warning_once(log, OUTSIDE)
+
+
+@contextmanager
+def session(
+    mask_token_id: int | None = None,
+    alpha: float | None = None,
+    visibility: str | None = None,
+    signal: Signal | Callable[[Step], Signal] | None = None,
+    logits: str = "canvas",
+    enabled: bool = True,
+    shifted_logits: bool = False,
+    exact: bool | None = None,
+) -> Iterator[Session]:
+    """Scope of one generation: K/V slots, averages and progress live until it ends.
+
+    It holds in the thread or task that enters it; entered in a generator, for the calls that this
+    generator makes, wherever it is advanced (:mod:`focus_compile.runtime.ambient`). Calls in it
+    come one after another: threads that work at the same time need a session each.
+
+    Args:
+        mask_token_id, alpha, visibility, signal, shifted_logits: see :class:`Session`.
+        logits: ``"canvas"``: ``[B, T, V]``, 0 where evicted. ``"packed"``: the model's output holds
+            an expanded zero in their place, and ``session.logits`` those of the retained tokens,
+            ``[N, V]``: a large vocabulary is never spread over the canvas. It is None, and the
+            output holds the logits after all, where the compiled program is not known to return
+            what the model does: a part of the model is compiled, a module calls the compiled one,
+            the graph breaks, or several outputs are as wide as the vocabulary. A warning says so.
+        enabled: False runs the dense program, plain Inductor's, in every call: for comparisons.
+        exact: True evicts nothing and feeds every token in every step: logits of FOCUS's programs
+            equal eager's to rounding throughout. A large alpha alone does not: the delayed cache
+            stops feeding final tokens, and keeps their keys and values as they were.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    opened = Session(
+        mask_token_id, alpha, visibility, signal, logits, enabled, shifted_logits, exact
+    )
+    scope = Scope(opened)
+    scope.enter()
+    try:
+        yield opened
+        opened.report()
+    finally:
+        scope.exit()
+        opened.reset()

@@ -1,0 +1,1 @@
+"""One analysis seen as data, picture, cost, files, trace."""
