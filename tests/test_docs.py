@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 WRITTEN = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 NARROW = [DOCS / f"{name}.md" for name in "README method options commands sessions limits".split()]
-MOVED = (ROOT / "focus_compile" / "plan").is_dir()
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -85,7 +84,6 @@ def test_every_command_is_explained() -> None:
     assert [name for name in names if f"**`focus-compile {name}" not in text] == []
 
 
-@pytest.mark.skipif(not MOVED, reason="the packages that it names are not there yet")
 def test_contributing_names_files_that_exist() -> None:
     """Each path in backticks, from the root or from ``focus_compile/``."""
     text = (ROOT / "CONTRIBUTING.md").read_text()

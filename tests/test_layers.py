@@ -73,9 +73,7 @@ def test_no_import_goes_upwards(name: str) -> None:
 
 
 def test_a_planted_import_is_found() -> None:
-    planted = ast.parse(
-        "def f():\n    from focus_compile.runtime.executable.session import session"
-    )
+    planted = ast.parse("def f():\n    from focus_compile.runtime.session import session")
     assert upwards("plan.sites", planted) == ["runtime.session"]
     assert upwards("views.cost", planted) == ["runtime.session"]
     assert upwards("generation.loop", planted) == upwards("runtime.block", planted) == []

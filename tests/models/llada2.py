@@ -184,7 +184,7 @@ class LLaDA2(nn.Module):
         *,
         vocab: int = 61,
         size: int = 40,
-        layers: int = 3,
+        layers: int = 4,
         heads: int = 6,
         groups: int = 2,
         head: int = 16,
