@@ -1,8 +1,8 @@
 """Prefix and suffix become Triton kernels for sm_80 and sm_90, without a GPU.
 
-Each model is lowered once for sm_90 and one for sm_80, too, cold, each in a process of its own: the
-patches of ``fake_gpu.py`` change what PyTorch believes of the machine. bf16; every size is a symbol. This
-shows what is emitted, and that it compiles; nothing runs.
+Each model is lowered once for sm_90, and one for sm_80, too, cold, each time in a process of its
+own: the patches of ``fake_gpu.py`` change what PyTorch believes of the machine. bf16; every size is
+a symbol. This shows what is emitted, and that it compiles; nothing runs.
 """
 
 from __future__ import annotations
