@@ -53,7 +53,7 @@ def tables(keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor([b * keep.shape[1] + t for b, t in pairs]), inverse, rows
 
 
-def controls(prefix: bool = False) -> Values:
+def controls(prefix: bool = False, past: int = PAST) -> Values:
     """What the passes ask for, by name; ``DELTA`` is the signal whatever the importances are."""
     fed_tokens, fed_inverse, fed_rows = tables(FED)
     tokens, _, rows = tables(RETAINED)
@@ -78,8 +78,8 @@ def controls(prefix: bool = False) -> Values:
     generator = torch.Generator().manual_seed(1)
     for layer in range(LAYERS):
         for part in "kv":
-            stale = torch.randn(BATCH, GROUPS, PAST + TOKENS, SIZE, generator=generator)
-            empty = torch.cat([torch.ones(BATCH, PAST).bool(), ~written(layer)], 1)
+            stale = torch.randn(BATCH, GROUPS, past + TOKENS, SIZE, generator=generator)
+            empty = torch.cat([torch.ones(BATCH, past).bool(), ~written(layer)], 1)
             stale.transpose(1, 2)[empty] = math.nan  # read by nobody
             values[f"slots{layer}_{part}"] = stale
     return values
@@ -112,7 +112,8 @@ class Step:
             self._slots(new, stored, f"{layer}_{part}", values)
             for new, part in ((key, "k"), (value, "v"))
         ]
-        slots = torch.cat([torch.ones(BATCH, PAST).bool(), seen], 1)
+        past = values["past0_k"].shape[2]
+        slots = torch.cat([torch.ones(BATCH, past).bool(), seen], 1)
         hidden = ~(values["mask"][:, 0] & slots[:, None])
         out = torch.empty_like(query)
         for b in range(BATCH):
@@ -124,7 +125,7 @@ class Step:
 
     def _slots(self, new: Tensor, stored: Tensor, name: str, values: Values) -> Tensor:
         """History and block: new where stored in this step, else stale where written, else 0."""
-        stale = self.given[f"slots{name}"][:, :, PAST:]
+        stale = self.given[f"slots{name}"][:, :, -TOKENS:]
         old = stale.nan_to_num(0)
         block = torch.where(stored[:, None, :, None], new, old)
         return torch.cat([values[f"past{name}"], block], 2)

@@ -124,6 +124,36 @@ def test_numbers(prefix: bool, tiny: Subject, stages: dict[str, GraphModule]) ->
     assert (model(values)[0] - expected)[RETAINED].abs().max() > 0.01
 
 
+def causal(
+    layer: int, query: Tensor, key: Tensor, value: Tensor, values: Values
+) -> tuple[Tensor, Tensor, Tensor]:
+    """No cache: the site's own operands are the K/V writes; no mask: later keys are hidden."""
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return out, key, value
+
+
+@torch.no_grad()
+def test_without_a_cache() -> None:
+    """Nothing to join to; ``is_causal`` counts queries, and is a mask once they are gathered."""
+    values = {**call(past=0), **controls(past=0)}
+    own = {name: values[name] for name in call() if name != "mask" and "past" not in name}
+    changed = subject(own, lambda given: model(given, causal))
+    after = narrow(retain(score(changed.canonical.gm, changed.plan), changed.plan), changed.plan)
+    lines = changed.lines(after)
+    for line in (
+        "joined2_k = focus.join(None, mul, tokens, slots2_k, written, reuse, 2)",
+        "causal = focus.causal(masked, joined1_k)",
+        "site_mask = focus.site_mask(causal, rows, visible, 0, 3, torch.float32)",
+    ):
+        assert line in lines
+    (logits, *cache), _, _ = changed.run(after, values)["output"]
+    values["mask"] = torch.ones(BATCH, 1, TOKENS, TOKENS).bool().tril()
+    expected, *slots = model(values, Step(values).attend)
+    torch.testing.assert_close(logits[0], expected[RETAINED], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(cache, slots, atol=2e-5, rtol=1e-5)
+    assert (model(values)[0] - expected)[RETAINED].abs().max() > 0.01
+
+
 def product_per_row(x: Tensor, values: Values) -> Tensor:
     """A matrix for each row of the batch."""
     return x + torch.matmul(x, values["matrix"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.fx import GraphModule
@@ -15,6 +17,11 @@ from focus_compile.verify import InvalidGraph, verify
 from tests.passes.reading import Subject, snapshot
 
 ORDER = ["canonical", "score", "retain", "narrow", "restore"]
+
+
+def test_every_pass_has_tests_of_its_own() -> None:
+    for apply in PASSES:
+        assert Path(__file__).with_name(f"test_{apply.__name__}.py").exists()
 
 
 def test_the_graph_after_each_pass(tiny: Subject, stages: dict[str, GraphModule]) -> None:
