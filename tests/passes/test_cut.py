@@ -11,9 +11,10 @@ from torch.fx import GraphModule
 
 from focus_compile.cut import Half, Halves, Returned, cut
 from focus_compile.errors import Unsupported
-from tests.passes.reading import Subject, snapshot
+from focus_compile.passes import PASSES
+from tests.passes.reading import Subject, snapshot, subject
 from tests.passes.step import RETAINED, controls, tables
-from tests.passes.tiny import LAYERS, Values, call
+from tests.passes.tiny import LAYERS, Values, call, model
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,18 @@ def test_numbers(
     for found, expected in zip(cache, own[1:], strict=True):
         assert found is not None
         assert torch.equal(values[found.name], expected)
+
+
+def test_slots_that_the_model_does_not_return() -> None:
+    """Keys and values of layers 0 and 1 are the prefix's all the same, later ones the suffix's."""
+    changed = subject(call(), lambda values: model(values)[:1])
+    gm = changed.canonical.gm
+    for apply in PASSES:
+        gm = apply(gm, changed.plan)
+    made = cut(gm, changed.plan)
+    assert len(made.own) == 1
+    assert {*made.kv[0], *made.kv[1]} < {*made.prefix.outputs}
+    assert {*made.kv[2]} < {*made.suffix.outputs}
 
 
 def test_last_tokens(tiny: Subject, stages: dict[str, GraphModule]) -> None:

@@ -9,7 +9,9 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from focus_compile.errors import Unsupported
-from focus_compile.passes import narrow, retain, score
+from focus_compile.passes.narrow import narrow
+from focus_compile.passes.retain import retain
+from focus_compile.passes.score import score
 from tests.passes.reading import Subject, missing, subject
 from tests.passes.step import FED, RETAINED, Step, controls
 from tests.passes.tiny import BATCH, HIDDEN, LAYERS, TOKENS, Between, Values, call, model

@@ -9,7 +9,8 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from focus_compile.errors import Unsupported
-from focus_compile.passes import PASSES, restore
+from focus_compile.passes import PASSES
+from focus_compile.passes.restore import restore
 from focus_compile.plan import Plan
 from tests.passes.reading import Subject, missing, subject
 from tests.passes.step import FED, RETAINED, Step, controls

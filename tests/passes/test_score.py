@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from focus_compile.passes import score
+from focus_compile.passes.score import score
 from focus_compile.shards import Group
 from tests.passes.reading import Subject, missing, subject
 from tests.passes.step import MASKED, controls
@@ -27,9 +28,9 @@ def scored(values: Values) -> Scored:
     """Queries and keys of the block, of every layer."""
     seen: Scored = []
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, given: Values) -> Tensor:
+    def attend(layer: int, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         seen.append((query, key))
-        return dense(layer, query, key, value, given)
+        return dense(layer, query, key, *rest)
 
     model(values, attend)
     return seen

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 BATCH, TOKENS, PAST, HEADS, GROUPS, SIZE, HIDDEN, VOCAB, LAYERS = 4, 7, 5, 6, 2, 16, 10, 23, 3
 
 Values = dict[str, Tensor]
-Attend = Callable[[int, Tensor, Tensor, Tensor, Values], tuple[Tensor, Tensor, Tensor]]
+Attend = Callable[[int, Tensor, Tensor, Tensor, Values], tuple[Tensor, ...]]
 Between = Callable[[Tensor, Values], Tensor]
 Model = Callable[[Values], tuple[Tensor, ...]]
 Symbolic = Mapping[str, Sequence[int]]
