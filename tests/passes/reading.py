@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from focus_compile.canonical import Canonical, canonicalize
-from focus_compile.plan import Plan, make_plan
+from focus_compile.capture.canonical import Canonical, canonicalize
+from focus_compile.plan.plan import Plan, make_plan
 from tests.passes.tiny import NUMBERS, Model, Symbolic, Values, captured, model
 
 _NUMBERED = re.compile(r"_(default|int|tensor|\d+)(?=_|$)")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from focus_compile.axes import graph_inputs
-from focus_compile.canonical import Canonical, canonicalize
+from focus_compile.capture.canonical import Canonical, canonicalize
 from focus_compile.errors import Unsupported
-from focus_compile.verify import verify
+from focus_compile.graph.nodes import graph_inputs
+from focus_compile.graph.recompute import verify
 from tests.passes.reading import Subject, missing, snapshot
 from tests.passes.tiny import GROUPS, LAYERS, SIZE, Symbolic, Values, call, captured, dense, model
 

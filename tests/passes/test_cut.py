@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from focus_compile.cut import Half, Halves, Returned, cut
 from focus_compile.errors import Unsupported
 from focus_compile.passes import PASSES
+from focus_compile.programs.cut import cut
+from focus_compile.programs.halves import Half, Halves, Returned
 from tests.passes.reading import Subject, snapshot, subject
 from tests.passes.step import RETAINED, controls, tables
 from tests.passes.tiny import LAYERS, Values, call, model

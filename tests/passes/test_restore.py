@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from focus_compile.errors import Unsupported
 from focus_compile.passes import PASSES
 from focus_compile.passes.restore import restore
-from focus_compile.plan import Plan
+from focus_compile.plan.plan import Plan
 from tests.passes.reading import Subject, missing, subject
 from tests.passes.step import FED, RETAINED, Step, controls
 from tests.passes.tiny import VOCAB, Values, call, model

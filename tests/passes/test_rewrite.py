@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from focus_compile.inputs import GENERIC
-from focus_compile.passes import PASSES, Pass
-from focus_compile.plan import Plan
-from focus_compile.replay import Replay
-from focus_compile.rewrite import rewrite
-from focus_compile.verify import InvalidGraph, verify
+from focus_compile.graph.recompute import InvalidGraph, verify
+from focus_compile.graph.replay import Replay
+from focus_compile.graph.sizes import GENERIC
+from focus_compile.passes import PASSES, Pass, rewrite
+from focus_compile.plan.plan import Plan
 from tests.passes.reading import Subject, snapshot
 
 ORDER = ["canonical", "score", "retain", "narrow", "restore"]

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
+from focus_compile.graph.sharding import Group
 from focus_compile.passes.score import score
-from focus_compile.shards import Group
 from tests.passes.reading import Subject, missing, subject
 from tests.passes.step import MASKED, controls
 from tests.passes.tiny import PAST, SIZE, TOKENS, Values, call, dense, model
