@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,12 +32,13 @@ from focus_compile.runtime.executable import Executable
 from tests.dialects import DIALECTS, Dialect, Draw, qwen3
 from tests.gpu_lowering.fake_gpu import ARCHES, Cubin, fake_gpu, unfit
 from tests.gpu_lowering.output_code import read, tidy
+from tests.models.llada import LLaDA
 
 MOE = DIALECTS["sdar-moe-grouped"]
 MODELS = {
     "qwen3": Dialect(lambda: qwen3("sdpa"), MOE.arguments, MOE.logits),
     "moe": MOE,
-    "canvas": DIALECTS["llada-canvas"],
+    "canvas": replace(DIALECTS["llada-canvas"], build=lambda: LLaDA(layers=4)),
 }
 BATCH, TOKENS, HISTORY = 5, 9, 17
 INDUCTOR = {
