@@ -38,7 +38,7 @@ MOE = DIALECTS["sdar-moe-grouped"]
 MODELS = {
     "qwen3": Dialect(lambda: qwen3("sdpa"), MOE.arguments, MOE.logits),
     "moe": MOE,
-    "canvas": replace(DIALECTS["llada-canvas"], build=lambda: LLaDA(layers=4)),
+    "canvas": replace(DIALECTS["llada-canvas"], build=lambda: LLaDA(layers=4, tied=True)),
 }
 BATCH, TOKENS, HISTORY = 5, 9, 17
 INDUCTOR = {
