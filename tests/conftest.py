@@ -9,20 +9,10 @@ import pytest
 import torch
 
 from focus_compile.log import text_once
+from tests.tiers import MARKERS, tier
 
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = False  # else pytest formats every trace record
-TIERS = {
-    "inductor": "compiles through Inductor",
-    "process": "starts processes",
-    "triton": "runs or compiles Triton kernels, on no GPU",
-    "browser": "needs a browser",
-    "soak": "many calls of one process: minutes",
-    "docs": "compiles for a page of docs/",
-    "gpu": "needs a GPU",
-    "wide": "more of what the default tier shows by a few: dialects, draws, forms",
-}
-"""Markers; a test that has none is in the default tier."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,16 +24,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name, text in TIERS.items():
+    for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tiers that were asked for; tests that are named on the command line run anyway."""
+    for item in items:
+        name = tier(item.nodeid)
+        if name is not None:
+            item.add_marker(name)
     named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
     if config.getoption("--full") or (named and not config.getoption("--rest")):
         return
-    rest = [item for item in items if any(mark.name in TIERS for mark in item.iter_markers())]
+    rest = [item for item in items if any(mark.name in MARKERS for mark in item.iter_markers())]
     left_out = set(items) - set(rest) if config.getoption("--rest") else set(rest)
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]

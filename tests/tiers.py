@@ -1,0 +1,74 @@
+"""Which tier a test is in: the first pattern that is found in its id decides.
+
+Without a pattern, or with None, it is in the default tier, that of the README's test command: some
+of every file, minutes in all. The rest is ordered by what it needs (``MARKERS``).
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["MARKERS", "PATTERNS", "tier"]
+
+MARKERS = {
+    "inductor": "compiles through Inductor",
+    "process": "starts processes",
+    "triton": "runs or compiles Triton kernels, on no GPU",
+    "browser": "needs a browser",
+    "soak": "many calls of one process: minutes",
+    "docs": "compiles for a page of docs/",
+    "gpu": "needs a GPU",
+    "wide": "more of what the default tier shows by a few: dialects, draws, forms",
+}
+
+PATTERNS: tuple[tuple[str, str | None], ...] = (
+    # a few of what follows
+    (r"test_inductor\.py::test_there_are_enough_draws", None),
+    (r"test_inductor\.py::test_\w+\[sdpa\]", None),
+    (r"test_families\.py.*\[(llada-canvas|dream)\]", None),
+    (r"test_families\.py.*\[sdar-moe-grouped\]", "wide"),
+    (r"test_no_eviction\.py.*\[sdpa-(bool|static|3|8|1)", None),
+    (r"test_eviction\.py.*\[(sdpa-cache-bool|sdpa-whole-bool|sdpa-cache-float|eager-cache)", None),
+    (r"test_fuzz\.py.*(without_loops|\[(qwen3-two-layers|llada-canvas)\])", None),
+    (r"test_edges\.py.*\[break-0\]", None),
+    (r"test_compiles\.py.*\[17-sdpa\]", None),
+    (r"test_trained\.py.*\[aligned_checkpoint-written-True\]", None),
+    (r"test_readout\.py::test_generate\[(confidence|same-body)", None),
+    (r"test_readout\.py::test_(generate|breaks|a_window|packed|shifts)", "wide"),
+    (r"test_taint\.py::test_slots\w+\[(?!llada\])", "wide"),
+    # Inductor
+    (r"test_families_inductor\.py.*\[llada-canvas\]", None),
+    (r"test_(families_)?inductor\.py", "inductor"),
+    (r"test_no_eviction_generate\.py::test_inductor", "inductor"),
+    (r"test_linear\.py::test_inductor", "inductor"),
+    (r"faults/test_inductor\.py::test_inductor_fails\[folder", None),
+    (r"test_compiles\.py::test_table", "inductor"),
+    (r"test_explain\.py::test_(a_real_run|artifacts)", "inductor"),
+    (r"test_lm_eval\.py::test_(dense|focus|lengths|long_prompts|chat)", "inductor"),
+    # processes
+    (r"test_batch\.py::test_refusals", None),
+    (r"parallel/.*::test_(whose|vocabulary)", None),
+    (r"test_cli\.py::test_(a_bad_trace|bad_input|no_mask)", None),
+    (r"test_crowd\.py::test_eight", "inductor"),
+    (r"test_(batch|crowd|own_loop)\.py|parallel/|test_compiles\.py::test_the_cache", "process"),
+    (r"test_cli\.py|test_lm_eval\.py::test_command_line|test_first_use\.py::test_bench", "process"),
+    (r"test_gpu_benchmark\.py::test_(steps|profile|compile|numbers)", "process"),
+    # others
+    (r"test_fused\.py::test_operators_on_a_cpu", None),
+    (r"gpu_lowering/.*\[qwen3-90\]|fused/|gpu_lowering/", "triton"),
+    (r"test_page_browser\.py::test_markup", None),
+    (r"test_page_browser\.py", "browser"),
+    # many of a kind
+    (r"test_families\.py::test_\w+\[", "wide"),
+    (r"test_no_eviction\.py", "wide"),
+    (r"test_eviction\.py::test_equals_the_reference", "wide"),
+    (r"fuzz/test_(fuzz|edges|found)\.py", "wide"),
+    (r"gpu/test_(calls|graphs|generation|streams|kernels)\.py.*cpu-(?!llada)", "wide"),
+    (r"test_(compiles|trained)\.py", "wide"),
+    (r"faults/test_steps\.py::test_interrupted", "wide"),
+)
+
+
+def tier(test: str) -> str | None:
+    """The marker of a test, by its id; None: the default tier."""
+    return next((name for pattern, name in PATTERNS if re.search(pattern, test)), None)
