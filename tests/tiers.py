@@ -37,11 +37,11 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     (r"test_readout\.py::test_(generate|breaks|a_window|packed|shifts)", "wide"),
     (r"test_taint\.py::test_slots\w+\[(?!llada\])", "wide"),
     # Inductor
+    (r"faults/test_inductor\.py::test_inductor_fails\[folder", None),
     (r"test_families_inductor\.py.*\[llada-canvas\]", None),
     (r"test_(families_)?inductor\.py", "inductor"),
     (r"test_no_eviction_generate\.py::test_inductor", "inductor"),
     (r"test_linear\.py::test_inductor", "inductor"),
-    (r"faults/test_inductor\.py::test_inductor_fails\[folder", None),
     (r"test_compiles\.py::test_table", "inductor"),
     (r"test_explain\.py::test_(a_real_run|artifacts)", "inductor"),
     (r"test_lm_eval\.py::test_(dense|focus|lengths|long_prompts|chat)", "inductor"),
@@ -53,11 +53,14 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     (r"test_(batch|crowd|own_loop)\.py|parallel/|test_compiles\.py::test_the_cache", "process"),
     (r"test_cli\.py|test_lm_eval\.py::test_command_line|test_first_use\.py::test_bench", "process"),
     (r"test_gpu_benchmark\.py::test_(steps|profile|compile|numbers)", "process"),
+    (r"test_tiers\.py", "process"),
     # others
     (r"test_fused\.py::test_operators_on_a_cpu", None),
-    (r"gpu_lowering/.*\[qwen3-90\]|fused/|gpu_lowering/", "triton"),
+    (r"fused/|gpu_lowering/", "triton"),
     (r"test_page_browser\.py::test_markup", None),
     (r"test_page_browser\.py", "browser"),
+    (r"test_soak\.py::test_nothing_grows", "soak"),
+    (r"test_how_it_works\.py", "docs"),
     # many of a kind
     (r"test_families\.py::test_\w+\[", "wide"),
     (r"test_no_eviction\.py", "wide"),
