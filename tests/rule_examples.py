@@ -60,7 +60,7 @@ SPECIAL: dict[OpOverload, tuple[Any, ...]] = {
     aten.masked_fill.Tensor: (X, ROW, torch.tensor(0.5, dtype=torch.float64)),
     aten.to.dtype: (X, torch.float32),
     aten.to.device: (X, torch.device("cpu"), torch.float32),
-    aten.to.other: (X, torch.tensor(0.5)),
+    aten.to.other: (X, _x(2, 11).float()),
     aten.type_as.default: (X, _flags(2, 11)),
     aten.dropout.default: (X, 0.3, False),
     aten.full_like.default: (X, 2.0),
