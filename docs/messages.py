@@ -160,6 +160,8 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "but computes": (BUG, OFF),
     "the graph holds no fake tensor": (BUG, OFF),
     " has the fields ": (BUG, OFF),
+    "has a rule already": (
+        "two axis rules for one operator", "take one of them out of axes/rules"),
     # any other option
     ": expected ": (OPTION, NAMED),
 }  # fmt: skip
@@ -169,7 +171,7 @@ HEAD = """# Messages: why they come, and what to do
 
 Warnings and errors of the package; [refusals.md](refusals.md) has the reasons for which a graph is
 left unchanged. Errors of transformers and PyTorch pass through as they are; the command line makes
-one line of them. Written by `python docs/messages.py`.
+one line of them. Written by `python -m docs.build`.
 
 | Text | Kind | Why | What to do |
 | --- | --- | --- | --- |

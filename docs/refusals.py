@@ -19,7 +19,7 @@ tells the same of every graph, and `explain(...).save(folder)` writes a script t
 the same reason: the graph's nodes up to the one at fault, without the model and its weights. A
 block of one token alone is left unchanged in silence, strict or not: there is nothing to evict.
 
-Written by `python docs/refusals.py` from the catalogue, `focus_compile/refusals.py`; `...` stands
+Written by `python -m docs.build` from the catalogue, `focus_compile/refusals.py`; `...` stands
 for what is filled in.
 
 | Reason | What to do |

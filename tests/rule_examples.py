@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-import focus_compile.capture.grow  # noqa: F401  registers rules
 from focus_compile.axes.rules.pointwise import POINTWISE
 from focus_compile.ops.library import focus
 
@@ -61,8 +60,8 @@ SPECIAL: dict[OpOverload, tuple[Any, ...]] = {
     aten.masked_fill.Tensor: (X, ROW, torch.tensor(0.5, dtype=torch.float64)),
     aten.to.dtype: (X, torch.float32),
     aten.to.device: (X, torch.device("cpu"), torch.float32),
-    aten.to.other: (X, torch.tensor(0.5)),
-    aten.type_as.default: (X, ON),
+    aten.to.other: (X, _x(2, 11).float()),
+    aten.type_as.default: (X, _flags(2, 11)),
     aten.dropout.default: (X, 0.3, False),
     aten.full_like.default: (X, 2.0),
     aten.addcmul.default: (X, Y, X),

@@ -85,9 +85,13 @@ def test_every_command_is_explained() -> None:
 
 
 def test_contributing_names_files_that_exist() -> None:
-    """Each path in backticks, from the root or from ``focus_compile/``."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    names = re.findall(r"`([\w./-]+(?:\.py|/))`", text)
-    assert len(names) > 40
+    """Each path in backticks, from the root or from ``focus_compile/``, and ``path::name``."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().replace("/FAMILY.py", "/__init__.py")
+    names = re.findall(r"`([\w./-]*(?:\.py|/)[\w./-]*)(?:::(\w+))?`", text)
+    assert len(names) > 60
     roots = (ROOT, ROOT / "focus_compile")
-    assert [name for name in names if not any((root / name).exists() for root in roots)] == []
+    found = {name: [root / name for root in roots if (root / name).exists()] for name, _ in names}
+    assert [name for name, paths in found.items() if not paths] == []
+    assert [
+        (name, part) for name, part in names if part and part not in found[name][0].read_text()
+    ] == []

@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from focus_compile.axes.axes import Axis, AxisMap, Dims
 from focus_compile.axes.propagate import propagate
-from focus_compile.axes.rules.table import RULES
+from focus_compile.axes.rules.table import RULES, transfer
 from focus_compile.graph.nodes import graph_inputs
 from tests.rule_examples import EXAMPLES, Example
 
@@ -132,6 +133,14 @@ def test_gathering_commutes(example: Example) -> None:
 
 def test_every_rule_has_an_example() -> None:
     assert {example.op for example in EXAMPLES} == set(RULES)
+
+
+@pytest.mark.parametrize("op", [torch.ops.aten.sin.default, torch.ops.aten.to.other], ids=str)
+def test_an_overload_has_one_rule(op: OpOverload) -> None:
+    rule = RULES[op]
+    with pytest.raises(ValueError, match=f"{op} has a rule already: {rule.__name__}"):
+        transfer(op)(RULES[torch.ops.aten.t.default])
+    assert RULES[op] is rule
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,14 @@ _SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 @dataclass(frozen=True)
 class Match:
+    """A form of attention in a graph.
+
+    ``region`` holds the nodes that are replaced, in order. Query, key, value and its last node are
+    ``[batch, heads, token, size]``; the mask has up to four dims. A form that folds heads into the
+    batch (``bmm``) has its reshapes in the region, and the match gives what was there before them.
+    Else ``sites._site`` refuses QUERY_AXES, or ``_check_groups`` HEAD_GROUPS.
+    """
+
     region: tuple[Node, ...]
     query: Node
     key: Node

@@ -11,7 +11,7 @@ from focus_compile.graph.nodes import aten, operands, tensor_of
 
 __all__ = ["POINTWISE"]
 
-POINTWISE = (
+_ELEMENTWISE = (
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar,
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default,
     aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.rsqrt.default, aten.sqrt.default,
@@ -29,16 +29,18 @@ POINTWISE = (
     aten.logical_and.default, aten.logical_or.default, aten.logical_not.default,
     aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_not.default,
     aten.__and__.Tensor, aten.__or__.Tensor, aten.isnan.default, aten.isinf.default,
-    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default,
-    aten.type_as.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default,
+    aten.clone.default, aten.contiguous.default, aten.alias.default,
     aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default,
     aten.dropout.default, aten.addcmul.default, aten.lerp.Tensor,
     aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.copy.default,
     torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default,
 )  # fmt: skip
+_CASTS = (aten.type_as.default, aten.to.other)
+POINTWISE = (*_ELEMENTWISE, *_CASTS)
 
 
-@transfer(*POINTWISE)
+@transfer(*_ELEMENTWISE)
 def _pointwise(node: Node, axes: AxisMap) -> Transfer:
     out: list[Dim] = []
     inputs = [axes.dims[operand][0] for operand in operands(node)]
@@ -57,7 +59,7 @@ def _arange(node: Node, axes: AxisMap) -> Transfer:
     return one(*(axes.fresh(size) for size in tensor_of(node).shape))
 
 
-@transfer(aten.type_as.default, aten.to.other)
+@transfer(*_CASTS)
 def _cast(node: Node, axes: AxisMap) -> Transfer:
     """To the dtype of another value, whose shape does not matter."""
     return one(*axes.dims[source(node)][0])

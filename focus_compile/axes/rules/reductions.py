@@ -1,4 +1,4 @@
-"""Transfer rules of reductions, orders and norms."""
+"""Transfer rules of reductions, of what runs along a dim, and of norms."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def _reduce(node: Node, axes: AxisMap) -> Transfer:
     keep = len(tensor_of(node).shape) == len(dims)
     out = [() if i in at else dim for i, dim in enumerate(dims) if keep or i not in at]
     return one(*out, mixed=[dims[i] for i in at])
+
+
+@transfer(
+    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default,
+)  # fmt: skip
+def _along(node: Node, axes: AxisMap) -> Transfer:
+    dims = axes.dims[source(node)][0]
+    return one(*dims, mixed=[dims[wrap(argument(node, 1, "dim"), len(dims))]])
 
 
 @transfer(aten.topk.default)

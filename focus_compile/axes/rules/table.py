@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from focus_compile.axes.axes import AxisMap, Dim, Dims, Transfer
-from focus_compile.graph.nodes import argument, aten, wrap
+from focus_compile.graph.nodes import aten
 from focus_compile.ops.library import focus
 from focus_compile.torch_private import OpOverload
 
@@ -21,10 +21,17 @@ RULES: dict[OpOverload, Rule] = {}
 
 
 def transfer(*ops: OpOverload) -> Callable[[Rule], Rule]:
-    """Register a rule for ``ops``."""
+    """Register a rule for ``ops``.
+
+    Raises:
+        ValueError: one of them has a rule.
+    """
 
     def register(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(ops, rule))
+        for op in ops:
+            if op in RULES:
+                raise ValueError(f"{op} has a rule already: {RULES[op].__name__}")
+            RULES[op] = rule
         return rule
 
     return register
@@ -50,11 +57,3 @@ def fresh(node: Node, axes: AxisMap) -> tuple[Dims, ...]:
 
 
 ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
-
-
-@transfer(
-    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default,
-)  # fmt: skip
-def _along(node: Node, axes: AxisMap) -> Transfer:
-    dims = axes.dims[source(node)][0]
-    return one(*dims, mixed=[dims[wrap(argument(node, 1, "dim"), len(dims))]])
