@@ -28,6 +28,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("visibility", None, "one of ('written', 'prefix')"),
     ("delayed_cache", 1, "True or False"),
     ("stale_kv", None, "True or False"),
+    ("exact", "yes", "True or False"),
     ("strict", "yes", "True or False"),
     ("mode", "fastest", "None or one of ("),
     ("inductor", ["max_autotune"], "a dict of Inductor config patches"),
