@@ -12,7 +12,7 @@ from torch import Tensor
 
 import focus_compile
 from focus_compile import Generated, Signal, Step
-from tests.harness import MASK, Run, build_model
+from tests.harness import MASK, Run, Sizes, build_model
 from tests.reference import generation
 from tests.reference.generation import Decoding, Strategy, generate_row
 from tests.reference.state import Config, Visibility
@@ -40,7 +40,7 @@ def tally() -> Iterator[Tally]:
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    return Run(build_model(), dynamic=True)
+    return Run(build_model(Sizes(layers=4)), dynamic=True)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import focus_compile
 from tests import third_party
-from tests.harness import MASK, Run
+from tests.harness import MASK, Run, Sizes
 from tests.reference.state import Config, Visibility
 from tests.third_party import BLOCK, Reference
 
@@ -18,7 +18,8 @@ BATCH = 4
 @pytest.fixture(scope="module")
 def run() -> Run:
     """The mask token comes from the session."""
-    return Run(third_party.polite_model(), {"mask_token_id": None}, dynamic=True)
+    model = third_party.polite_model(sizes=Sizes(layers=4))
+    return Run(model, {"mask_token_id": None}, dynamic=True)
 
 
 def prompts(length: int) -> Tensor:

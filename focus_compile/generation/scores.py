@@ -83,7 +83,7 @@ def step_scores(
             return _on_canvas(canvas, None)
         if len(calls) == 1 and (at := calls[0].output_of(canvas)) is not None:
             (call,) = calls
-            call.program.read_as[reader.model] = at
+            call.program.read_as.set(reader.model, at)
             if call.packed == at:
                 assert focus.logits is not None
                 return _packed(focus.logits, call.retained)
@@ -109,7 +109,7 @@ def _unpack(calls: list[MaskedCall], reader: Reader) -> bool:
     """Take back what was known of programs that left logits packed which the model changed."""
     packed = [call for call in calls if call.packed is not None]
     for call in packed:
-        call.program.read_as.pop(reader.model, None)
+        call.program.read_as.forget(reader.model)
     return bool(packed)
 
 

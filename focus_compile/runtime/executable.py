@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from focus_compile.config import FocusConfig
 from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHistory
@@ -25,7 +24,7 @@ from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.block import BlockState, History
 from focus_compile.runtime.identity import model_key, overlap, weights_of
 from focus_compile.runtime.outputs import packed_logits, returned, trimmed
-from focus_compile.runtime.reader import MaskedCall, outermost
+from focus_compile.runtime.reader import MaskedCall, Outputs, outermost
 from focus_compile.runtime.record import Record
 from focus_compile.runtime.session import Session, Signal, Step, warn_outside
 
@@ -89,7 +88,7 @@ class Executable:
         self.dense_calls = 0
         self.captured = config.captures(slot.device for slot in layout.slots)
         self.returns = returns
-        self.read_as: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self.read_as = Outputs()
 
     @property
     def returns_logits(self) -> bool:

@@ -10,16 +10,41 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Protocol
-from weakref import WeakKeyDictionary
+from typing import Any, Protocol
+from weakref import ref
 
 from torch import Tensor, nn
 
 from focus_compile.torch_private import OptimizedModule
 
-__all__ = ["MaskedCall", "Program", "Reader", "outermost"]
+__all__ = ["MaskedCall", "Outputs", "Program", "Reader", "outermost"]
+
+
+class Outputs:
+    """Which output models returned as their logits; of the very objects, equal ones are others.
+
+    A model may be any callable, hashable or not; one that cannot be referred to weakly is
+    forgotten at once.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[ref[Any], int]] = {}
+
+    def get(self, model: Any) -> int | None:
+        """The output's position, or None for a model that was not seen."""
+        known = self._known.get(id(model))
+        return known[1] if known is not None and known[0]() is model else None
+
+    def set(self, model: Any, output: int) -> None:
+        key, known = id(model), self._known
+        with suppress(TypeError):
+            known[key] = ref(model, lambda _: known.pop(key, None)), output
+
+    def forget(self, model: Any) -> None:
+        self._known.pop(id(model), None)
 
 
 class Program(Protocol):
@@ -29,7 +54,7 @@ class Program(Protocol):
     which output it was, by position.
     """
 
-    read_as: WeakKeyDictionary[nn.Module, int]
+    read_as: Outputs
 
     @property
     def returns_logits(self) -> bool: ...
