@@ -56,7 +56,7 @@ def assert_same(actual: Generated, expected: Generated) -> None:
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    return Run(build_model(), OFF, dynamic=True)
+    return Run(build_model(Sizes(layers=4)), OFF, dynamic=True)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

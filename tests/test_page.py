@@ -20,7 +20,7 @@ from focus_compile.views.describe import difference
 from tests.models.dream import Attention, Dream
 from tests.stories import MARKUP, SIZES, Twice, analysis, marked, story, told, trace
 
-ASSETS = Path(focus_compile.__file__).parent / "assets"
+ASSETS = Path(focus_compile.__file__).parent / "reports" / "assets"
 
 
 def part(html: str, name: str) -> str:
