@@ -272,6 +272,13 @@ DIALECTS: dict[str, Dialect] = {
     "gemma": Dialect(Gemma, _gemma, lambda out: out[0], history=False),
 }
 
+DISTINCT = (
+    "llada", "llada-canvas", "sdar-static", "dream", "llada2-sorted", "sdar-moe-grouped",
+    "diffusion-gemma", "gemma",
+)  # fmt: skip
+"""One of each kind, where a test costs half a minute a dialect: the others' operators and forms
+of attention are among theirs, and tests/test_families.py and tests/fuzz have them all."""
+
 
 @dataclass
 class Subject:

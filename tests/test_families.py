@@ -19,7 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import focus_compile
 from focus_compile.axes.rules.table import RULES
-from tests.dialects import DIALECTS, Dialect, Draw, Subject, draw_call, sdar_moe
+from tests.dialects import DIALECTS, DISTINCT, Dialect, Draw, Subject, draw_call, sdar_moe
 from tests.harness import MASK, retained
 from tests.models import dream, llada, parts
 from tests.models.dream import Dream
@@ -175,7 +175,7 @@ def test_blocks_of_a_canvas(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_half_precision(name: str) -> None:
     """bf16 weights, end to end: as near to the fp32 model as the eager bf16 model is.
 

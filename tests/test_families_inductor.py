@@ -1,4 +1,4 @@
-"""Every dialect through Inductor: two shapes, the same programs for both."""
+"""Dialects of each kind through Inductor: two shapes, the same programs for both."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import focus_compile
-from tests.dialects import DIALECTS, Subject, draw_call
+from tests.dialects import DIALECTS, DISTINCT, Subject, draw_call
 from tests.harness import retained
 from tests.reference.emulation import Emulation
 from tests.reference.state import Config
 from tests.test_families import NEAR_TIE, TOLERANCE
 
 
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_through_inductor(name: str) -> None:
     """Nothing evicted: eager's logits. Evicting: those of the emulation, at the same tokens."""
     subject = Subject(DIALECTS[name], inner=None)
