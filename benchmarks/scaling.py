@@ -23,7 +23,7 @@ from rich.progress import Progress
 from benchmarks.provenance import commit, cpu
 from benchmarks.shapes import build
 from focus_compile import Signal, session
-from focus_compile.generation.batch import Rows
+from focus_compile.generation.batch import CachedBatch
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class _Step:
         self.point, self.mask = point, mask
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(0, mask, (point.batch, point.history), generator=generator)
-        self.rows = Rows(model, ids, torch.ones_like(ids, dtype=torch.bool))
+        self.rows = CachedBatch(model, ids, torch.ones_like(ids, dtype=torch.bool))
         self.rows.prefill()
         self.block, self.masked = self.rows.open_block(point.block, mask, mask)
         order = -torch.arange(point.block, dtype=torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 import focus_compile
-from focus_compile.generation.batch import Canvas
+from focus_compile.generation.batch import CanvasBatch
 from tests.harness import MASK, Sizes, build_model
 from tests.models.dream import Dream
 from tests.models.llada import LLaDA
@@ -226,5 +226,5 @@ def test_a_compiled_model_is_tried_eagerly() -> None:
     valid = torch.ones(2, PROMPT, dtype=torch.int64)
     valid[0, :2] = 0
     with focus_compile.session() as focus:
-        Canvas(compiled, prompts(2), valid.bool(), prompts(2))
+        CanvasBatch(compiled, prompts(2), valid.bool(), prompts(2))
     assert not calls and not focus.stats.dense_calls

@@ -11,7 +11,7 @@ import torch
 
 import focus_compile
 from focus_compile.errors import EmptyCall
-from focus_compile.generation.batch import Rows
+from focus_compile.generation.batch import CachedBatch
 from tests.fuzz.caller import Caller
 from tests.fuzz.plan import Plan
 from tests.fuzz.play import Player
@@ -110,7 +110,11 @@ def test_generate_lays_out_what_it_passes(monkeypatch: pytest.MonkeyPatch) -> No
     seen: list[torch.Tensor] = []
 
     def forward(
-        self: Rows, ids: torch.Tensor, *given: Any, plain: Any = Rows.forward, **others: Any
+        self: CachedBatch,
+        ids: torch.Tensor,
+        *given: Any,
+        plain: Any = CachedBatch.forward,
+        **others: Any,
     ) -> torch.Tensor:
         logits: torch.Tensor = plain(self, ids, *given, **others)
         layers: list[Any] = self.cache.layers
@@ -123,9 +127,11 @@ def test_generate_lays_out_what_it_passes(monkeypatch: pytest.MonkeyPatch) -> No
     def watch(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
         seen.append(kwargs["position_ids"])
 
-    monkeypatch.setattr(Rows, "forward", forward)
+    monkeypatch.setattr(CachedBatch, "forward", forward)
     model.register_forward_pre_hook(watch, with_kwargs=True)
-    rows = Rows(model, torch.ones(1, 5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.bool))
+    rows = CachedBatch(
+        model, torch.ones(1, 5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.bool)
+    )
     rows.prefill()
     block, _ = rows.open_block(4, MASK, MASK)
     layers: list[Any] = rows.cache.layers
