@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from focus_compile.axes.entry import token_ids
+from focus_compile.axes.embedding import token_ids
 from focus_compile.capture.breaks import GraphBreak
 from focus_compile.capture.canonical import Canonical, canonicalize
 from focus_compile.capture.capture import capture

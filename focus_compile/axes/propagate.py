@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from focus_compile.axes.axes import AxisMap, Role
-from focus_compile.axes.entry import token_ids
+from focus_compile.axes.embedding import token_ids
 from focus_compile.axes.rules.experts import meaning
 from focus_compile.axes.rules.table import RULES, fresh
 

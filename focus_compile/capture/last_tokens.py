@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from focus_compile.axes.axes import AxisMap, Role
-from focus_compile.axes.entry import token_ids
+from focus_compile.axes.embedding import token_ids
 from focus_compile.axes.propagate import propagate
 from focus_compile.axes.rules.table import RESHAPES
 from focus_compile.errors import Unsupported

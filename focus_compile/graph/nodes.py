@@ -31,6 +31,9 @@ __all__ = [
     "wrap",
 ]
 
+aten = torch.ops.aten
+Size = int | torch.SymInt
+
 
 def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
     """The fake mode that a graph's values belong to."""
@@ -39,9 +42,6 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     raise ValueError("the graph holds no fake tensor")
-
-
-Size = int | torch.SymInt
 
 
 def expr_of(size: Size) -> sympy.Expr:
@@ -81,9 +81,6 @@ def graph_outputs(gm: GraphModule) -> Any:
 def graph_inputs(gm: GraphModule) -> list[Node]:
     """Placeholders of a graph, in order."""
     return [node for node in gm.graph.nodes if node.op == "placeholder"]
-
-
-aten = torch.ops.aten
 
 
 def operands(node: Node) -> list[Node]:

@@ -51,6 +51,7 @@ class Match:
 
 
 def recognise(node: Node) -> Match | None:
+    """The form of attention that a node is the heart of: a fused operator, or a softmax."""
     if node.op != "call_function":
         return None
     if node.target is aten.scaled_dot_product_attention.default:

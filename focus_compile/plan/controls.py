@@ -9,6 +9,9 @@ from focus_compile.graph.sizes import Extent
 
 __all__ = ["CONTROL", "runtime_inputs", "slot_name"]
 
+CONTROL = ("retain_mask", "order", "inverse", "places", "sizes", "delta")
+"""What the pass ``retain`` adds to a graph's outputs, as one tuple after its own."""
+
 
 def runtime_inputs(device: torch.device, batch: Extent) -> tuple[Input, ...]:
     """What the passes add to a graph's inputs, slots excepted; ``batch`` is 1 or its name."""
@@ -37,7 +40,3 @@ def runtime_inputs(device: torch.device, batch: Extent) -> tuple[Input, ...]:
 def slot_name(layer: int, part: int) -> str:
     """Input that holds the stale keys (part 0) or values (part 1) of a layer."""
     return f"slots{layer}_{'kv'[part]}"
-
-
-CONTROL = ("retain_mask", "order", "inverse", "places", "sizes", "delta")
-"""What the pass adds to the outputs, as one tuple after the graph's own."""

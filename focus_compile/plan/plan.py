@@ -20,7 +20,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from focus_compile.axes.axes import AxisMap, Dims, Role
-from focus_compile.axes.entry import embedded_inputs, token_ids
+from focus_compile.axes.embedding import embedded_inputs, token_ids
 from focus_compile.axes.rules.experts import GROUPED
 from focus_compile.axes.rules.table import ARANGES
 from focus_compile.capture.breaks import refuse_fragment

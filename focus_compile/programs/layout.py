@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
-from focus_compile.axes.entry import token_ids
+from focus_compile.axes.embedding import token_ids
 from focus_compile.capture.canonical import Canonical
 from focus_compile.graph.inputs import Input
 from focus_compile.graph.nodes import operands, tensor_of
@@ -23,13 +23,46 @@ from focus_compile.programs.key_program import key_program
 __all__ = ["Layout", "layout_of"]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the canonical graph's inputs relate to the arguments of Dynamo's graph.
+
+    Attributes:
+        inputs: the canonical graph's own inputs; arguments: the argument that each comes from.
+        ids: name of the token ids.
+        slots: inputs for the K/V of the step before, layer by layer.
+        past: name of the last layer's past keys; past_dim: their dim that is the history.
+        index: computes which slots of a cache of fixed length the block takes, int64 ``[T]``; None
+            where the block follows the history.
+        written: arguments that the model writes into; their values are the last ones returned.
+        causal: whether a mask that the model makes itself hides later tokens.
+        buffers: arguments that are tensors of the model, beside its weights.
+        key_program: what computes keys and values
+            (:func:`~focus_compile.programs.key_program.key_program`).
+        vocabulary: rows of the embedding, None where that is not known.
+    """
+
+    inputs: tuple[Input, ...]
+    arguments: tuple[int, ...]
+    ids: str
+    slots: tuple[Input, ...]
+    past: str | None
+    past_dim: int
+    index: Half | None
+    written: tuple[int, ...]
+    causal: bool = False
+    buffers: tuple[int, ...] = ()
+    key_program: str = ""
+    vocabulary: int | None = None
+
+
 def layout_of(
     canonical: Canonical, plan: Plan, written: tuple[int, ...], own: Sequence[int]
 ) -> Layout:
-    """``own``: arguments that are the model's, not the call's."""
+    """The layout of a planned graph; ``own``: arguments that are the model's, not the call's."""
     keys = plan.sites[-1].writes[0]
     nodes = {node.name: node for node in canonical.gm.graph.nodes}
-    names = [slot_name(site.layer, part) for site in plan.sites for part in (0, 1)]
+    names = [slot_name(site.layer, kv) for site in plan.sites for kv in (0, 1)]
     index = None if keys.index is None else part(canonical.gm, nodes[keys.index])
     if index is not None:
         no_constant_sizes(index.gm)
@@ -67,36 +100,3 @@ def _vocabulary(gm: GraphModule) -> int | None:
     table = operands(found[0])[0]
     whole = found[0].target is torch.ops.aten.embedding.default and not table.meta.get("shard")
     return int(tensor_of(table).shape[0]) if whole else None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the canonical graph's inputs relate to the arguments of Dynamo's graph.
-
-    Attributes:
-        inputs: the canonical graph's own inputs; arguments: the argument that each comes from.
-        ids: name of the token ids.
-        slots: inputs for the K/V of the step before, layer by layer.
-        past: name of the last layer's past keys; past_dim: their dim that is the history.
-        index: computes which slots of a cache of fixed length the block takes, int64 ``[T]``; None
-            where the block follows the history.
-        written: arguments that the model writes into; their values are the last ones returned.
-        causal: whether a mask that the model makes itself hides later tokens.
-        buffers: arguments that are tensors of the model, beside its weights.
-        key_program: what computes keys and values
-            (:func:`~focus_compile.programs.key_program.key_program`).
-        vocabulary: rows of the embedding, None where that is not known.
-    """
-
-    inputs: tuple[Input, ...]
-    arguments: tuple[int, ...]
-    ids: str
-    slots: tuple[Input, ...]
-    past: str | None
-    past_dim: int
-    index: Half | None
-    written: tuple[int, ...]
-    causal: bool = False
-    buffers: tuple[int, ...] = ()
-    key_program: str = ""
-    vocabulary: int | None = None

@@ -15,6 +15,7 @@ from focus_compile.torch_private import OpOverload
 __all__ = ["ARANGES", "EMBEDDINGS", "RESHAPES", "RULES", "fresh", "one", "source", "transfer"]
 
 EMBEDDINGS = (aten.embedding.default, focus.embedding_shard.default)
+ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 Rule = Callable[[Node, AxisMap], Transfer]
 RULES: dict[OpOverload, Rule] = {}
@@ -38,22 +39,22 @@ def transfer(*ops: OpOverload) -> Callable[[Rule], Rule]:
 
 
 def one(*dims: Dim, mixed: Sequence[Dim] = ()) -> Transfer:
+    """The transfer of an operator with one result."""
     return Transfer((tuple(dims),), tuple(mixed))
 
 
 def source(node: Node) -> Node:
+    """The first operand."""
     source = node.args[0]
     assert isinstance(source, Node)
     return source
 
 
 def fresh(node: Node, axes: AxisMap) -> tuple[Dims, ...]:
+    """New axes for every dim of every result."""
     value = node.meta["val"]
     results = value if isinstance(value, list | tuple) else [value]
     return tuple(
         tuple(axes.fresh(size) for size in result.shape) if isinstance(result, torch.Tensor) else ()
         for result in results
     )
-
-
-ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)

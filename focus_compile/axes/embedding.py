@@ -1,4 +1,4 @@
-"""Where token ids enter a graph."""
+"""Where token ids enter a graph: the embedding, and the input that it looks up."""
 
 from __future__ import annotations
 
