@@ -133,7 +133,7 @@ class Masking(nn.Module):
 
     def __init__(self, heeds: bool) -> None:
         super().__init__()
-        self.model, self.heeds = Dream(groups=3), heeds
+        self.model, self.heeds = Dream(groups=3, layers=4), heeds
 
     def forward(
         self, input_ids: Tensor, attention_mask: Any = None, attention_bias: Any = None

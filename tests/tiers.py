@@ -53,7 +53,7 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     (r"test_crowd\.py::test_eight", "inductor"),
     (r"test_(batch|crowd|own_loop)\.py|parallel/|test_compiles\.py::test_the_cache", "process"),
     (r"test_cli\.py|test_lm_eval\.py::test_command_line|test_first_use\.py::test_bench", "process"),
-    (r"test_gpu_benchmark\.py::test_(steps|profile|compile|numbers)", "process"),
+    (r"test_gpu_benchmark\.py::test_(steps|profile|compile|numbers|the_page)", "process"),
     (r"test_tiers\.py", "process"),
     # others
     (r"test_fused\.py::test_operators_on_a_cpu", None),
