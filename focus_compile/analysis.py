@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from focus_compile.axes.embedding import token_ids
+from focus_compile.axes.axes import Entry
+from focus_compile.axes.embedding import find_entry
+from focus_compile.axes.propagate import label
 from focus_compile.capture.breaks import GraphBreak
 from focus_compile.capture.canonical import Canonical, canonicalize
 from focus_compile.capture.capture import capture
@@ -40,7 +42,7 @@ class Analysis:
     @property
     def inputs(self) -> tuple[Input, ...]:
         """Every input that the programs may have, live values at the cut excepted."""
-        return (*self.canonical.inputs, *self.plan.inputs.values())
+        return (*self.canonical.inputs, *self.plan.inputs)
 
 
 def analyze(gm: GraphModule, broke: GraphBreak | None = None) -> Analysis:
@@ -62,12 +64,10 @@ def analyze(gm: GraphModule, broke: GraphBreak | None = None) -> Analysis:
 
 def _analyze(gm: GraphModule, broke: GraphBreak | None) -> Analysis:
     captured, written = capture(gm)
-    entry = token_ids(captured)
-    if entry is not None and 0 in (shape := tensor_of(entry[1]).shape):
-        raise EmptyCall(tuple(shape))
-    if entry is not None and isinstance(shape[-1], int) and shape[-1] == 1:
-        raise NothingToEvict(ONE_TOKEN, entry[0])  # its axis is nowhere to be seen
-    widened, last = widen(grow(captured))
+    entry = find_entry(captured)
+    if entry is not None:
+        _refuse_small(entry)
+    widened, last = widen(grow(label(captured, entry)))
     canonical = canonicalize(widened)
     plan = make_plan(canonical)
     stages = tuple(rewrite(canonical.gm, plan))
@@ -75,11 +75,19 @@ def _analyze(gm: GraphModule, broke: GraphBreak | None) -> Analysis:
     layout = layout_of(canonical, plan, written, own)
     halves = cut(stages[-1][1], plan, last)
     first = len(halves.own) - len(written)
-    if any(value is not None and value.tokens is not None for value in halves.own[first:]):
+    if any(value is not None and value.domain is not None for value in halves.own[first:]):
         raise Unsupported(WRITES_TOKENS)
     if broke is not None:
         _refuse_holes(halves, broke)
     return Analysis(captured, canonical, plan, stages, halves, layout)
+
+
+def _refuse_small(entry: Entry) -> None:
+    shape = tensor_of(entry.ids).shape
+    if 0 in shape:
+        raise EmptyCall(tuple(shape))
+    if isinstance(shape[-1], int) and shape[-1] == 1:
+        raise NothingToEvict(ONE_TOKEN, entry.embedding)  # its axis is nowhere to be seen
 
 
 def _refuse_holes(halves: Halves, broke: GraphBreak) -> None:
@@ -88,5 +96,5 @@ def _refuse_holes(halves: Halves, broke: GraphBreak) -> None:
     Logits are the caller's to choose among; layers, norms and heads are not.
     """
     for index, own in enumerate(halves.own):
-        if own is not None and own.tokens is not None and index not in halves.vocabulary:
+        if own is not None and own.domain is not None and index not in halves.vocabulary:
             raise Unsupported(GOES_ON_BEHIND_A_BREAK, broke=broke)

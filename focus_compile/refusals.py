@@ -197,15 +197,15 @@ FLEX_ATTENTION = Refusal(
     "attn_implementation='sdpa' or 'eager'",
     "load the model with attn_implementation='sdpa' or 'eager'",
 )
-FEW_SITES = Refusal("a plan needs two attention sites", _WHOLE)
+FEW_SITES = Refusal("a plan that scores layer {layer} needs its attention site", _WHOLE)
 SITE_ORDER = Refusal("attention sites are not in layer order", "attend one layer after the other")
 SITE_NOT_PACKED = Refusal(
     "attention of layer {layer} reads {name}, not packed",
     "compute queries, keys and values from the tokens' hidden states alone",
 )
 LATE_QUERIES = Refusal(
-    "the cut lies after the queries of layer 1",
-    "compute the queries of layer 1 from what layer 0 returned alone",
+    "the cut lies after the queries of layer {layer}",
+    "compute the queries of a layer from what the layer before it returned alone",
 )
 
 # -- the cache -------------------------------------------------------------------------------------

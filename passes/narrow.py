@@ -1,4 +1,4 @@
-"""Compute packed rows: fed tokens up to layer 1's q, k and v, retained tokens after.
+"""Compute packed rows: fed tokens up to the second scored layer's q, k and v, retained after.
 
 embedding(ids)          ->  embedding(focus.pack(ids))                      [B, T, E] -> [1, N, E]
 cat([past, k])          ->  focus.join(past, k, ..., slots)      the block: stale where not computed
@@ -21,7 +21,7 @@ from focus_compile.graph.nodes import aten, fake_mode_of, graph_outputs, tensor_
 from focus_compile.graph.replay import Replay
 from focus_compile.graph.sizes import Extent, is_generic
 from focus_compile.ops.library import focus
-from focus_compile.plan.controls import slot_name
+from focus_compile.plan.controls import Selection
 from focus_compile.plan.plan import Domain, Place, Plan
 from focus_compile.plan.sites import Site
 from focus_compile.plan.writes import Write
@@ -33,7 +33,7 @@ __all__ = ["narrow"]
 def narrow(gm: GraphModule, plan: Plan) -> GraphModule:
     """Restrict the graph to fed and retained tokens; the output gains the K/V of every layer.
 
-    ``(own outputs, control)`` becomes ``(own outputs, control, ((k, v) of layer 0, ...))``; own
+    ``(own outputs, selection)`` becomes ``(own outputs, selection, ((k, v) of layer 0, ...))``; own
     outputs that carry the token axis are packed. Adds the inputs of :class:`_Narrow`.
     """
     return _Narrow(gm, plan).run()
@@ -42,10 +42,9 @@ def narrow(gm: GraphModule, plan: Plan) -> GraphModule:
 class _Narrow:
     """One run of the pass.
 
-    Inputs that it adds: ``fed_tokens`` int64 ``[N_fed]``, ``fed_inverse`` ``[B, T]``, ``fed_rows``
-    ``[B, R_fed]`` (tables of the fed tokens); ``tokens`` ``[N]`` and ``rows`` ``[B, R]`` (of the
-    retained ones, cut to size by the host); ``written01`` and ``written`` bool ``[B, T]``;
-    ``prefix_visibility`` and ``reuse`` bool ``[]``; what every layer's K/V were in the step before.
+    It adds the inputs ``fed_tokens``, ``fed_inverse`` and ``fed_rows``; ``tokens`` and ``rows``;
+    ``written01``, ``written``, ``prefix_visibility`` and ``reuse``; and what every layer's K/V were
+    in the step before.
     """
 
     def __init__(self, gm: GraphModule, plan: Plan) -> None:
@@ -77,9 +76,9 @@ class _Narrow:
                 self.env[node] = self.replay.attribute(node)
             elif node.op == "call_function":
                 self._emit(node)
-        own, control = fx.map_arg(graph_outputs(self.gm), lambda arg: self.env[arg])
+        own, selection = fx.map_arg(graph_outputs(self.gm), lambda arg: self.env[arg])
         kv = tuple((self.kv[site.layer, 0], self.kv[site.layer, 1]) for site in self.plan.sites)
-        gm = self.replay.finish((own, control, kv))
+        gm = self.replay.finish((own, selection, kv))
         gm.graph.eliminate_dead_code()  # expanded key heads: nobody reads them any more
         gm.recompile()
         return gm
@@ -87,32 +86,32 @@ class _Narrow:
     # -- inputs ----------------------------------------------------------------------------------
 
     def _inputs(self) -> None:
-        given = {
-            name: self.replay.given(self.plan.inputs[name])
-            for name in self.plan.inputs
-            if name not in self.nodes
-        }
-        self.tokens = {Domain.FED: given["fed_tokens"], Domain.RETAINED: given["tokens"]}
-        self.rows = {Domain.FED: given["fed_rows"], Domain.RETAINED: given["rows"]}
-        self.inverse = {Domain.FED: given["fed_inverse"]}
-        self.written = (given["written01"], given["written"])
-        self.prefix = given["prefix_visibility"]
-        self.reuse = given["reuse"]
-        self.slots = {
-            (site.layer, part): given[slot_name(site.layer, part)]
-            for site in self.plan.sites
-            for part in (0, 1)
-        }
-        self.keep = {Domain.FED: self.env[self.nodes["fed"]]}
+        given, controls, tables = self.replay.given, self.plan.controls, self.plan.tables
+        self.masked, self.fed = (
+            self.env[self.nodes[control.name]] for control in (controls.masked, controls.fed)
+        )
+        fed_tokens, self.fed_inverse = given(controls.fed_tokens), given(controls.fed_inverse)
+        fed_rows = given(controls.fed_rows)
+        self.tokens = {Domain.FED: fed_tokens, Domain.RETAINED: given(tables.tokens)}
+        self.rows = {Domain.FED: fed_rows, Domain.RETAINED: given(tables.rows)}
+        self.written = (given(controls.written01), given(controls.written))
+        self.prefix = given(controls.prefix_visibility)
+        self.reuse = given(controls.reuse)
+        self.slots = [tuple(map(given, pair)) for pair in self.plan.slots]
+        self.selection: Selection[Node] = Selection(*graph_outputs(self.gm)[1])
 
     def _tables(self, domain: Domain) -> tuple[Node, Node, Node]:
         """(tokens, inverse, keep) of a domain."""
         if domain is Domain.FED:
-            return self.tokens[domain], self.inverse[domain], self.keep[domain]
-        return self.tokens[domain], self._made("inverse"), self._made("retain_mask")
+            return self.tokens[domain], self.fed_inverse, self.fed
+        return self.tokens[domain], self.env[self.selection.inverse], self._retained()
 
-    def _made(self, name: str) -> Node:
-        return self.env[self.nodes[name]]
+    def _retained(self) -> Node:
+        return self.env[self.selection.retain_mask]
+
+    def _is_late(self, layer: int) -> bool:
+        """Whether a layer computes keys and values of retained tokens alone."""
+        return layer > self.plan.scored[1]
 
     # -- nodes -----------------------------------------------------------------------------------
 
@@ -177,7 +176,7 @@ class _Narrow:
         rows = self.rows[place.domain]
         query = self.nodes[site.query]
         fed = self.plan.packed[site.query].domain is Domain.FED
-        source = self.inverse[Domain.FED] if fed else inverse
+        source = self.fed_inverse if fed else inverse
         index = self.replay.once(focus.site_index.default, (source, rows))
         key, value = (self._canvas(self.nodes[name]) for name in (site.key, site.value))
         mask = self._mask(site, rows, key)
@@ -191,9 +190,9 @@ class _Narrow:
         past = site.writes[0].past
         history: Node | int = 0
         if past is not None:
-            extent = self.plan.inputs[slot_name(site.layer, 0)].shape[site.writes[0].token_dim]
+            extent = self.plan.slots[site.layer][0].shape[site.writes[0].token_dim]
             if extent not in self.histories:
-                length = self.replay.size(self._made(past), site.writes[0].token_dim)
+                length = self.replay.size(self.env[self.nodes[past]], site.writes[0].token_dim)
                 self.histories[extent] = length
             history = self.histories[extent]
         old: Node | None = None
@@ -202,7 +201,7 @@ class _Narrow:
             while tensor_of(old).dim() < 4:
                 old = self.replay.once(aten.unsqueeze.default, (old, 0))
         if site.causal:
-            old = self.replay.once(focus.causal.default, (self._made("masked"), key))
+            old = self.replay.once(focus.causal.default, (self.masked, key))
         visible = self._visible(site.layer)
         query = tensor_of(self.nodes[site.query])
         share = query.shape[1] // tensor_of(key).shape[1]
@@ -210,10 +209,13 @@ class _Narrow:
         return self.replay.once(focus.site_mask.default, args)
 
     def _visible(self, layer: int) -> Node:
-        """Visible slots: layers 0 and 1 hold every fed token, later ones only retained tokens."""
-        kept = self.keep[Domain.FED] if layer == 0 else self._made("retain_mask")
-        stored = kept if layer >= 2 else self.keep[Domain.FED]
-        written = self.written[layer >= 2]
+        """Visible slots: up to the second scored layer those of every fed token are new.
+
+        Before that layer every fed token asks, and from it on every retained one.
+        """
+        kept = self.fed if layer < self.plan.scored[1] else self._retained()
+        stored = kept if self._is_late(layer) else self.fed
+        written = self.written[self._is_late(layer)]
         return self.replay.once(focus.visible.default, (written, stored, kept, self.prefix))
 
     def _write(self, node: Node, new: Node) -> None:
@@ -221,7 +223,7 @@ class _Narrow:
         layer, part, write = self.writes[node.name]
         tokens, _, _ = self._tables(self.plan.packed[write.new].domain)
         past = None if write.history is None else self.env[self.nodes[write.history]]
-        stale, written = self.slots[layer, part], self.written[layer >= 2]
+        stale, written = self.slots[layer][part], self.written[self._is_late(layer)]
         args = (past, new, tokens, stale, written, self.reuse, write.token_dim)
         name = f"joined{layer}_{'kv'[part]}"
         joined = self.replay.call(focus.join.default, args, like=node, name=name)
@@ -245,7 +247,7 @@ class _Narrow:
             if old.token_dim is None:
                 raise Unsupported(ANOTHER_ORDER, user)
             return self.replay.once(
-                focus.repack.default, (value, self.inverse[old.domain], tokens, old.token_dim)
+                focus.repack.default, (value, self.fed_inverse, tokens, old.token_dim)
             )
         dims = self.axes.of(arg)
         batch_dim = self.axes.position(dims, Role.BATCH)

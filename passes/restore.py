@@ -11,6 +11,7 @@ from torch.fx.node import map_arg
 from focus_compile.errors import Unsupported
 from focus_compile.graph.replay import Replay
 from focus_compile.ops.library import focus
+from focus_compile.plan.controls import Selection
 from focus_compile.plan.plan import Domain, Plan
 from focus_compile.refusals import RETURNS_ANOTHER_ORDER
 
@@ -20,10 +21,11 @@ __all__ = ["restore"]
 def restore(gm: GraphModule, plan: Plan) -> GraphModule:
     """Scatter every packed output of the model back to ``[B, T, ...]``."""
     replay, nodes, outputs = Replay.copy(gm)
-    own, control, kv = outputs
+    own, selection, kv = outputs
+    given = plan.controls
     tables = {
-        Domain.FED: (nodes["fed_tokens"], nodes["fed"]),
-        Domain.RETAINED: (nodes["tokens"], nodes["retain_mask"]),
+        Domain.FED: (nodes[given.fed_tokens.name], nodes[given.fed.name]),
+        Domain.RETAINED: (nodes[plan.tables.tokens.name], Selection(*selection).retain_mask),
     }
 
     def scatter(node: Node) -> Node:
@@ -37,4 +39,4 @@ def restore(gm: GraphModule, plan: Plan) -> GraphModule:
             focus.restore.default, (node, tokens, keep, place.batch_dim, place.token_dim)
         )
 
-    return replay.finish((map_arg(own, scatter), control, kv))
+    return replay.finish((map_arg(own, scatter), selection, kv))

@@ -8,40 +8,50 @@ from __future__ import annotations
 
 import operator
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from focus_compile.graph.replay import Replay
 from focus_compile.ops.library import focus
-from focus_compile.plan.controls import CONTROL
+from focus_compile.plan.controls import Selection
 from focus_compile.plan.plan import Plan
 
 __all__ = ["retain"]
 
 
 def retain(gm: GraphModule, plan: Plan) -> GraphModule:
-    """Insert signal, selection and index tables; the output becomes ``(own outputs, CONTROL)``.
+    """Insert signal, selection and index tables; the output becomes ``(own outputs, selection)``.
 
-    Adds the inputs ``fed`` bool ``[B, T]``, ``progress`` int64 ``[B]``, ``average`` fp32 ``[B]``,
-    ``alpha`` fp32 ``[]``, ``signal_weights`` fp32 ``[2]`` and ``signal_bias`` fp32 ``[B, T]``.
+    The selection holds the values of :class:`~focus_compile.plan.controls.Selection`, in order.
+    Adds the inputs ``fed``, ``progress``, ``average``, ``alpha``, ``signal_weights`` and
+    ``signal_bias``.
     """
     replay, nodes, outputs = Replay.copy(gm)
-    masked = nodes["masked"]
-    fed, progress, average, alpha, weights, bias = (
-        replay.given(plan.inputs[name])
-        for name in ("fed", "progress", "average", "alpha", "signal_weights", "signal_bias")
-    )
-    with replay.before(nodes[plan.sites[1].region[0]]):
-        delta = replay.call(
-            focus.signal.default,
-            (nodes["importance0"], nodes["importance1"], weights, bias),
-            name="delta",
-        )
+    given = plan.controls
+    masked = nodes[given.masked.name]
+    fed, progress, average, alpha, weights, bias = map(
+        replay.given,
+        (
+            given.fed, given.progress, given.average, given.alpha, given.signal_weights,
+            given.signal_bias,
+        ),
+    )  # fmt: skip
+    importances = (nodes[f"importance{layer}"] for layer in plan.scored)
+    with replay.before(nodes[plan.scored_sites[1].region[0]]):
+        delta = replay.call(focus.signal.default, (*importances, weights, bias), name="delta")
         mask = replay.call(
             focus.retain.default, (delta, masked, fed, progress, average, alpha), name="retain_mask"
         )
         tables = replay.call(focus.tables.default, (mask,), name="tables")
-        parts = tuple(
-            replay.call(operator.getitem, (tables, index), name=name)
-            for index, name in enumerate(CONTROL[1:5])
+
+        def table(index: int, name: str) -> Node:
+            return replay.call(operator.getitem, (tables, index), name=name)
+
+        selection = Selection(
+            retain_mask=mask,
+            order=table(0, "order"),
+            inverse=table(1, "inverse"),
+            places=table(2, "places"),
+            sizes=table(3, "sizes"),
+            delta=delta,
         )
-    return replay.finish((outputs, (mask, *parts, delta)))
+    return replay.finish((outputs, tuple(vars(selection).values())))

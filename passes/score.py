@@ -1,4 +1,4 @@
-"""Add the importance of every masked token at the first two attention sites.
+"""Add the importance of every masked token at the two attention sites that are scored.
 
 q0, k0  ->  importance0 = focus.importance(q0, k0, masked, scale)      likewise at layer 1
 
@@ -23,10 +23,10 @@ __all__ = ["score"]
 
 
 def score(gm: GraphModule, plan: Plan) -> GraphModule:
-    """Insert ``focus.importance`` at layers 0 and 1; adds the input ``masked`` bool ``[B, T]``."""
+    """Insert ``focus.importance`` at the scored layers; adds the input ``masked``."""
     replay, nodes, outputs = Replay.copy(gm)
-    masked = replay.given(plan.inputs["masked"])
-    for site in plan.sites[:2]:
+    masked = replay.given(plan.controls.masked)
+    for site in plan.scored_sites:
         query, key = nodes[site.query], nodes[site.writes[0].new]
         with replay.before(nodes[site.region[0]]):
             if site.key != site.writes[0].joined:
@@ -37,16 +37,16 @@ def score(gm: GraphModule, plan: Plan) -> GraphModule:
                 (query, key, masked, site.scale),
                 name=f"importance{site.layer}" + ("" if plan.heads is None else "_own"),
             )
-            if plan.heads is not None and site.layer == 1:
-                _sum_ranks(replay, plan.heads)
+            if plan.heads is not None and site.layer == plan.scored[1]:
+                _sum_ranks(replay, plan.heads, plan.scored)
     return replay.finish(outputs)
 
 
-def _sum_ranks(replay: Replay, heads: Group) -> None:
+def _sum_ranks(replay: Replay, heads: Group, scored: tuple[int, int]) -> None:
     """Where ranks have some heads each: importances of all heads, the same on every rank."""
     own = {node.name: node for node in replay.graph.nodes}
-    parts = tuple(own[f"importance{layer}_own"] for layer in (0, 1))
+    parts = tuple(own[f"importance{layer}_own"] for layer in scored)
     args = (*parts, heads.ranks, heads.name)
     sums = replay.call(focus.sum_ranks.default, args, name="importances")
-    for layer in (0, 1):
-        replay.call(operator.getitem, (sums, layer), name=f"importance{layer}")
+    for index, layer in enumerate(scored):
+        replay.call(operator.getitem, (sums, index), name=f"importance{layer}")

@@ -141,7 +141,7 @@ def test_a_plan_checks_itself(analysis: Analysis) -> None:
     unpacked = {name: place for name, place in plan.packed.items() if name != second.query}
     late = {**plan.packed, second.query: plan.packed[third.query]}
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"sites": (first,)}, "a plan needs two attention sites"),
+        ({"sites": (first,)}, "a plan that scores layer 1 needs its attention site"),
         ({"sites": (second, first)}, "attention sites are not in layer order"),
         ({"packed": unpacked}, f"attention of layer 1 reads {second.query}, not packed"),
         ({"packed": late}, "the cut lies after the queries of layer 1"),

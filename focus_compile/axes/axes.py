@@ -20,7 +20,7 @@ from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import Size, expr_of, is_count
 from focus_compile.refusals import AXES_MEET, UNEVEN_VIEW, VIEW_OF_OTHER_SIZE
 
-__all__ = ["Axis", "AxisMap", "Dim", "Dims", "Meaning", "Role", "Transfer"]
+__all__ = ["Axis", "AxisMap", "Dim", "Dims", "Entry", "Meaning", "Role", "Transfer"]
 
 
 class Role(Enum):
@@ -71,10 +71,26 @@ class Meaning:
     of: Dim
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The graph input of token ids, and the first node that embeds it.
+
+    ``alone``: no other input is embedded.
+    """
+
+    embedding: Node
+    ids: Node
+    alone: bool
+
+
 @dataclass
 class AxisMap:
-    """Axis labels of a graph, filled by :func:`focus_compile.axes.propagate.propagate`."""
+    """Axis labels of a graph, filled by :func:`focus_compile.axes.propagate.propagate`.
 
+    ``entry``: where the labels start; None if the graph embeds no input.
+    """
+
+    entry: Entry | None = None
     dims: dict[Node, tuple[Dims, ...]] = field(default_factory=dict)
     mixed: dict[Node, Dims] = field(default_factory=dict)
     meaning: dict[Node, Meaning] = field(default_factory=dict)

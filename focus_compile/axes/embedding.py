@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
+from focus_compile.axes.axes import Entry
 from focus_compile.axes.rules.table import EMBEDDINGS
 from focus_compile.graph.nodes import aten, operands, tensor_of
 
-__all__ = ["embedded_inputs", "token_ids"]
+__all__ = ["find_entry"]
 
 
 def _producers(node: Node) -> Node:
@@ -19,18 +20,12 @@ def _producers(node: Node) -> Node:
     return node
 
 
-def token_ids(gm: GraphModule) -> tuple[Node, Node] | None:
-    """The (embedding node, graph input of token ids) of a graph; None if it embeds no input."""
-    found = embedded_inputs(gm)
-    return next(((node, ids) for ids, node in found.items()), None)
-
-
-def embedded_inputs(gm: GraphModule) -> dict[Node, Node]:
-    """Graph inputs that index an embedding, each with the first embedding that it indexes."""
+def find_entry(gm: GraphModule) -> Entry | None:
+    """Where a graph's token ids enter; None if it embeds no input."""
     found: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in EMBEDDINGS:
             ids = _producers(operands(node)[1])
             if ids.op == "placeholder" and tensor_of(ids).dim() in (1, 2):
                 found.setdefault(ids, node)
-    return found
+    return next((Entry(node, ids, len(found) == 1) for ids, node in found.items()), None)

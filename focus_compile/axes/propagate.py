@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.fx import GraphModule, Node
 
-from focus_compile.axes.axes import AxisMap, Role
-from focus_compile.axes.embedding import token_ids
+from focus_compile.axes.axes import AxisMap, Entry, Role
+from focus_compile.axes.embedding import find_entry
 from focus_compile.axes.rules.experts import meaning
 from focus_compile.axes.rules.table import RULES, fresh
 
-__all__ = ["propagate"]
+__all__ = ["Labelled", "label", "propagate"]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A graph and what its axes are."""
+
+    gm: GraphModule
+    axes: AxisMap
+
+
+def label(gm: GraphModule, entry: Entry | None = None) -> Labelled:
+    """As :func:`propagate`, with the graph."""
+    return Labelled(gm, propagate(gm, entry))
 
 
 def _note(node: Node, axes: AxisMap) -> None:
@@ -19,20 +34,21 @@ def _note(node: Node, axes: AxisMap) -> None:
         axes.meaning[node] = found
 
 
-def propagate(gm: GraphModule) -> AxisMap:
+def propagate(gm: GraphModule, entry: Entry | None = None) -> AxisMap:
     """Label the axes of every value of an ATen graph; labels start at the token ids.
+
+    ``entry``: where these enter, if that is known.
 
     Raises:
         Unsupported: axes that stand for different things meet.
     """
-    axes = AxisMap()
-    seed = token_ids(gm)
+    axes = AxisMap(entry or find_entry(gm))
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         axes.current = node
         if node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor):
             axes.dims[node] = fresh(node, axes)
-            if seed is not None and node is seed[1]:
+            if axes.entry is not None and node is axes.entry.ids:
                 dims = axes.dims[node][0]
                 axes.label(dims[-1], Role.TOKEN)
                 for dim in dims[:-1]:

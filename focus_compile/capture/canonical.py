@@ -18,7 +18,7 @@ from torch import fx
 from torch.fx import GraphModule, Node
 
 from focus_compile.axes.axes import Axis, AxisMap
-from focus_compile.axes.propagate import propagate
+from focus_compile.axes.propagate import Labelled, propagate
 from focus_compile.axes.rules.table import ARANGES, RESHAPES
 from focus_compile.capture.names import Sizes
 from focus_compile.capture.positions import arange, is_window, progression, window
@@ -48,16 +48,13 @@ class Canonical:
     arguments: tuple[int, ...]
 
 
-def canonicalize(gm: GraphModule) -> Canonical:
-    """Replay a captured graph with sizes by name.
-
-    Args:
-        gm: from :func:`focus_compile.capture.capture.capture`.
+def canonicalize(captured: Labelled) -> Canonical:
+    """Replay a graph from :func:`focus_compile.capture.capture.capture` with sizes by name.
 
     Raises:
         Unsupported: a size cannot be told from the labels.
     """
-    axes = propagate(gm)
+    gm, axes = captured.gm, captured.axes
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     sizes = Sizes(axes, Replay(gm, mode, keep_names=False))
     histories = _name_histories(gm, sizes)

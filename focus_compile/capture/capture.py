@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.fx.traceback import preserve_node_meta
 
-from focus_compile.capture.functional import functionalize
+from focus_compile.capture.functional import functionalize, name_puts
 from focus_compile.capture.local_rank import LocalRank, local_value, shard_of
 from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import graph_inputs, graph_outputs
@@ -73,6 +73,7 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         inner.meta["shard"] = shard_of(node.meta["example_value"])
     graph.graph.eliminate_dead_code()
     written = functionalize(graph)
+    name_puts(graph)
     if written:
         graph.graph.output_node().args = ((*graph_outputs(graph), *written.values()),)
         graph.recompile()

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from focus_compile.axes.axes import AxisMap, Dim, Role
-from focus_compile.axes.propagate import propagate
+from focus_compile.axes.propagate import Labelled, label
 from focus_compile.axes.rules.table import RESHAPES
 from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import (
@@ -51,37 +50,15 @@ _OVER_KEYS = (_SDPA, *_SOFTMAX, aten.matmul.default)
 """Operators that mix slots, and leave out what is hidden."""
 
 
-def grow(gm: GraphModule) -> GraphModule:
+def grow(captured: Labelled) -> Labelled:
     """Join new keys and values behind the cache where the model puts them into it.
 
     Raises:
         Unsupported: something else is done with the slots of such a cache.
     """
-    _name_puts(gm)
-    axes = propagate(gm)
+    gm, axes = captured.gm, captured.axes
     writes = {node for node in gm.graph.nodes if _replaces(node, axes)}
-    return _Growth(gm, axes, writes).run() if writes else gm
-
-
-def _name_puts(gm: GraphModule) -> None:
-    """``past[:, :, index] = k`` as ``index_copy``."""
-    for node in list(gm.graph.nodes):
-        if node.target is not aten.index_put.default or argument(node, 3, "accumulate", False):
-            continue
-        x, indices, values = node.args[:3]
-        *none, index = indices
-        if x.op != "placeholder" or any(part is not None for part in none):
-            continue
-        if tensor_of(index).dim() != 1:
-            continue
-        if tensor_of(index).dtype != torch.int64 or tensor_of(values).dim() != tensor_of(x).dim():
-            continue
-        with gm.graph.inserting_before(node):
-            args = (x, len(none), index, values)
-            made = gm.graph.call_function(aten.index_copy.default, args)
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
-        gm.graph.erase_node(node)
+    return label(_Growth(gm, axes, writes).run()) if writes else captured
 
 
 def _replaces(node: Node, axes: AxisMap) -> bool:

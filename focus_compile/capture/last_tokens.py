@@ -15,8 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from focus_compile.axes.axes import AxisMap, Role
-from focus_compile.axes.embedding import token_ids
-from focus_compile.axes.propagate import propagate
+from focus_compile.axes.propagate import Labelled, label
 from focus_compile.axes.rules.table import RESHAPES
 from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import (
@@ -34,7 +33,7 @@ from focus_compile.refusals import LAST_TOKENS, MIXES_TOKENS
 __all__ = ["widen"]
 
 
-def widen(gm: GraphModule) -> tuple[GraphModule, dict[int, int]]:
+def widen(captured: Labelled) -> tuple[Labelled, dict[int, int]]:
     """Drop slices that keep the last tokens.
 
     Returns:
@@ -43,10 +42,10 @@ def widen(gm: GraphModule) -> tuple[GraphModule, dict[int, int]]:
     Raises:
         Unsupported: what is computed from the last tokens has a form that is not understood.
     """
-    axes = propagate(gm)
+    gm, axes = captured.gm, captured.axes
     slices = _last_tokens(gm, axes)
     if not slices:
-        return gm, {}
+        return captured, {}
     replay = Replay(gm, fake_mode_of(gm))
     env: dict[Node, Node] = {}
     shortened: dict[Node, int] = {}
@@ -71,16 +70,15 @@ def widen(gm: GraphModule) -> tuple[GraphModule, dict[int, int]]:
                 replay.attributes[str(node.target)] = getattr(gm, str(node.target))
     outputs = graph_outputs(gm)
     last = {index: shortened[out] for index, out in enumerate(outputs) if shortened.get(out)}
-    return replay.finish(map_arg(outputs, lambda node: env[node])), last
+    return label(replay.finish(map_arg(outputs, lambda node: env[node]))), last
 
 
 def _last_tokens(gm: GraphModule, axes: AxisMap) -> dict[Node, int]:
     """Slices of hidden states that keep the last tokens, and how many."""
-    entry = token_ids(gm)
-    if entry is None:
+    if axes.entry is None:
         return {}
     found: dict[Node, int] = {}
-    computed = nx.descendants(data_flow(gm), entry[0])
+    computed = nx.descendants(data_flow(gm), axes.entry.embedding)
     for node in computed:
         if node.target is not aten.slice.Tensor or not isinstance(node.args[0], Node):
             continue

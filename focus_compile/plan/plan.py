@@ -3,13 +3,13 @@
 Every value lives in one of three domains. *Canvas*: as the caller sees it. *Fed*: packed rows of
 the tokens that are fed in this step. *Retained*: packed rows of the tokens that later layers
 compute. A value is packed if packed tokens reach it: from the embedding of the token ids, through
-token-wise operators and attention sites. K/V writes return to the canvas. The cut lies inside layer
-1, after its q, k and v: what they need is fed, what follows is retained.
+token-wise operators and attention sites. K/V writes return to the canvas. The cut lies inside the
+second layer that is scored, after its q, k and v: what they need is fed, what follows is retained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import takewhile
@@ -20,7 +20,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from focus_compile.axes.axes import AxisMap, Dims, Role
-from focus_compile.axes.embedding import embedded_inputs, token_ids
 from focus_compile.axes.rules.experts import GROUPED
 from focus_compile.axes.rules.table import ARANGES
 from focus_compile.capture.breaks import refuse_fragment
@@ -30,7 +29,7 @@ from focus_compile.graph.inputs import Input
 from focus_compile.graph.nodes import data_flow, operands, tensor_of
 from focus_compile.graph.sharding import Group
 from focus_compile.graph.sizes import Extent
-from focus_compile.plan.controls import runtime_inputs, slot_name
+from focus_compile.plan.controls import Controls, Tables, declare, slot_name
 from focus_compile.plan.heads import sharded_heads
 from focus_compile.plan.sites import Site, find_sites
 from focus_compile.refusals import (
@@ -51,9 +50,11 @@ from focus_compile.refusals import (
 )
 from focus_compile.torch_private import OpOverload
 
-__all__ = ["Domain", "Place", "Plan", "make_plan"]
+__all__ = ["SCORED", "Domain", "Place", "Plan", "make_plan"]
 
-_MIN_LAYERS = 2
+SCORED = (0, 1)
+"""The paper's two layers, of whose importances the ranking signal is the difference."""
+
 _COUNTS = ("count", "end")
 
 
@@ -88,88 +89,119 @@ class Plan:
         embedding: the node that embeds them: packed tokens enter here.
         sites: attention sites in layer order, at least two.
         packed: packed values by name. Everything else is on the canvas.
-        inputs: what the passes add to the graph's inputs, by name.
+        controls, tables: what the runtime and the host give to the programs.
+        slots: inputs for the K/V of the step before, layer by layer, keys first.
         heads: the processes among which heads are shared out; None if this one has all of them.
+        scored: the two layers of which importances are taken; the second is cut in two.
     """
 
     ids: str
     embedding: str
     sites: tuple[Site, ...]
     packed: Mapping[str, Place]
-    inputs: Mapping[str, Input]
+    controls: Controls[Input]
+    tables: Tables[Input]
+    slots: tuple[tuple[Input, Input], ...]
     heads: Group | None = None
+    scored: tuple[int, int] = SCORED
 
     def __post_init__(self) -> None:
-        _check_sites(self.sites, self.packed, {})
+        _check_sites(self.sites, self.packed, self.scored, {})
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """All that the passes add to the graph's inputs."""
+        declared = (*vars(self.controls).values(), *vars(self.tables).values())
+        return (*declared, *(slot for pair in self.slots for slot in pair))
+
+    @property
+    def scored_sites(self) -> tuple[Site, Site]:
+        first, second = self.scored
+        return self.sites[first], self.sites[second]
 
 
-def make_plan(canonical: Canonical) -> Plan:
+def make_plan(canonical: Canonical, scored: tuple[int, int] = SCORED) -> Plan:
     """Decide what to restrict in a canonical graph.
+
+    ``scored``: the two layers, in order, whose attention ranks tokens.
 
     Raises:
         Unsupported: with the reason and the operator at fault.
     """
     gm, axes = canonical.gm, canonical.axes
     _refuse_mutation(gm)
-    entry = token_ids(gm)
+    entry = axes.entry
     if entry is None:
         refuse_fragment(gm)
-    embedding, ids = entry
-    if len(embedded_inputs(gm)) > 1:
-        raise Unsupported(TWO_EMBEDDINGS, embedding)
-    if not axes.of(ids)[-1]:
-        raise NothingToEvict(ONE_TOKEN, embedding)
+    if not entry.alone:
+        raise Unsupported(TWO_EMBEDDINGS, entry.embedding)
+    if not axes.of(entry.ids)[-1]:
+        raise NothingToEvict(ONE_TOKEN, entry.embedding)
     sites = find_sites(gm, axes)
     if not sites:
         raise Unsupported(NO_ATTENTION)
-    if len(sites) < _MIN_LAYERS:
+    if len(sites) == 1:
         raise Unsupported(ONE_LAYER)
+    if len(sites) <= scored[1]:
+        raise Unsupported(FEW_SITES, layer=scored[1])
     nodes = {node.name: node for node in gm.graph.nodes}
-    prefix = _early(gm, sites[:2], nodes)
-    packed = _packed(gm, axes, embedding, sites, prefix)
-    shape = {given.name: given.shape for given in canonical.inputs}[ids.name]
-    added = runtime_inputs(tensor_of(ids).device, shape[0] if len(shape) == 2 else 1)
-    stale = _slots(canonical, sites, nodes)
-    inputs = {given.name: given for given in (*added, *stale)}
-    heads = sharded_heads(gm, [nodes[site.query] for site in sites])
-    _check_sites(sites, packed, nodes)
-    frozen = MappingProxyType(packed), MappingProxyType(inputs)
-    return Plan(ids.name, embedding.name, sites, *frozen, heads)
+    prefix = _early(gm, sites[scored[1]], nodes)
+    packed = _packed(gm, axes, entry.embedding, sites, prefix)
+    shape = {given.name: given.shape for given in canonical.inputs}[entry.ids.name]
+    batch = shape[0] if len(shape) == 2 else 1
+    controls, tables = declare(tensor_of(entry.ids).device, batch)
+    _check_sites(sites, packed, scored, nodes)
+    return Plan(
+        ids=entry.ids.name,
+        embedding=entry.embedding.name,
+        sites=sites,
+        packed=MappingProxyType(packed),
+        controls=controls,
+        tables=tables,
+        slots=tuple(_slots(canonical, site, nodes) for site in sites),
+        heads=sharded_heads(gm, [nodes[site.query] for site in sites]),
+        scored=scored,
+    )
 
 
 def _check_sites(
-    sites: tuple[Site, ...], packed: Mapping[str, Place], nodes: Mapping[str, Node]
+    sites: tuple[Site, ...],
+    packed: Mapping[str, Place],
+    scored: tuple[int, int],
+    nodes: Mapping[str, Node],
 ) -> None:
     """Refuse sites that the passes could not restrict; ``nodes``: those to name as at fault."""
-    if len(sites) < _MIN_LAYERS:
-        raise Unsupported(FEW_SITES)
+    if len(sites) <= scored[1]:
+        raise Unsupported(FEW_SITES, layer=scored[1])
     for layer, site in enumerate(sites):
         if site.layer != layer:
             raise Unsupported(SITE_ORDER, nodes.get(site.out))
         for name in (site.query, site.out, *(write.new for write in site.writes)):
             if name not in packed:
                 raise Unsupported(SITE_NOT_PACKED, nodes.get(site.out), layer=layer, name=name)
-    if packed[sites[1].query].domain is not Domain.FED:
-        raise Unsupported(LATE_QUERIES, nodes.get(sites[1].out))
+    last = sites[scored[1]]
+    if packed[last.query].domain is not Domain.FED:
+        raise Unsupported(LATE_QUERIES, nodes.get(last.out), layer=last.layer)
 
 
-def _slots(
-    canonical: Canonical, sites: tuple[Site, ...], nodes: Mapping[str, Node]
-) -> Iterator[Input]:
-    """Inputs for the K/V that every layer had in the step before, history included."""
+def _slots(canonical: Canonical, site: Site, nodes: Mapping[str, Node]) -> tuple[Input, Input]:
+    """Inputs for the K/V that a layer had in the step before, history included."""
     shapes = {given.name: given.shape for given in canonical.inputs}
-    for site in sites:
-        for part, write in enumerate(site.writes):
-            value = tensor_of(nodes[write.new])
-            shape: list[Extent] = [int(size) for size in value.shape]
-            shape[write.token_dim] = "token"
-            if write.batch_dim is not None:
-                shape[write.batch_dim] = "batch"
-            if write.past is not None:
-                history = shapes[write.past][write.token_dim]
-                shape[write.token_dim] = (history, "token") if history != 0 else "token"
-            name = slot_name(site.layer, part)
-            yield Input(name, tuple(shape), value.dtype, value.device, strided=True)
+
+    def slot(part: int) -> Input:
+        write = site.writes[part]
+        value = tensor_of(nodes[write.new])
+        shape: list[Extent] = [int(size) for size in value.shape]
+        shape[write.token_dim] = "token"
+        if write.batch_dim is not None:
+            shape[write.batch_dim] = "batch"
+        if write.past is not None:
+            history = shapes[write.past][write.token_dim]
+            shape[write.token_dim] = (history, "token") if history != 0 else "token"
+        name = slot_name(site.layer, part)
+        return Input(name, tuple(shape), value.dtype, value.device, strided=True)
+
+    return slot(0), slot(1)
 
 
 def _refuse_mutation(gm: GraphModule) -> None:
@@ -181,10 +213,9 @@ def _refuse_mutation(gm: GraphModule) -> None:
             raise Unsupported(WRITES_INPUT, node)
 
 
-def _early(gm: GraphModule, sites: tuple[Site, ...], nodes: Mapping[str, Node]) -> set[Node]:
-    """Layer 0, and layer 1 up to its q, k and v; also what else stands there, such as outputs."""
+def _early(gm: GraphModule, last: Site, nodes: Mapping[str, Node]) -> set[Node]:
+    """All up to a site's q, k and v; also what else stands there, such as outputs."""
     flow = data_flow(gm)
-    last = sites[-1]
     ends = [nodes[last.query], *(nodes[write.new] for write in last.writes)]
     out: set[Node] = set(ends)
     for end in ends:

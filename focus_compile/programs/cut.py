@@ -1,9 +1,9 @@
 """Cut the FOCUS graph in two: the prefix decides what is retained, the suffix computes it.
 
-The prefix is layer 0, and layer 1 up to its q, k and v, with importance and selection. Between the
-two the host reads how many tokens are retained, so that the suffix has ordinary symbolic sizes.
-After them stands what the ``restore`` pass put at the outputs: the host calls it, unless the caller
-takes packed logits.
+The prefix is all up to the q, k and v of the second scored layer, with importance and selection.
+Between the two the host reads how many tokens are retained, so that the suffix has ordinary
+symbolic sizes. After them stands what the ``restore`` pass put at the outputs: the host calls it,
+unless the caller takes packed logits.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.fx import Graph, GraphModule, Node
 from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import data_flow, graph_outputs, tensor_of
 from focus_compile.ops.library import focus
-from focus_compile.plan.controls import CONTROL
-from focus_compile.plan.plan import Plan
+from focus_compile.plan.controls import Selection
+from focus_compile.plan.plan import Domain, Plan
 from focus_compile.programs.halves import Half, Halves, Returned
 from focus_compile.refusals import RETURNS_LAST
 
@@ -27,26 +27,28 @@ __all__ = ["cut", "part"]
 
 def cut(gm: GraphModule, plan: Plan, last: Mapping[int, int] | None = None) -> Halves:
     """FOCUS graph -> prefix and suffix; ``last``: outputs, by position, that are shortened."""
-    own, control, kv = graph_outputs(gm)
+    own, selection, kv = graph_outputs(gm)
     last = last or {}
     returned = [
-        _returned(node, last.get(index)) if isinstance(node, Node) else None
+        _returned(node, last.get(index), plan) if isinstance(node, Node) else None
         for index, node in enumerate(own)
     ]
     flow = data_flow(gm)
     nodes = {node.name: node for node in gm.graph.nodes}
-    ends: list[Node] = [*control, *kv[0], *kv[1]]
+    early_layers = kv[: plan.scored[1] + 1]
+    ends: list[Node] = [*selection, *(node for pair in early_layers for node in pair)]
     early = set(ends)
     for end in ends:
         early |= nx.ancestors(flow, end)
-    late_inputs = {nodes[name] for name in ("tokens", "rows")}
+    late_inputs = {nodes[table.name] for table in vars(plan.tables).values()}
     results = [nodes[value.name] for value in returned if value is not None]
     for node in results:
         if not (nx.ancestors(flow, node) & late_inputs):
             early |= {node} | nx.ancestors(flow, node)
     early = {node for node in early if _computes(node)}
 
-    results += [node for pair in kv for node in pair]
+    stored = [node for pair in kv for node in pair]
+    results += stored
     late = set(results) - early
     for node in list(late):
         late |= nx.ancestors(flow, node)
@@ -56,16 +58,21 @@ def cut(gm: GraphModule, plan: Plan, last: Mapping[int, int] | None = None) -> H
         for node in gm.graph.nodes
         if node in early and any(user in late for user in node.users)
     ]
-    first = _unique([*control, *live, *(node for node in results if node in early)])
+    first = _unique([*selection, *live, *(node for node in results if node in early)])
     second = _unique([node for node in results if node in late])
     return Halves(
         prefix=_half(gm, early, first),
-        suffix=_half(gm, late, second, plan.sites[1].writes[0].past),
+        suffix=_half(gm, late, second, plan.scored_sites[1].writes[0].past),
         own=tuple(returned),
         logits=_last(returned, gm),
         vocabulary=_vocabulary(returned, gm, plan),
-        kv=tuple((key.name, value.name) for key, value in kv),
-        control={name: node.name for name, node in zip(CONTROL, control, strict=True)},
+        slots={
+            slot.name: node.name
+            for slot, node in zip(
+                (slot for pair in plan.slots for slot in pair), stored, strict=True
+            )
+        },
+        selection=Selection(*(node.name for node in selection)),
     )
 
 
@@ -75,21 +82,21 @@ def part(gm: GraphModule, node: Node) -> Half:
     return _half(gm, members, [node])
 
 
-def _returned(node: Node, last: int | None) -> Returned:
+def _returned(node: Node, last: int | None, plan: Plan) -> Returned:
     if node.target is not focus.restore.default:
         if last is not None:
             raise Unsupported(RETURNS_LAST, node)
         return Returned(node.name)
-    value, tokens, keep, batch_dim, token_dim = (
-        part.name if isinstance(part, Node) else part for part in node.args
-    )
-    return Returned(value, tokens, keep, batch_dim, token_dim, last)  # type: ignore[arg-type]
+    value, _, _, batch_dim, token_dim = node.args
+    assert isinstance(value, Node)
+    domain = plan.packed[value.name].domain
+    return Returned(value.name, domain, batch_dim, token_dim, last)  # type: ignore[arg-type]
 
 
 def _last(returned: list[Returned | None], gm: GraphModule) -> Returned | None:
     """The packed value that is computed last: the logits, wherever the model returns them."""
     order = {node.name: index for index, node in enumerate(gm.graph.nodes)}
-    packed = [value for value in returned if value is not None and value.tokens is not None]
+    packed = [value for value in returned if value is not None and value.domain is not None]
     return max(packed, key=lambda value: order[value.name], default=None)
 
 
@@ -105,7 +112,7 @@ def _vocabulary(returned: list[Returned | None], gm: GraphModule, plan: Plan) ->
     rows, ranks = tensor_of(weight).shape[0], 1 if plan.heads is None else plan.heads.ranks
     found = []
     for index, value in enumerate(returned):
-        if value is None or value.tokens != "tokens":
+        if value is None or value.domain is not Domain.RETAINED:
             continue
         shape = tensor_of(nodes[value.name]).shape
         wide = rows * (ranks - 1) < shape[-1] <= rows * ranks

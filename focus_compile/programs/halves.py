@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch.fx import GraphModule
+
+from focus_compile.plan.controls import Selection
+from focus_compile.plan.plan import Domain
 
 __all__ = ["Half", "Halves", "Returned"]
 
@@ -20,16 +24,15 @@ class Half:
 
 @dataclass(frozen=True)
 class Returned:
-    """A value that the model returns, by the names of the programs' values.
+    """A value that the model returns, by its name in the programs.
 
-    ``tokens`` and ``keep`` are None where it is returned as it is; else it is packed, and restored
-    with these tables along ``batch_dim`` and ``token_dim`` (:func:`~.packing.restore`). ``last``:
-    the model returns that many last tokens only, or None: all.
+    ``domain`` is None where it is returned as it is; else it is packed, and restored with the
+    tables of that domain along ``batch_dim`` and ``token_dim`` (:func:`~.packing.restore`).
+    ``last``: the model returns that many last tokens only, or None: all.
     """
 
     name: str
-    tokens: str | None = None
-    keep: str | None = None
+    domain: Domain | None = None
     batch_dim: int | None = None
     token_dim: int = 0
     last: int | None = None
@@ -41,8 +44,8 @@ class Halves:
 
     ``own`` are the values that the model returns, in its order; ``logits`` is the packed one that
     is computed last, or None if it returns none; ``vocabulary`` are, by position, the packed ones
-    with a number for each token that can be embedded; ``kv`` names those that hold each layer's
-    keys and values, history first; ``control`` what the host reads.
+    with a number for each token that can be embedded; ``slots``: the name of the value, history
+    and block, that each slot takes over; ``selection`` names what the host reads.
     """
 
     prefix: Half
@@ -50,5 +53,5 @@ class Halves:
     own: tuple[Returned | None, ...]
     logits: Returned | None
     vocabulary: tuple[int, ...]
-    kv: tuple[tuple[str, str], ...]
-    control: dict[str, str]
+    slots: Mapping[str, str]
+    selection: Selection[str]

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule
 
-from focus_compile.axes.embedding import token_ids
+from focus_compile.axes.axes import Entry
 from focus_compile.capture.canonical import Canonical
 from focus_compile.graph.inputs import Input
 from focus_compile.graph.nodes import operands, tensor_of
 from focus_compile.graph.recompute import no_constant_sizes
 from focus_compile.plan.causal import is_causal
-from focus_compile.plan.controls import slot_name
 from focus_compile.plan.plan import Plan
 from focus_compile.programs.cut import part
 from focus_compile.programs.halves import Half
@@ -29,7 +27,7 @@ class Layout:
 
     Attributes:
         inputs: the canonical graph's own inputs; arguments: the argument that each comes from.
-        ids: name of the token ids.
+        ids: the argument that holds the token ids.
         slots: inputs for the K/V of the step before, layer by layer.
         past: name of the last layer's past keys; past_dim: their dim that is the history.
         index: computes which slots of a cache of fixed length the block takes, int64 ``[T]``; None
@@ -44,7 +42,7 @@ class Layout:
 
     inputs: tuple[Input, ...]
     arguments: tuple[int, ...]
-    ids: str
+    ids: int
     slots: tuple[Input, ...]
     past: str | None
     past_dim: int
@@ -62,15 +60,17 @@ def layout_of(
     """The layout of a planned graph; ``own``: arguments that are the model's, not the call's."""
     keys = plan.sites[-1].writes[0]
     nodes = {node.name: node for node in canonical.gm.graph.nodes}
-    names = [slot_name(site.layer, kv) for site in plan.sites for kv in (0, 1)]
+    argument = {
+        given.name: at for given, at in zip(canonical.inputs, canonical.arguments, strict=True)
+    }
     index = None if keys.index is None else part(canonical.gm, nodes[keys.index])
     if index is not None:
         no_constant_sizes(index.gm)
     return Layout(
         inputs=canonical.inputs,
         arguments=canonical.arguments,
-        ids=plan.ids,
-        slots=tuple(plan.inputs[name] for name in names),
+        ids=argument[plan.ids],
+        slots=tuple(slot for pair in plan.slots for slot in pair),
         past=keys.past,
         past_dim=keys.token_dim,
         index=index,
@@ -78,7 +78,7 @@ def layout_of(
         causal=any(is_causal(canonical.gm, site) for site in plan.sites),
         buffers=_buffers(canonical, plan, {*own} - {*written}),
         key_program=key_program(canonical.gm, (w for site in plan.sites for w in site.writes)),
-        vocabulary=_vocabulary(canonical.gm),
+        vocabulary=_vocabulary(canonical.axes.entry),
     )
 
 
@@ -93,10 +93,9 @@ def _buffers(canonical: Canonical, plan: Plan, own: set[int]) -> tuple[int, ...]
     )
 
 
-def _vocabulary(gm: GraphModule) -> int | None:
+def _vocabulary(entry: Entry | None) -> int | None:
     """Rows of the embedding; None where ranks share them out."""
-    found = token_ids(gm)
-    assert found is not None
-    table = operands(found[0])[0]
-    whole = found[0].target is torch.ops.aten.embedding.default and not table.meta.get("shard")
+    assert entry is not None
+    table, lookup = operands(entry.embedding)[0], entry.embedding.target
+    whole = lookup is torch.ops.aten.embedding.default and not table.meta.get("shard")
     return int(tensor_of(table).shape[0]) if whole else None

@@ -11,22 +11,23 @@ from torch import Tensor
 
 from focus_compile.config import FocusConfig
 from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHistory
-from focus_compile.graph.inputs import Input
 from focus_compile.graph.sharding import local
-from focus_compile.graph.sizes import length
 from focus_compile.log import warning_once
 from focus_compile.models.vocabulary import check_mask_token
-from focus_compile.ops.tables import Feed, feed, retained_tables
+from focus_compile.ops.tables import feed, retained_tables
+from focus_compile.plan.controls import Selection, Tables
+from focus_compile.plan.plan import Domain
 from focus_compile.programs.halves import Halves
 from focus_compile.programs.layout import Layout
 from focus_compile.programs.program import Program
 from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.block import BlockState, History
+from focus_compile.runtime.controls import controls, empty_slots, is_exact
 from focus_compile.runtime.identity import model_key, overlap, weights_of
-from focus_compile.runtime.outputs import packed_logits, returned, trimmed
+from focus_compile.runtime.outputs import Packed, packed_logits, returned
 from focus_compile.runtime.reader import MaskedCall, Outputs, outermost
 from focus_compile.runtime.record import Record
-from focus_compile.runtime.session import Session, Signal, Step, warn_outside
+from focus_compile.runtime.session import Session, warn_outside
 
 __all__ = ["CAUSAL", "Executable"]
 
@@ -102,7 +103,7 @@ class Executable:
             return self._run(args, session)
 
     def _run(self, args: Sequence[Any], session: Session | None) -> Any:
-        ids = args[self.layout.arguments[int(self.layout.ids.removeprefix("input"))]]
+        ids = args[self.layout.ids]
         if session is not None and not (session.enabled and ids.numel()):
             session.masked = None  # they were given for this call
         if not ids.numel():
@@ -152,32 +153,43 @@ class Executable:
     ) -> Any:
         values = self._arguments(args)
         state = self._state(args, values, ids, masked, session)
-        exact = self._exact(session)
+        exact = is_exact(self.config, session)
         delayed = self.config.delayed_cache and not exact
         skip = session is not None and session.commits_exactly
-        tables = feed(torch.ones_like(masked) if exact else state.fed(delayed, skip))
-        values |= self._controls(state, values, tables, session)
+        fed = feed(torch.ones_like(masked) if exact else state.fed(delayed, skip))
+        owns = session is not None and session.owns_kv and not self.captured
+        reuse = owns and state.goes_on and bool(state.slots)
+        slots = state.slots or empty_slots(
+            self.layout.slots, self.layout.inputs, values, masked.shape
+        )
+        values |= slots | vars(controls(self.config, session, state, fed, reuse=reuse))
         # the suffix is compiled for contiguous values at the cut, whatever the prefix prefers
         values |= {name: value.contiguous() for name, value in self.prefix(values).items()}
-        count, most = values["sizes"].tolist()
-        values["tokens"], values["rows"] = retained_tables(
-            values["order"], values["places"], count, most, self.config.buckets
+        selection = Selection(
+            **{key: values[at] for key, at in vars(self.halves.selection).items()}
         )
-        values |= self.suffix(values)
-        values |= trimmed(self.halves, values, count)
+        count, most = selection.sizes.tolist()
+        tokens, rows = retained_tables(
+            selection.order, selection.places, count, most, self.config.buckets
+        )
+        values |= self.suffix(values | vars(Tables(tokens=tokens, rows=rows)))
+        domains = {
+            Domain.FED: Packed(fed.tokens, fed.fed),
+            Domain.RETAINED: Packed(tokens[:count], selection.retain_mask),
+        }
         packed = None if session is None else self._packed(session)
         if session is not None and packed is not None and (own := self.halves.own[packed]):
-            session.logits = packed_logits(own, values)
-        made = returned(self.halves, values, packed)
+            session.logits = packed_logits(own, values, domains[Domain.RETAINED])
+        made = returned(self.halves, values, domains, packed)
         count_own = len(made) - len(self.layout.written)
         for argument, value in zip(self.layout.written, made[count_own:], strict=True):
             args[argument].copy_(value)
         self.record.focus_call()
         if session is not None:
-            retained = values["retain_mask"].clone()  # it outlives this call
-            state.advance(tables.fed, retained, self._slots(values), delayed)
+            retained = selection.retain_mask.clone()  # it outlives this call
+            state.advance(fed.fed, retained, self._slots(values), delayed)
             session.retain_mask = retained
-            session.stats.record(masked.numel(), tables.tokens.numel(), count)
+            session.stats.record(masked.numel(), fed.tokens.numel(), count)
             self._tell(session, made, retained, packed)
             session.keep(model_key(args), state)  # last: a call that is interrupted has no state
         return made[:count_own]
@@ -209,15 +221,9 @@ class Executable:
         outputs = {
             index: value
             for index, (own, value) in enumerate(zip(self.halves.own, made, strict=True))
-            if own is not None and own.tokens == "tokens" and value is not None
+            if own is not None and own.domain is Domain.RETAINED and value is not None
         }
         session.reader.calls.append(MaskedCall(self, retained, outputs, packed))
-
-    def _exact(self, session: Session | None) -> bool:
-        """Whether every token is fed and retained: by the session's setting, or the option."""
-        if session is None or session.exact is None:
-            return self.config.exact
-        return session.exact
 
     def _state(
         self,
@@ -267,67 +273,12 @@ class Executable:
             if state.slots
         )
 
-    def _controls(
-        self,
-        state: BlockState,
-        values: Mapping[str, Tensor],
-        tables: Feed,
-        session: Session | None,
-    ) -> dict[str, Tensor]:
-        """The inputs that are neither the caller's nor made by the prefix."""
-        device = state.masked.device
-        batch, tokens = state.masked.shape
-        alpha, visibility, signal = self.config.alpha, self.config.visibility, Signal()
-        if session is not None:
-            alpha = alpha if session.alpha is None else session.alpha
-            visibility = session.visibility or visibility
-            step = Step(session.stats.steps, state.ids, state.masked, tables.fed)
-            signal = session.signal_of(step)
-        if self._exact(session):
-            alpha = torch.inf
-        bias = signal.bias
-        if bias is None:
-            bias = torch.zeros(batch, tokens, dtype=torch.float32, device=device)
-        if bias.shape != state.masked.shape:
-            shape = tuple(bias.shape)
-            raise ValueError(f"the signal's bias has shape {shape}: expected {(batch, tokens)}")
-        slots = state.slots or self._no_slots(state, values)
-        owns = session is not None and session.owns_kv and not self.captured
-        reuse = owns and state.goes_on and bool(state.slots)
-        exact = True if self.config.stale_kv else state.final
-        return slots | {
-            "masked": state.masked,
-            "fed": tables.fed,
-            "fed_tokens": tables.tokens,
-            "fed_inverse": tables.inverse,
-            "fed_rows": tables.rows,
-            "progress": state.progress,
-            "average": state.average,
-            "alpha": torch.tensor(alpha, dtype=torch.float32, device=device),
-            "signal_weights": torch.tensor(signal.weights, dtype=torch.float32, device=device),
-            "signal_bias": bias.to(device, torch.float32).contiguous(),
-            "written01": state.written01 & exact,
-            "written": state.written & exact,
-            "prefix_visibility": torch.tensor(visibility == "prefix", device=device),
-            "reuse": torch.tensor(reuse, device="cpu"),  # the host reads it
-        }
-
     def _slots(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every layer's keys and values, for the next step; a CUDA graph overwrites its results."""
-        names = [name for pair in self.halves.kv for name in pair]
         return {
-            slot.name: values[name].clone() if self.captured else values[name]
-            for slot, name in zip(self.layout.slots, names, strict=True)
+            slot: values[name].clone() if self.captured else values[name]
+            for slot, name in self.halves.slots.items()
         }
-
-    def _no_slots(self, state: BlockState, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Slots that nobody has written: no memory, and no layer reads them."""
-        sizes = dict(zip(("batch", "token"), state.masked.shape, strict=True))
-        for given in self.layout.inputs:
-            for name, size in zip(given.shape, values[given.name].shape, strict=True):
-                if isinstance(name, str):
-                    sizes[name] = size
-        return {slot.name: _zeros(slot, sizes) for slot in self.layout.slots}
 
     def _arguments(self, args: Sequence[Any]) -> dict[str, Tensor]:
         """The canonical graph's inputs, in the layout that the programs were compiled for."""
@@ -340,8 +291,3 @@ class Executable:
                 fits = not given.symbolic or value.is_contiguous()
             values[given.name] = value if fits else value.contiguous()
         return values
-
-
-def _zeros(slot: Input, sizes: Mapping[str, int]) -> Tensor:
-    shape = [length(extent, sizes) for extent in slot.shape]
-    return torch.zeros(shape[-1:], dtype=slot.dtype, device=slot.device).expand(shape)

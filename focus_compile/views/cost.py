@@ -153,7 +153,7 @@ class _Counter:
         self.axes = canonical.axes
         self.names = _names(canonical)
         self.nodes = {node.name: node for node in canonical.gm.graph.nodes}
-        self.sites = plan.sites
+        self.sites, self.scored = plan.sites, plan.scored_sites
 
     def by_layer(self, packed: Mapping[str, Place]) -> list[_Work]:
         """Work between one attention site and the next, that of the next included.
@@ -177,7 +177,7 @@ class _Counter:
 
     def importance(self) -> _Work:
         work = _Work()
-        for site in self.sites[:2]:
+        for site in self.scored:
             query, key = (self.axes.of(self.nodes[name]) for name in (site.query, site.key))
             heads, groups, size = self._size(query[1]), self._size(key[1]), self._size(query[3])
             moved = (heads + groups) * size * _bytes(self.nodes[site.query]) + 4

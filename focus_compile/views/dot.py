@@ -69,7 +69,7 @@ def dot(analysis: Analysis, after: bool) -> str:
     gm = analysis.stages[-1][1] if after else analysis.canonical.gm
     weights = {given.name for given in analysis.canonical.inputs if not given.symbolic}
     flow = _flow(gm, weights)
-    inside = _folded(gm, flow, analysis.plan.sites)
+    inside = _folded(gm, flow, analysis.plan)
     returned = set(_origins(gm.graph.output_node(), flow))
     modules = _layers(gm, analysis.plan.sites)
 
@@ -136,15 +136,16 @@ def _origins(node: Node, flow: nx.DiGraph) -> Iterator[Node]:
             yield from _origins(source, flow)
 
 
-def _folded(gm: GraphModule, flow: nx.DiGraph, sites: tuple[Site, ...]) -> set[Node]:
-    """What stands after the site of layer 2, up to that of the last layer; inputs of it alone.
+def _folded(gm: GraphModule, flow: nx.DiGraph, plan: Plan) -> set[Node]:
+    """What stands after the first site of retained tokens, up to the last; inputs of it alone.
 
     It stands together in a topological order, so that no path leaves the box and comes back.
     """
-    if len(sites) < 4:
+    late = plan.sites[plan.scored[1] + 1 :]
+    if len(late) < 2:
         return set()
     order = [node.name for node in gm.graph.nodes]
-    first, last = order.index(sites[2].out), order.index(sites[-1].out)
+    first, last = order.index(late[0].out), order.index(late[-1].out)
     names = set(order[first + 1 : last + 1])
     inside = {node for node in flow if node.name in names}
     alone = (node for node in flow if node.op == "placeholder" and flow.out_degree(node))

@@ -70,7 +70,7 @@ def test_masks_of_an_empty_call() -> None:
     draw = caller().draw()
     one.logits(one.compiled, draw)
     program = one.executables[0]
-    ids = program.layout.arguments[int(program.layout.ids.removeprefix("input"))]
+    ids = program.layout.ids
     with focus_compile.session() as focus:
         focus.masked = draw.masked
         with pytest.raises(EmptyCall):

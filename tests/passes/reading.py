@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from focus_compile.axes.propagate import label
 from focus_compile.capture.canonical import Canonical, canonicalize
-from focus_compile.plan.plan import Plan, make_plan
+from focus_compile.plan.plan import SCORED, Plan, make_plan
 from tests.passes.tiny import NUMBERS, Model, Symbolic, Values, captured, model
 
 _NUMBERED = re.compile(r"_(default|int|tensor|\d+)(?=_|$)")
@@ -89,13 +90,18 @@ def _operator(node: Node) -> str:
     return str(node.target).rpartition(".")[0]
 
 
-def subject(values: Values, function: Model = model, symbolic: Symbolic = NUMBERS) -> Subject:
+def subject(
+    values: Values,
+    function: Model = model,
+    symbolic: Symbolic = NUMBERS,
+    scored: tuple[int, int] = SCORED,
+) -> Subject:
     """Trace a function, and decide what the passes will do."""
-    canonical = canonicalize(captured(values, function, symbolic))
+    canonical = canonicalize(label(captured(values, function, symbolic)))
     arguments = list(values)
     pairs = zip(canonical.inputs, canonical.arguments, strict=True)
     names = {given.name: arguments[at] for given, at in pairs}
-    return Subject(canonical, make_plan(canonical), names)
+    return Subject(canonical, make_plan(canonical, scored), names)
 
 
 def missing(lines: list[str], others: list[str]) -> list[str]:

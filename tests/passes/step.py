@@ -53,8 +53,11 @@ def tables(keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor([b * keep.shape[1] + t for b, t in pairs]), inverse, rows
 
 
-def controls(prefix: bool = False, past: int = PAST) -> Values:
-    """What the passes ask for, by name; ``DELTA`` is the signal whatever the importances are."""
+def controls(prefix: bool = False, past: int = PAST, layers: int = LAYERS, last: int = 1) -> Values:
+    """What the passes ask for, by name; ``DELTA`` is the signal whatever the importances are.
+
+    ``last``: the second scored layer.
+    """
     fed_tokens, fed_inverse, fed_rows = tables(FED)
     tokens, _, rows = tables(RETAINED)
     values = {
@@ -76,17 +79,17 @@ def controls(prefix: bool = False, past: int = PAST) -> Values:
         "reuse": torch.tensor(False),
     }
     generator = torch.Generator().manual_seed(1)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for part in "kv":
             stale = torch.randn(BATCH, GROUPS, past + TOKENS, SIZE, generator=generator)
-            empty = torch.cat([torch.ones(BATCH, past).bool(), ~written(layer)], 1)
+            empty = torch.cat([torch.ones(BATCH, past).bool(), ~written(layer, last)], 1)
             stale.transpose(1, 2)[empty] = math.nan  # read by nobody
             values[f"slots{layer}_{part}"] = stale
     return values
 
 
-def written(layer: int) -> Tensor:
-    return WRITTEN01 if layer < 2 else WRITTEN
+def written(layer: int, last: int = 1) -> Tensor:
+    return WRITTEN01 if layer <= last else WRITTEN
 
 
 @dataclass(frozen=True)
@@ -94,18 +97,19 @@ class Step:
     """Attention of the step, dense: every token asks, and sees the slots that FOCUS lets it see.
 
     A token that is not computed asks with garbage, which no other token reads. ``given``: from
-    :func:`controls`.
+    :func:`controls`. ``last``: the second scored layer.
     """
 
     given: Values
     prefix: bool = False
+    last: int = 1
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, values: Values
     ) -> tuple[Tensor, Tensor, Tensor]:
-        stored = FED if layer < 2 else RETAINED
-        kept = FED if layer == 0 else RETAINED
-        seen = stored | written(layer)
+        stored = FED if layer <= self.last else RETAINED
+        kept = FED if layer < self.last else RETAINED
+        seen = stored | written(layer, self.last)
         if self.prefix:
             seen = seen & torch.stack([row.flip(0).cumsum(0).flip(0) > 0 for row in kept])
         joined = [

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from focus_compile.axes.propagate import label
 from focus_compile.capture.canonical import Canonical, canonicalize
 from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import graph_inputs
@@ -57,14 +58,14 @@ def test_symbols_and_numbers_have_one_form(symbolic: Symbolic, shallow: Subject)
     gm = captured(call(layers=2), model, symbolic)
     sizes = [size for node in graph_inputs(gm) for size in node.meta["val"].shape]
     assert any(isinstance(size, torch.SymInt) for size in sizes)
-    assert text(canonicalize(gm)) == text(shallow.canonical)
+    assert text(canonicalize(label(gm))) == text(shallow.canonical)
 
 
 def test_other_sizes_and_a_strided_cache_have_one_form(shallow: Subject) -> None:
     values = call(batch=8, tokens=9, past=11, layers=2)
     for name in {*CACHES} & {*values}:
         values[name] = values[name].transpose(1, 2).contiguous().transpose(1, 2)
-    assert text(canonicalize(captured(values))) == text(shallow.canonical)
+    assert text(canonicalize(label(captured(values)))) == text(shallow.canonical)
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def test_copies_are_dropped_and_repetitions_computed_once() -> None:
     values = call(layers=2)
     values["hidden"] = ~values.pop("mask")
     gm = captured(values, lambda given: model(given, repeated))
-    before, after = gm.code, canonicalize(gm).gm.code
+    before, after = gm.code, canonicalize(label(gm)).gm.code
     assert (before.count("aten.logical_not"), after.count("aten.logical_not")) == (2, 1)
     for copy in ("aten.to.dtype", "aten.slice.Tensor"):
         assert copy in before and copy not in after
@@ -98,7 +99,7 @@ def test_copies_are_dropped_and_repetitions_computed_once() -> None:
 def test_the_input_is_left_as_it_was(shallow: Subject) -> None:
     gm = captured(call(layers=2))
     before = snapshot(gm)
-    made = canonicalize(gm)
+    made = canonicalize(label(gm))
     assert snapshot(gm) == before
     assert made.gm is not gm and made.gm.code == shallow.canonical.gm.code
 
@@ -114,6 +115,6 @@ def returns_a_size(gm: GraphModule) -> GraphModule:
 
 def test_refused() -> None:
     with pytest.raises(Unsupported) as refusal:
-        canonicalize(returns_a_size(captured(call(layers=2))))
+        canonicalize(label(returns_a_size(captured(call(layers=2)))))
     assert str(refusal.value) == "the graph returns a size [op aten.sym_size.int]"
     assert refusal.value.cure

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from focus_compile.errors import Unsupported
 from focus_compile.passes import PASSES
+from focus_compile.plan.plan import Domain
 from focus_compile.programs.cut import cut
 from focus_compile.programs.halves import Half, Halves, Returned
 from tests.passes.reading import Subject, snapshot, subject
@@ -53,7 +54,7 @@ def test_what_passes_from_prefix_to_suffix(tiny: Subject, halves: Halves) -> Non
     prefix, suffix = halves.prefix, halves.suffix
     live = [name for name in suffix.inputs if name in prefix.outputs]
     control = ["retain_mask", "order", "inverse", "places", "sizes", "delta"]
-    assert list(prefix.outputs[:6]) == control == list(halves.control.values())
+    assert list(prefix.outputs[:6]) == control == list(vars(halves.selection).values())
     assert {"inverse", "retain_mask", "joined1_k", "joined1_v"} < {*live}
     assert "tokens" in suffix.inputs and "rows" in suffix.inputs
     assert "tokens" not in prefix.inputs and "rows" not in prefix.inputs
@@ -67,11 +68,14 @@ def test_what_is_returned(halves: Halves) -> None:
     logits, *cache = halves.own
     assert logits == halves.logits
     assert logits is not None
-    assert (logits.tokens, logits.keep) == ("tokens", "retain_mask")
+    assert logits.domain is Domain.RETAINED
     assert (logits.batch_dim, logits.token_dim, logits.last) == (0, 1, None)
     pairs = [(f"joined{layer}_k", f"joined{layer}_v") for layer in range(LAYERS)]
     assert cache == [Returned(name) for pair in pairs for name in pair]
-    assert list(halves.kv) == pairs
+    stored = {
+        f"slots{layer}_{part}": f"joined{layer}_{part}" for layer in range(LAYERS) for part in "kv"
+    }
+    assert halves.slots == stored
     assert halves.vocabulary == (0,)
 
 
@@ -85,7 +89,7 @@ def test_numbers(
     values = by_graph_name(tiny, given)
     del values["tokens"], values["rows"]  # the prefix decides
     values |= run(halves.prefix, values)
-    for name, expected in zip(halves.control, control, strict=True):
+    for name, expected in zip(vars(halves.selection).values(), control, strict=True):
         assert torch.equal(values[name], expected)
     count, most = values["sizes"].tolist()
     values["tokens"], values["rows"] = values["order"][:count], values["places"][:, :most]
@@ -109,8 +113,8 @@ def test_slots_that_the_model_does_not_return() -> None:
         gm = apply(gm, changed.plan)
     made = cut(gm, changed.plan)
     assert len(made.own) == 1
-    assert {*made.kv[0], *made.kv[1]} < {*made.prefix.outputs}
-    assert {*made.kv[2]} < {*made.suffix.outputs}
+    early, late = list(made.slots.values())[:4], list(made.slots.values())[4:]
+    assert {*early} < {*made.prefix.outputs} and late and {*late} < {*made.suffix.outputs}
 
 
 def test_last_tokens(tiny: Subject, stages: dict[str, GraphModule]) -> None:

@@ -1,0 +1,94 @@
+"""What the programs of one masked call are given beside the model's own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from focus_compile.config import FocusConfig
+from focus_compile.graph.inputs import Input
+from focus_compile.graph.sizes import length
+from focus_compile.ops.tables import Feed
+from focus_compile.plan.controls import Controls
+from focus_compile.runtime.block import BlockState
+from focus_compile.runtime.session import Session, Signal, Step
+
+__all__ = ["controls", "empty_slots", "is_exact"]
+
+
+def is_exact(config: FocusConfig, session: Session | None) -> bool:
+    """Whether every token is fed and retained: by the session's setting, or the option."""
+    return config.exact if session is None or session.exact is None else session.exact
+
+
+def controls(
+    config: FocusConfig,
+    session: Session | None,
+    state: BlockState,
+    fed: Feed,
+    *,
+    reuse: bool,
+) -> Controls[Tensor]:
+    """Settings of the session before those of the options; masks and counts of the blocks.
+
+    ``reuse``: nobody else reads the slots, so that joins may write into them.
+
+    Raises:
+        ValueError: the session's signal has a bias of another shape than ``[B, T]``.
+    """
+    device = state.masked.device
+    alpha, visibility, signal = config.alpha, config.visibility, Signal()
+    if session is not None:
+        alpha = alpha if session.alpha is None else session.alpha
+        visibility = session.visibility or visibility
+        signal = session.signal_of(Step(session.stats.steps, state.ids, state.masked, fed.fed))
+    if is_exact(config, session):
+        alpha = torch.inf
+    bias = signal.bias
+    if bias is None:
+        bias = torch.zeros(state.masked.shape, dtype=torch.float32, device=device)
+    if bias.shape != state.masked.shape:
+        shape, expected = tuple(bias.shape), tuple(state.masked.shape)
+        raise ValueError(f"the signal's bias has shape {shape}: expected {expected}")
+    exact = True if config.stale_kv else state.final
+    return Controls(
+        masked=state.masked,
+        fed=fed.fed,
+        progress=state.progress,
+        average=state.average,
+        alpha=torch.tensor(alpha, dtype=torch.float32, device=device),
+        signal_weights=torch.tensor(signal.weights, dtype=torch.float32, device=device),
+        signal_bias=bias.to(device, torch.float32).contiguous(),
+        fed_tokens=fed.tokens,
+        fed_inverse=fed.inverse,
+        fed_rows=fed.rows,
+        written01=state.written01 & exact,
+        written=state.written & exact,
+        prefix_visibility=torch.tensor(visibility == "prefix", device=device),
+        reuse=torch.tensor(reuse, device="cpu"),
+    )
+
+
+def empty_slots(
+    slots: Sequence[Input],
+    inputs: Sequence[Input],
+    values: Mapping[str, Tensor],
+    canvas: torch.Size,
+) -> dict[str, Tensor]:
+    """Slots that nobody has written: no memory, and no layer reads them.
+
+    ``inputs``: the arguments, of whose ``values`` sizes are read; ``canvas``: ``[B, T]``.
+    """
+    sizes = dict(zip(("batch", "token"), canvas, strict=True))
+    for given in inputs:
+        for name, size in zip(given.shape, values[given.name].shape, strict=True):
+            if isinstance(name, str):
+                sizes[name] = size
+    return {slot.name: _zeros(slot, sizes) for slot in slots}
+
+
+def _zeros(slot: Input, sizes: Mapping[str, int]) -> Tensor:
+    shape = [length(extent, sizes) for extent in slot.shape]
+    return torch.zeros(shape[-1:], dtype=slot.dtype, device=slot.device).expand(shape)
