@@ -109,7 +109,6 @@ class Work:
                 **arguments,
             )
             end = now()
-        assert isinstance(result, focus_compile.Generated)
         seconds = [stop - start for start, stop in timed.times]
         run = Run(end - timed.times[0][1], seconds[1:], result)
         if self.tokenizer is not None:

@@ -80,7 +80,6 @@ def one(model: Any, number: int, prompts: Sequence[int] = PROMPTS) -> Generated:
         tokens_per_step=draw.choice((1, 2, 3)),
         return_dict=True,
     )
-    assert isinstance(made, Generated)
     assert made.focus_steps == made.forwards > 0, "a masked call ran no prefix and suffix"
     assert not bool((made.sequences == MASK).any())
     return made

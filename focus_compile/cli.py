@@ -268,7 +268,6 @@ def generate(
                 progress=not as_json and sys.stdout.isatty(),
                 return_dict=True,
             )
-        assert isinstance(made, Generated)
         _tell_answers(answers(words, made.sequences[:, ids.shape[1] :]), made, as_json)
         if trace is not None:  # last: if it cannot be written, the answers are there
             trace.write_text(json.dumps(made.trace()))

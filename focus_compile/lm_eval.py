@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from focus_compile.entry import compile as compile_model
-from focus_compile.generation.generated import Generated
 from focus_compile.generation.loop import generate
 from focus_compile.generation.text import answers, end_tokens, left_padded, prompt_ids
 from focus_compile.log import warning_once
@@ -247,7 +246,6 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
                 **{name: kwargs[name] for name in GENERATION if name in kwargs},
                 **self.decoding,
             )
-        assert isinstance(made, Generated)
         if self.focus and not made.focus_steps:
             raise RuntimeError("FOCUS did not run, every step was dense: see the warnings above")
         self.ran["forwards"] += made.forwards

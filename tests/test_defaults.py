@@ -41,7 +41,6 @@ def generated(model: object, *, sample: bool = False, cached: bool = True) -> li
         return_dict=True,
         **drawn,  # type: ignore[arg-type]
     )
-    assert isinstance(out, focus_compile.Generated)
     return [out.sequences, *out.decode_masks, *out.retain_masks]
 
 

@@ -121,7 +121,6 @@ def compiled_generation(
             shifted_logits=decoding.shifted,
             return_dict=True,
         )
-    assert isinstance(out, Generated)
     assert len(steps) == out.forwards == out.focus_steps
     return out, steps
 

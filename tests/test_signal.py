@@ -62,7 +62,6 @@ def test_exact_match_needs_the_delta(examples: list[Any]) -> None:
                 eos_token_id=tokenizer.eos_token_id,
                 return_dict=True,
             )
-        assert isinstance(out, focus_compile.Generated)
         texts = tokenizer.batch_decode(
             out.sequences[:, given["input_ids"].shape[1] :], skip_special_tokens=True
         )

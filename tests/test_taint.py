@@ -192,7 +192,6 @@ def test_generate_with_nan_in_one_row() -> None:
             run.compiled, prompts, max_new_tokens=14, block_length=7, mask_token_id=MASK,
             confidence_threshold=0.05, return_dict=True,
         )  # fmt: skip
-        assert isinstance(out, Generated)
         return out
 
     expected = generated()

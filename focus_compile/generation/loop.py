@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from rich.progress import Progress
@@ -19,6 +19,7 @@ from focus_compile.generation.batch import CachedBatch, CanvasBatch
 from focus_compile.generation.decoding import Decoder, Strategy, count_per_step, warpers
 from focus_compile.generation.endings import Endings
 from focus_compile.generation.generated import Generated
+from focus_compile.generation.options import Options
 from focus_compile.generation.request import (
     criteria,
     fraction,
@@ -45,6 +46,28 @@ EAGER = (
     "focus_compile.compile(...), which has a limit of its own, vary alpha by session(alpha=...), "
     "or raise the limit"
 )
+
+
+@overload
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    return_dict: Literal[True],
+    **options: Unpack[Options],
+) -> Generated: ...
+
+
+@overload
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    return_dict: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
 
 
 @torch.no_grad()

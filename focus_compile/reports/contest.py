@@ -191,7 +191,6 @@ def contest(
                     eos_token_id=ends,
                     return_dict=True,
                 )
-            assert isinstance(out, Generated)
             made.append(out)
             advance()
         return time.perf_counter() - start, made
