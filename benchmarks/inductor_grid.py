@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import commit
-from tests.harness import (
+from tests.reference.state import Config
+from tests.reference.system import standalone_batch
+from tests.support.harness import (
     MASK,
     Call,
     Run,
@@ -34,8 +36,6 @@ from tests.harness import (
     random_call,
     retained,
 )
-from tests.reference.state import Config
-from tests.reference.system import standalone_batch
 
 SIZES = Sizes(layers=4)
 TOKENS, SEEDS = 9, 3

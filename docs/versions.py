@@ -1,6 +1,6 @@
 """Write docs/versions.md: which tests passed on which PyTorch, transformers and Python.
 
-    python docs/versions.py --run tests/test_eviction.py tests/fused   run them here, and record it
+    python docs/versions.py --run tests/fused                run them here, and record it
     python docs/versions.py --read report.xml                          record pytest --junitxml's
     python docs/versions.py                                            write the page anew
 

@@ -1,8 +1,8 @@
 """Every name of PyTorch that has no promise of stability, in one place.
 
 The rest of the package imports them from here, and asks for no version: what differs between
-releases is answered by a function of this module. tests/test_torch_private.py holds what each name
-must do, and names the releases on which that was seen (docs/versions.md has the suites).
+releases is answered by a function of this module. tests/house/test_torch_private.py holds what each
+name must do, and names the releases on which that was seen (docs/versions.md has the suites).
 """
 
 from __future__ import annotations

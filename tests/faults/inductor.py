@@ -26,7 +26,7 @@ from torch.fx import GraphModule
 
 from focus_compile import NotCompiled
 from tests.faults.steps import first_call, new_run, same
-from tests.harness import Run, eager_inner, eager_logits
+from tests.support.harness import Run, eager_inner, eager_logits
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import focus_compile
 from focus_compile import Session
-from tests.harness import MASK, Call, Run, Sizes, bound, build_model, random_call, retained
+from tests.support.harness import MASK, Call, Run, Sizes, bound, build_model, random_call, retained
 
 BATCH, TOKENS, HISTORY, ALPHA = 3, 9, 7, 1.2
 

@@ -18,7 +18,9 @@ from transformers import Qwen3ForCausalLM
 import focus_compile
 from focus_compile import NotCompiled, focus_backend
 from tests.faults.steps import ALPHA, Steps, first_call, new_run, same
-from tests.harness import (
+from tests.reference.state import Config
+from tests.reference.system import standalone_batch
+from tests.support.harness import (
     MASK,
     Call,
     Run,
@@ -29,8 +31,6 @@ from tests.harness import (
     eager_logits,
     retained,
 )
-from tests.reference.state import Config
-from tests.reference.system import standalone_batch
 
 Change = Callable[[Run], None]
 

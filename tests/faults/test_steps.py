@@ -19,7 +19,7 @@ import focus_compile
 from focus_compile.programs.program import Program
 from focus_compile.runtime.executable import Executable
 from tests.faults.steps import Steps, new_run, retry, same
-from tests.harness import Call, Run
+from tests.support.harness import Call, Run
 
 STRIDE = 8
 """Every how many lines of the package a call is interrupted."""

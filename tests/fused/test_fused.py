@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +24,8 @@ if find_spec("triton") is None:
 
 from focus_compile.ops.triton import operators as fused
 from tests.fused.cubins import signatures, usage
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 CASES = 200
 
 

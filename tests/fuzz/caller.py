@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.subjects import RowDraw
-from tests.harness import MASK
+from tests.support.harness import MASK
 
 LONGEST = 24
 """History of a caller who commits; beyond, the next request starts."""

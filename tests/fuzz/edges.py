@@ -19,13 +19,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from tests.dialects import DIALECTS, Dialect
 from tests.fuzz.oracle import quick_importance
 from tests.fuzz.plan import EVENTS, Plan
 from tests.fuzz.play import NearTie, Player
 from tests.fuzz.subjects import SUBJECTS, Subject
-from tests.models.llada import LLaDA
 from tests.reference import algorithm
+from tests.support.dialects import DIALECTS, Dialect
+from tests.support.models.llada import LLaDA
 
 LAYERS = 3
 PLACES = range(LAYERS + 3)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from tests.dialects import Dialect
 from tests.reference.state import Visibility
+from tests.support.dialects import Dialect
 
 STEP = "step"
 EVENTS = (

@@ -20,10 +20,10 @@ from tests.fuzz.level import Level
 from tests.fuzz.oracle import TOLERANCE, Oracle, quick_importance
 from tests.fuzz.plan import Plan
 from tests.fuzz.subjects import RowDraw, Subject
-from tests.harness import retained
 from tests.reference import algorithm
 from tests.reference.emulation import Emulated
 from tests.reference.state import Config
+from tests.support.harness import retained
 
 NEAR_TIE = 1e-5
 NOTHING_EVICTED = 1e9

@@ -22,10 +22,10 @@ from transformers import Qwen3ForCausalLM, StaticCache
 from focus_compile import focus_backend
 from focus_compile.runtime.ambient import _ENTERED
 from focus_compile.runtime.executable import Executable
-from tests.defaults import default
-from tests.dialects import DIALECTS, Dialect, Draw, qwen3
-from tests.harness import CACHE, MASK, Call, Sizes, build_model, eager_inner
-from tests.models.llada import LLaDA
+from tests.support.defaults import default
+from tests.support.dialects import DIALECTS, Dialect, Draw, qwen3
+from tests.support.harness import CACHE, MASK, Call, Sizes, build_model, eager_inner
+from tests.support.models.llada import LLaDA
 
 SLOTS = 40
 """Of a cache of fixed length, whatever its history."""

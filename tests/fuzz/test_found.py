@@ -16,7 +16,7 @@ from tests.fuzz.caller import Caller
 from tests.fuzz.plan import Plan
 from tests.fuzz.play import Player
 from tests.fuzz.subjects import SUBJECTS, Subject, subject
-from tests.harness import MASK, Sizes, build_model
+from tests.support.harness import MASK, Sizes, build_model
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import focus_compile
-from tests.dialects import DIALECTS, Dialect, Draw, Subject, draw_call, qwen3
 from tests.gpu.where import Where
-from tests.harness import eager_inner, retained
 from tests.reference.emulation import Emulated, Emulation
 from tests.reference.state import Config
+from tests.support.dialects import DIALECTS, Dialect, Draw, Subject, draw_call, qwen3
+from tests.support.harness import eager_inner, retained
 
 _MOE = DIALECTS["sdar-moe-grouped"]
 SUBJECTS: dict[str, Dialect] = {
@@ -58,7 +58,7 @@ class Pair:
 
 
 CPU = ("qwen3", "static-cache")
-"""Subjects that show on a CPU that the tests are sound; tests/test_families.py has all dialects."""
+"""Subjects that show on a CPU that the tests are sound; test_families.py has all dialects."""
 
 
 def pair(name: str, where: Where, dtype: torch.dtype, inner: Any = eager_inner) -> Pair:
@@ -83,7 +83,7 @@ def bf16(request: pytest.FixtureRequest, where: Where) -> Iterator[Pair]:
 @pytest.fixture(scope="module", params=SUBJECTS)
 def lowered(request: pytest.FixtureRequest, where: Where) -> Iterator[Pair]:
     if not where.gpu:
-        pytest.skip("tests/test_families_inductor.py has it")
+        pytest.skip("tests/system/test_families_inductor.py has it")
     yield pair(request.param, where, torch.float32, None)
 
 

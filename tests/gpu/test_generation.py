@@ -13,8 +13,8 @@ import torch
 import focus_compile
 from benchmarks.trace import BLOCK, prompts, trained
 from tests.gpu.where import Where
-from tests.harness import MASK, Run, Sizes, build_model, eager_inner
 from tests.reference.generation import Decoding, generate_row
+from tests.support.harness import MASK, Run, Sizes, build_model, eager_inner
 
 NEAR_TIE = 1e-4
 
@@ -22,7 +22,7 @@ NEAR_TIE = 1e-4
 @pytest.mark.parametrize("inductor", [False, True], ids=["as-captured", "inductor"])
 def test_equals_the_reference(where: Where, inductor: bool) -> None:
     if inductor and not where.gpu:
-        pytest.skip("tests/test_inductor.py has it")
+        pytest.skip("tests/system/test_inductor.py has it")
     model, tokenizer = trained()
     count = where.draws(4, 1)
     texts = [e.prompt for task in ("chain", "total", "order") for e in prompts(task, count)]

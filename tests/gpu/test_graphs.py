@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import focus_compile
-from tests.dialects import Draw, draw_call
 from tests.gpu.test_calls import SUBJECTS
 from tests.gpu.where import Where
-from tests.harness import MASK, Run, Sizes, bound, build_model, eager_inner
+from tests.support.dialects import Draw, draw_call
+from tests.support.harness import MASK, Run, Sizes, bound, build_model, eager_inner
 
 BUCKETS = [8, 16, 33, 66]
 GRAPHS = {"mode": "reduce-overhead", "buckets": BUCKETS}
@@ -63,7 +63,7 @@ def test_generates_the_same(
 ) -> None:
     """Inductor's programs with the fused kernels, and the same graphs run as they are."""
     if not where.gpu and options != GRAPHS:
-        pytest.skip("on a CPU one will do: tests/test_buckets.py has them")
+        pytest.skip("on a CPU one will do: tests/programs/test_buckets.py has them")
     model = build_model(Sizes(layers=3)).to(where.device)
     expected = generated(Run(model, {}, eager_inner, dynamic=True), where, tokens)
     run = Run(model, options, where.inner, dynamic=True)

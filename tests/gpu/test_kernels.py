@@ -10,17 +10,15 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.gpu.where import Where
+from tests.support.paths import ROOT
 
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install -e '.[triton]'", allow_module_level=True)
-
-ROOT = Path(__file__).parents[2]
 
 
 def compared(where: Where, what: str, cases: int, dtype: str = "float32") -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import focus_compile
 from tests.gpu.where import Where
-from tests.harness import MASK, Run, Sizes, build_model, random_call, retained
+from tests.support.harness import MASK, Run, Sizes, build_model, random_call, retained
 
 ALPHAS = (1.1, 2.5)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.harness import eager_inner
+from tests.support.harness import eager_inner
 
 __all__ = ["Where"]
 

@@ -29,10 +29,10 @@ from torch.fx import GraphModule
 from focus_compile import focus_backend
 from focus_compile.programs.program import Program
 from focus_compile.runtime.executable import Executable
-from tests.dialects import DIALECTS, Dialect, Draw, qwen3
 from tests.gpu_lowering.fake_gpu import ARCHES, Cubin, fake_gpu, unfit
 from tests.gpu_lowering.output_code import read, tidy
-from tests.models.llada import LLaDA
+from tests.support.dialects import DIALECTS, Dialect, Draw, qwen3
+from tests.support.models.llada import LLaDA
 
 MOE = DIALECTS["sdar-moe-grouped"]
 MODELS = {

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from tests.gpu_lowering.fake_gpu import ARCHES, unfit
+from tests.support.paths import ROOT
 
 UNFIT = unfit()
 pytestmark = pytest.mark.skipif(UNFIT is not None, reason=str(UNFIT))
 
-ROOT = Path(__file__).parents[2]
 PRODUCTS = {"qwen3": {"mm"}, "moe": {"mm", "_grouped_mm"}, "canvas": {"mm"}}
 """Matrix products, by model: ATen's, as Inductor takes them unless it may tune on the device."""
 

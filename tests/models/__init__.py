@@ -1,1 +1,1 @@
-"""Small models in the dialects of public diffusion LLMs: names, layouts, caches; own words."""
+"""Tests of focus_compile.models: mask tokens and masks."""

@@ -20,9 +20,10 @@ from transformers.distributed import DistributedConfig
 
 import focus_compile
 from focus_compile import focus_backend
-from tests.harness import eager_inner
+from tests.support.harness import eager_inner
+from tests.support.paths import TINY
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_dllm" / "aligned_checkpoint"
+CHECKPOINT = TINY / "aligned_checkpoint"
 MASK, BLOCK, NEW = 63, 8, 16
 SMALL: dict[str, Any] = {
     "vocab_size": 66, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,

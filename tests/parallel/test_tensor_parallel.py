@@ -22,11 +22,11 @@ from focus_compile.graph.sharding import Group, is_sharded
 from focus_compile.ops.library import focus
 from focus_compile.ops.ranks import embedding_shard
 from focus_compile.plan.heads import sharded_heads
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.skipif(
     not dist.is_gloo_available(), reason="this build of PyTorch has no gloo"
 )
-ROOT = Path(__file__).parents[2]
 HEADS = 4
 CASES = [("tied", 2, ""), ("untied", 4, ""), ("experts", 2, ""), ("trained", 2, ""),
          ("tied", 2, "inductor")]  # fmt: skip

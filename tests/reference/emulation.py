@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from tests.models import parts
 from tests.reference import algorithm
 from tests.reference.state import Config, RowState
+from tests.support.models import parts
 
 
 @dataclass

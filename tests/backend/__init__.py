@@ -1,0 +1,1 @@
+"""Tests of the backend as a whole: options, refusals, testing."""

@@ -1,0 +1,1 @@
+"""Tests of focus_compile.capture: from the captured graph to its canonical form."""

@@ -1,0 +1,1 @@
+"""Tests of focus_compile.programs: prefix and suffix, compiled."""

@@ -1,0 +1,1 @@
+"""Tests of focus_compile.reports, and of what messages say."""

@@ -1,0 +1,1 @@
+"""Tests of focus_compile.runtime: one call, and sessions."""

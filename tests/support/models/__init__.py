@@ -1,0 +1,1 @@
+"""Small models in the dialects of public diffusion LLMs: names, layouts, caches; own words."""

@@ -1,0 +1,1 @@
+"""Whole models, end to end."""

@@ -1,0 +1,1 @@
+"""Tests of focus_compile.views: one analysis as pictures and formulas."""
