@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,9 +123,10 @@ class Bench:
         timer = functools.partial(Watched, plain=self.model, captured=captured)
 
         def run() -> Run:
+            before = counters["graph_break"].copy()
             made = work.run(contestant, timer)
             if focus:
-                check(made, work)
+                check(made, work, counters["graph_break"] - before)
             return made
 
         return run
@@ -150,16 +152,18 @@ def compiles() -> int:
     )
 
 
-def check(run: Run, work: Work) -> None:
+def check(run: Run, work: Work, breaks: Counter[str]) -> None:
     """FOCUS ran in every step, on the tokens that the recorded one had, in one graph.
+
+    ``breaks``: why Dynamo broke a graph in this run, if it did.
 
     Raises:
         Invalid: it did not.
     """
     result, trace = run.result, work.trace
     assert trace is not None
-    if counters["graph_break"]:
-        raise Invalid(f"the graph broke: {dict(counters['graph_break'])}")
+    if breaks:
+        raise Invalid(f"the graph broke: {dict(breaks)}")
     if result.focus_steps != result.forwards:
         raise Invalid(f"{result.forwards - result.focus_steps} masked steps ran dense")
     for index, (mask, step) in enumerate(zip(result.retain_masks, trace.steps, strict=True)):
