@@ -57,7 +57,9 @@ def usage(name: str, arch: int, element: str = "bf16", size: int = 128) -> Usage
     constants = {"list_masked": ROW, "select": SELECT, "number_kept": ROW}.get(name, tile(size))
     signature = types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"enable_fp_fusion": True}  # as by default, of which Triton 3.9 warns that it will change
+    options = {
+        "enable_fp_fusion": True
+    }  # as by default, of which Triton 3.9 warns that it will change
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
