@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
 
 from focus_compile.log import text_once
 from tests.tiers import MARKERS, tier
@@ -65,6 +70,25 @@ def dynamo() -> Iterator[None]:
     with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def no_inductor() -> Iterator[None]:
+    """Programs run as the graphs that Inductor would get."""
+    with mock.patch("focus_compile.backend.compile_fx", lambda graph, *_, **__: graph):
+        yield
+
+
+@pytest.fixture(scope="module")
+def dense_without_inductor() -> Iterator[None]:
+    """Prefix and suffix go through Inductor; dense programs, which are plain Inductor's, do not."""
+
+    def compile_halves(graph: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        ours = any(isinstance(value, FakeTensor) for value in inputs)  # Dynamo gives real tensors
+        return compile_fx(graph, inputs, **options) if ours else graph
+
+    with mock.patch("focus_compile.backend.compile_fx", compile_halves):
+        yield
 
 
 @pytest.fixture(autouse=True)

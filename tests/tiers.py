@@ -45,7 +45,6 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     (r"test_linear\.py::test_inductor", "inductor"),
     (r"test_compiles\.py::test_table", "inductor"),
     (r"test_explain\.py::test_(a_real_run|artifacts)", "inductor"),
-    (r"test_lm_eval\.py::test_(dense|focus|lengths|long_prompts|chat)", "inductor"),
     # processes
     (r"test_batch\.py::test_refusals", None),
     (r"parallel/.*::test_(whose|vocabulary)", None),
@@ -69,6 +68,7 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     (r"fuzz/test_(fuzz|edges|found)\.py", "wide"),
     (r"gpu/test_(calls|graphs|generation|streams|kernels)\.py.*cpu-(?!llada)", "wide"),
     (r"test_(compiles|trained)\.py", "wide"),
+    (r"test_lm_eval\.py::test_(dense|focus|lengths|stop)", "wide"),
     (r"faults/test_steps\.py::test_interrupted", "wide"),
 )
 

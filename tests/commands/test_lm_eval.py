@@ -23,6 +23,7 @@ from focus_compile.lm_eval import FocusLM
 from focus_compile.models.load import BadInput
 from tests.support.paths import TINY
 
+pytestmark = pytest.mark.usefixtures("no_inductor")
 FOLDER = TINY
 ALIGNED = FOLDER / "aligned_checkpoint"
 ITEMS, BLOCK, NEW, TASK = 50, 32, 96, "order"

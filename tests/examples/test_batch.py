@@ -1,4 +1,8 @@
-"""The batch examples: workers and whole jobs are killed, the answers are those of one process."""
+"""The batch examples: workers and whole jobs are killed, the answers are those of one process.
+
+The first three layers of the trained toy compile in less than half of its time, in each of a dozen
+processes; their answers are wrong, but they are answers.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,13 @@ from typing import Any
 
 import psutil
 import pytest
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from tests.support.paths import EXAMPLES
+from tests.support.paths import EXAMPLES, TINY
 
 PROMPTS, BATCH, LIMIT = 32, 2, 500
-OPTIONS = ["--batch", str(BATCH), "--max-new-tokens", "64"]
+LAYERS = 3
+OPTIONS = ["--batch", str(BATCH), "--max-new-tokens", "64", "--model"]
 
 
 def load(path: Path) -> ModuleType:
@@ -38,11 +44,15 @@ offline = load(EXAMPLES / "offline.py")
 tasks = load(EXAMPLES / "tiny_dllm" / "tasks.py")
 
 
+def arguments(folder: Path) -> list[str]:
+    return [*OPTIONS, str(folder / "model")]
+
+
 def torchrun(processes: int, restarts: int, *files: Path) -> list[str]:
     script = str(EXAMPLES / "batch_torchrun.py")
     module = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts)]
-    arguments = [f"--nproc-per-node={processes}", script, *map(str, files), *OPTIONS]
-    return [sys.executable, *module, *arguments]
+    job = [f"--nproc-per-node={processes}", script, *map(str, files), *arguments(files[0].parent)]
+    return [sys.executable, *module, *job]
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
@@ -96,7 +106,13 @@ def answered(error: str) -> int:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Beside the model that answers them."""
     path = tmp_path_factory.mktemp("batch") / "prompts.jsonl"
+    model = Qwen3ForCausalLM.from_pretrained(TINY / "aligned_checkpoint", num_hidden_layers=LAYERS)
+    model.save_pretrained(path.with_name("model"))
+    AutoTokenizer.from_pretrained(TINY / "aligned_checkpoint").save_pretrained(
+        path.with_name("model")
+    )
     drawn = tasks.examples("order", PROMPTS, 7)
     lines = [json.dumps({"id": f"n{n}", "prompt": each.prompt}) for n, each in enumerate(drawn)]
     path.write_text("\n".join(lines))
@@ -108,18 +124,19 @@ def one(prompts: Path) -> str:
     """What one process writes."""
     out = prompts.with_name("one.jsonl")
     script = str(EXAMPLES / "batch_torchrun.py")
-    error = finish(start([sys.executable, script, str(prompts), str(out), *OPTIONS]))
+    error = finish(
+        start([sys.executable, script, str(prompts), str(out), *arguments(prompts.parent)])
+    )
     assert answered(error) == PROMPTS and not out.with_name("one.jsonl.parts").exists()
     return out.read_text()
 
 
 def test_one_process(prompts: Path, one: str) -> None:
-    """A line for each prompt, in their order, with what they hold; nearly all answers are right."""
+    """A line for each prompt, in their order, with what they hold."""
     asked = [json.loads(line) for line in prompts.read_text().splitlines()]
     told = [json.loads(line) for line in one.splitlines()]
     assert [{name: line[name] for name in ("id", "prompt")} for line in told] == asked
-    right = [line["answer"] == tasks.TASK_BY_NAME["order"].solve(line["prompt"]) for line in told]
-    assert sum(right) >= 0.8 * PROMPTS
+    assert len({line["answer"] for line in told}) > PROMPTS / 2
     assert all(len(line["answer"]) == line["tokens"] for line in told)
 
 
@@ -150,7 +167,17 @@ def test_ray(prompts: Path, one: str) -> None:
     """One of two actors is killed; Ray starts another."""
     out = prompts.with_name("ray.jsonl")
     script = str(EXAMPLES / "batch_ray.py")
-    job = start([sys.executable, script, str(prompts), str(out), "--workers", "2", *OPTIONS])
+    job = start(
+        [
+            sys.executable,
+            script,
+            str(prompts),
+            str(out),
+            "--workers",
+            "2",
+            *arguments(prompts.parent),
+        ]
+    )
     wait(job, lambda: len(parts(out)) >= 2)
     kill_one(job, "ray::MapWorker")
     error = finish(job)

@@ -14,6 +14,7 @@ from tests.system.test_families import NEAR_TIE, TOLERANCE
 
 
 @pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.usefixtures("dense_without_inductor")
 def test_through_inductor(name: str) -> None:
     """Nothing evicted: eager's logits. Evicting: those of the emulation, at the same tokens."""
     subject = Subject(DIALECTS[name], inner=None)
