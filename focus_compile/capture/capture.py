@@ -73,9 +73,9 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         inner.meta["shard"] = shard_of(node.meta["example_value"])
     graph.graph.eliminate_dead_code()
     written = functionalize(graph)
-    name_puts(graph)
     if written:
         graph.graph.output_node().args = ((*graph_outputs(graph), *written.values()),)
-        graph.recompile()
+    name_puts(graph)
+    graph.recompile()
     places = {node: index for index, node in enumerate(graph_inputs(graph))}
     return graph, tuple(places[node] for node in written)
