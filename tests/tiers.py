@@ -55,7 +55,7 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     (r"test_gpu_benchmark\.py::test_(steps|profile|compile|numbers|the_page)", "process"),
     (r"test_tiers\.py", "process"),
     # others
-    (r"test_fused\.py::test_operators_on_a_cpu", None),
+    (r"test_(fused\.py::test_operators_on_a_cpu|launches\.py)", None),
     (r"fused/|gpu_lowering/", "triton"),
     (r"test_page_browser\.py::test_markup", None),
     (r"test_page_browser\.py", "browser"),

@@ -56,7 +56,7 @@ KINDS = (
         "attend",
         _words("attend site_mask visible causal extend_mask"),
         _words("scaled_dot_product_attention"),
-        "fmha|flash|attention|attend|cudnn_generated_fort",
+        "fmha|flash|attention|attend|cudnn_generated_fort|fold_queries|unfold_lines",
     ),
     Kind(
         "matrix products",

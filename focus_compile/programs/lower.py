@@ -26,6 +26,8 @@ def lower(gm: GraphModule, *, captured: bool = False) -> GraphModule:
 
     CUDA: ``focus::importance`` -> ``focus_fused::importance``; ``focus::signal``, ``retain`` and
     ``tables`` -> ``focus_fused::choose``, whose Triton kernels become part of the output code.
+    ``focus::join`` and ``focus::attend`` keep their names, and get an implementation of their own
+    (:mod:`focus_compile.ops.triton.layers`).
 
     ``captured``: the graph is to be recorded as a CUDA graph, in which ``focus::join`` cannot ask
     the host whether it may write into its slots: it never does.
@@ -70,7 +72,8 @@ def _on_gpu(node: Node) -> bool:
 
 
 def _fused() -> Any:
-    """The fused operators; their module needs Triton, which every CUDA build of PyTorch has."""
+    """The fused operators, and what layers call; both need Triton, as every CUDA build has it."""
+    import focus_compile.ops.triton.layers
     import focus_compile.ops.triton.operators  # noqa: F401
 
     return torch.ops.focus_fused

@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from focus_compile.ops.triton import kernels
+from focus_compile.ops.triton import kernels, moves
+from focus_compile.ops.triton.layers import COLUMNS, ROWS
 from focus_compile.ops.triton.operators import ROW, SELECT, tile
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -47,14 +48,31 @@ def signatures(element: str) -> dict[str, dict[str, str]]:
         "number_kept": {"keep": bools}
         | dict.fromkeys(("ends", "order", "inverse", "places"), longs)
         | {"tokens": "i32", "rows": "i32"},
+        "join_history": dict.fromkeys(("past", "stale"), f"*{element}")
+        | {"written": bools, "out": f"*{element}"}
+        | _numbers("history length outer inner past_b past_o past_t stale_b stale_o stale_t"),
+        "join_rows": {"new": f"*{element}", "tokens": longs, "out": f"*{element}"}
+        | _numbers("history length inner new_o new_n out_b out_o out_t"),
+        "fold_queries": {"query": f"*{element}", "index": longs, "out": f"*{element}"}
+        | _numbers("most heads size query_h query_n"),
+        "unfold_lines": {"lines": f"*{element}", "index": longs, "out": f"*{element}"}
+        | _numbers("most heads share size line_b line_g line_r"),
     }
+
+
+def _numbers(names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), "i32")
 
 
 def usage(name: str, arch: int, element: str = "bf16", size: int = 128) -> Usage:
     """Compile one kernel for compute capability ``arch``; ``size``: of the heads."""
-    kernel = getattr(kernels, name)
+    kernel = getattr(moves if hasattr(moves, name) else kernels, name)
     types = signatures(element)[name]
-    constants = {"list_masked": ROW, "select": SELECT, "number_kept": ROW}.get(name, tile(size))
+    constants = {
+        "list_masked": ROW, "select": SELECT, "number_kept": ROW,
+        "join_history": {"ROWS": ROWS, "COLUMNS": COLUMNS},
+        **{key: {"COLUMNS": size} for key in ("join_rows", "fold_queries", "unfold_lines")},
+    }.get(name, tile(size))  # fmt: skip
     signature = types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {

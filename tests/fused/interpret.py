@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from focus_compile.ops.attention import attend, line_index, site_index
 from focus_compile.ops.importance import importance
+from focus_compile.ops.packing import join
 from focus_compile.ops.selection import retain, signal
 from focus_compile.ops.tables import tables
+from focus_compile.ops.triton.layers import launch_attend, launch_join
 from focus_compile.ops.triton.operators import launch_choose, launch_importance
 
 SIZES = (32, 40, 48, 64, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
@@ -138,10 +141,97 @@ def compare_choose(draw: random.Random, where: Where) -> dict[str, Any]:
     }
 
 
+def kept_tokens(draw: random.Random, batch: int, length: int) -> Tensor:
+    """bool ``[B, T]``, at least one."""
+    keep = masks(draw, batch, length)
+    keep[draw.randrange(batch), draw.randrange(length)] = True
+    return keep
+
+
+def compare_join(draw: random.Random, where: Where) -> dict[str, Any]:
+    """Heads before or behind tokens, or folded; caches that are parts of longer ones."""
+    batch, groups, length = draw.randint(1, 4), draw.randint(1, 3), draw.randint(1, 40)
+    size, history = draw.choice((8, 40, 64, 136)), draw.choice((None, 0, 1, 17, 60))
+    kind = draw.choice(("heads first", "tokens first", "folded"))
+    dtype = draw.choice((torch.float32, torch.bfloat16, torch.float16))
+    dim = 2 if kind == "heads first" else 1
+    torch.manual_seed(draw.randrange(2**31))
+
+    def values(rows: int, tokens: int) -> Tensor:
+        shapes = {
+            "heads first": (rows, groups, tokens, size),
+            "tokens first": (rows, tokens, groups, size),
+            "folded": (rows, tokens, groups * size),
+        }
+        return torch.randn(shapes[kind]).to(dtype)
+
+    keep, written = kept_tokens(draw, batch, length), masks(draw, batch, length)
+    order, _, _, (count, _) = tables(keep)
+    past = None if history is None else values(batch, history + 3).narrow(dim, 2, history)
+    stale = values(batch, (history or 0) + length)
+    block = stale.narrow(dim, history or 0, length).movedim(dim, 1)
+    block[~written] = float("nan")
+    reuse = draw.choice((None, False, True))
+    fresh = reuse is not True and draw.randrange(4) == 0
+    if fresh:  # slots that nobody has written
+        written = torch.zeros_like(written)
+        stale = stale.new_zeros(size).expand(stale.shape) if kind != "folded" else stale * 0
+    new = values(1, int(count) + 1).narrow(dim, 0, int(count))
+    given = (past, new, order[:count], stale, written)
+    flag = None if reuse is None else torch.tensor(reuse)
+    expected = join(*given[:3], stale.clone(), written, flag, dim)
+    here = where.take(given)
+    made = launch_join(*here[:3], here[3].clone() if reuse else here[3], here[4], flag, dim)
+    return {
+        "kind": kind, "dtype": str(dtype), "reuse": reuse, "fresh": fresh, "history": history,
+        "equal": torch.equal(_bits(made.cpu()), _bits(expected.contiguous())),
+    }  # fmt: skip
+
+
+def compare_attend(draw: random.Random, where: Where) -> dict[str, Any]:
+    batch, groups, share = draw.randint(1, 4), draw.randint(1, 3), draw.randint(1, 4)
+    length, history, size = draw.randint(1, 40), draw.choice((0, 1, 17)), draw.choice((8, 40, 64))
+    torch.manual_seed(draw.randrange(2**31))
+    fed = kept_tokens(draw, batch, length)
+    keep = fed if draw.randrange(3) == 0 else fed & kept_tokens(draw, batch, length)
+    if not keep.any():
+        keep = fed
+    order, inverse, places, (count, most) = tables(keep)
+    _, source, _, (packed, _) = tables(fed)
+    tokens, rows = order[:count], places[:, :most].contiguous()
+    query = torch.randn(1, int(packed), groups * share, size).to(where.dtype)
+    query = query.transpose(1, 2) if draw.randrange(2) else query.transpose(1, 2).contiguous()
+    key, value = torch.randn(2, batch, groups, history + length, size).to(where.dtype)
+    hidden = torch.rand(batch, 1, share * int(most), history + length) < 0.3
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -100.0).to(where.dtype)
+    given = (
+        query, key, value, mask, site_index(source, rows), line_index(tokens, inverse, rows),
+        size**-0.5,
+    )  # fmt: skip
+    here = where.take(given)
+    return {
+        "heads": groups * share, "groups": groups, "fed": bool((fed & ~keep).any()),
+        "equal": torch.equal(launch_attend(*here), attend(*here).contiguous()),
+    }  # fmt: skip
+
+
+def _bits(x: Tensor) -> Tensor:
+    """NaN equals itself."""
+    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+
+
+COMPARE = {
+    "importance": compare_importance,
+    "choose": compare_choose,
+    "join": compare_join,
+    "attend": compare_attend,
+}
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--what", choices=("importance", "choose"), required=True)
+    parser.add_argument("--what", choices=COMPARE, required=True)
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -150,8 +240,7 @@ def main() -> None:
     torch.set_num_threads(1)
     draw = random.Random(given.seed)
     where = Where(given.device, getattr(torch, given.dtype))
-    compare = compare_importance if given.what == "importance" else compare_choose
-    print(json.dumps([compare(draw, where) for _ in range(given.cases)]))
+    print(json.dumps([COMPARE[given.what](draw, where) for _ in range(given.cases)]))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,19 @@ def test_choose() -> None:
     assert any(case["tokens"] > 256 and case["evicted"] > 0 for case in cases)  # two walks
 
 
+@pytest.mark.parametrize("what", ["join", "attend"])
+def test_moves(what: str) -> None:
+    """What every layer calls gives the same bits as the eager functions, in each of its forms."""
+    cases = compared(what)
+    assert all(case["equal"] for case in cases), [case for case in cases if not case["equal"]]
+    names = ("kind", "dtype", "reuse", "fresh", "history") if what == "join" else ("fed",)
+    values = {name: {case[name] for case in cases} for name in names}
+    several = {"kind": 3, "dtype": 3, "reuse": 3, "fresh": 2, "history": 5, "fed": 2}
+    assert {name: len(found) for name, found in values.items()} == {n: several[n] for n in names}
+    if what == "attend":
+        assert any(case["heads"] > case["groups"] > 1 for case in cases)
+
+
 ARCHES = (80, 90, 100)
 REGISTERS, SPILLED, SHARED = 232, 32, 48 * 1024
 """Registers of a thread and bytes of it that spill; bytes of shared memory of a block.
@@ -87,7 +100,7 @@ def test_cubins(arch: int) -> None:
         for element in ("bf16", "fp32") if attends else ("bf16",):
             for size in (32, 64, 96, 256) if attends else (128,):
                 found[name, element, size] = usage(name, arch, element, size)
-    assert len(found) == 19
+    assert len(found) == 23
     print({kernel: str(taken) for kernel, taken in found.items()})
     for kernel, taken in found.items():
         assert taken.registers <= REGISTERS and taken.shared <= SHARED, (kernel, taken)

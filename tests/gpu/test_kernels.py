@@ -1,4 +1,4 @@
-"""The five Triton kernels against the eager functions: 500 cases on a GPU.
+"""The nine Triton kernels against the eager functions: 700 cases on a GPU.
 
 On a CPU they run in Triton's interpreter (``tests/fused`` has more of that).
 """
@@ -50,6 +50,13 @@ def test_importance(where: Where, dtype: str, cases: int) -> None:
     assert worst["error"] < 1e-4, worst
     assert all(case["same_again"] for case in found)
     assert sum(case["masked"] > 0 for case in found) > len(found) / 2
+
+
+@pytest.mark.parametrize("what", ["join", "attend"])
+def test_moves(where: Where, what: str) -> None:
+    """What every layer calls: bits are moved, none is changed."""
+    found = compared(where, what, where.draws(100, 10))
+    assert all(case["equal"] for case in found), [case for case in found if not case["equal"]]
 
 
 def test_choose(where: Where) -> None:
