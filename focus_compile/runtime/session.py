@@ -48,6 +48,16 @@ NOT_REACHED = (
 )
 
 
+class _Thread(threading.local):
+    """A mark for each thread; the number of one that has ended is given to another."""
+
+    def __init__(self) -> None:
+        self.mark = object()
+
+
+_THREAD = _Thread()
+
+
 @dataclass(frozen=True)
 class Signal:
     """The ranking signal, ``weights[0] * importance0 + weights[1] * importance1 + bias``.
@@ -147,12 +157,12 @@ class Session:
         self.mask_sought: int | None = None
         self.reached = 0
         self.eager = 0
-        self.calls: dict[str, int] = {}
+        self.calls: dict[str, object] = {}
         self._limits = recompile_limits_hit()
         self._masked: Tensor | None = None
         self._states: dict[tuple[int, ...], BlockState] = {}
         self._kept: tuple[int, ...] | None = None
-        self._thread: int | None = None
+        self._thread: object = None
 
     @property
     def masked(self) -> Tensor | None:
@@ -226,9 +236,9 @@ class Session:
         Raises:
             RuntimeError: another thread's call is in progress.
         """
-        thread = threading.get_ident()
+        thread = _THREAD.mark
         # no lock: one that an interrupt left closed would keep other threads out for ever
-        if self.calls.setdefault("thread", thread) != thread:
+        if self.calls.setdefault("thread", thread) is not thread:
             raise RuntimeError(
                 "two threads call a model in one session at the same time: enter "
                 "focus_compile.session(...) in each of them"
@@ -254,7 +264,7 @@ class Session:
     def keep(self, key: tuple[int, ...], state: BlockState) -> None:
         for other in self._related(key):
             self.forget(other)  # the model with other layers, such as without its adapter
-        self._thread = threading.get_ident()
+        self._thread = _THREAD.mark
         self._kept = key  # before: an interrupt in between takes it back
         self._states[key] = state
 
@@ -268,7 +278,7 @@ class Session:
         """Whether a model's last call was a masked one, made by another thread."""
         state = self._states.get(key)
         mid_block = state is not None and not state.committed
-        return mid_block and self._thread != threading.get_ident()
+        return mid_block and self._thread is not _THREAD.mark
 
     def _related(self, key: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Models that share weights with one, itself excepted."""

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import gc
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -256,8 +257,7 @@ def test_a_closed_session_is_current_nowhere() -> None:
     assert copied.run(current_session) is None
 
 
-def test_calls_outside_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    """In another thread, while a session is open; not when there is none."""
+def compiled_toy() -> Callable[..., object]:
     from tests.support.toy import Toy
 
     def quick(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
@@ -267,7 +267,13 @@ def test_calls_outside_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
         return focus_compile.focus_backend(gm, inputs, options={"mask_token_id": 20}, inner=quick)
 
     torch.manual_seed(0)
-    compiled = torch.compile(Toy().eval(), backend=backend)
+    compiled: Callable[..., object] = torch.compile(Toy().eval(), backend=backend)
+    return compiled
+
+
+def test_calls_outside_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """In another thread, while a session is open; not when there is none."""
+    compiled = compiled_toy()
     ids = torch.full((2, 7), 20)
 
     @torch.no_grad()
@@ -301,3 +307,23 @@ def call_of_a_stream(compiled: Callable[..., object], ids: torch.Tensor) -> Iter
         yield
         compiled(ids)
         yield
+
+
+def test_a_thread_with_the_number_of_one_that_has_ended() -> None:
+    """It is another thread all the same: that its modes make the call dense is told."""
+    compiled, ids = compiled_toy(), torch.full((2, 7), 20)
+
+    def advanced(stream: Iterator[None]) -> int:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(next, stream).result()
+            return pool.submit(threading.get_ident).result()
+
+    for _ in range(50):
+        one, numbers = call_of_a_stream(compiled, ids), list[int]()
+        numbers.append(advanced(one))
+        with ThreadPoolExecutor(1) as pool:
+            numbers.append(pool.submit(threading.get_ident).result())
+            told = pool.submit(next, one).exception()
+        assert "a session is in mid-block, and in this call gradients" in str(told)
+        if len(set(numbers)) == 1:
+            break
