@@ -84,11 +84,15 @@ def dense_without_inductor() -> Iterator[None]:
     """Prefix and suffix go through Inductor; dense programs, which are plain Inductor's, do not."""
 
     def compile_halves(graph: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        ours = any(isinstance(value, FakeTensor) for value in inputs)  # Dynamo gives real tensors
-        return compile_fx(graph, inputs, **options) if ours else graph
+        if not any(isinstance(value, FakeTensor) for value in inputs):  # Dynamo gives real tensors
+            return graph
+        halves.append(graph)
+        return compile_fx(graph, inputs, **options)
 
+    halves: list[GraphModule] = []
     with mock.patch("focus_compile.backend.compile_fx", compile_halves):
         yield
+    assert halves
 
 
 @pytest.fixture(autouse=True)

@@ -70,6 +70,17 @@ def generate(
 ) -> Tensor: ...
 
 
+@overload
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    return_dict: bool,
+    **options: Unpack[Options],
+) -> Tensor | Generated: ...
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,

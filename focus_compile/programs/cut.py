@@ -47,8 +47,7 @@ def cut(gm: GraphModule, plan: Plan, last: Mapping[int, int] | None = None) -> H
             early |= {node} | nx.ancestors(flow, node)
     early = {node for node in early if _computes(node)}
 
-    stored = [node for pair in kv for node in pair]
-    results += stored
+    results += [node for pair in kv for node in pair]
     late = set(results) - early
     for node in list(late):
         late |= nx.ancestors(flow, node)
@@ -68,9 +67,8 @@ def cut(gm: GraphModule, plan: Plan, last: Mapping[int, int] | None = None) -> H
         vocabulary=_vocabulary(returned, gm, plan),
         slots={
             slot.name: node.name
-            for slot, node in zip(
-                (slot for pair in plan.slots for slot in pair), stored, strict=True
-            )
+            for given, made in zip(plan.slots, kv, strict=True)
+            for slot, node in zip(given, made, strict=True)
         },
         selection=Selection(*(node.name for node in selection)),
     )

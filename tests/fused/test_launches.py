@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from focus_compile.ops.attention import attend
 from focus_compile.ops.packing import join
+from focus_compile.ops.shapes import SHAPES
+from focus_compile.programs import lower
 
 FREE = ("empty", "empty_like", "new_empty", "empty_strided", "_local_scalar_dense", "_unsafe_view")
 
@@ -78,6 +80,14 @@ def test_eager() -> None:
         with Launches() as launches:
             (attend if name == "attend" else join)(*given).contiguous()
         assert len(launches.seen) == EAGER[name], (name, launches.seen)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_a_gpu_gets_them() -> None:
+    """Lowering for CUDA gives both operators an implementation for it, and no other one."""
+    lower._fused()
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert {name for name in SHAPES if has(f"focus::{name}", "CUDA")} == {"join", "attend"}
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

@@ -37,25 +37,25 @@ def launch_join(
     token_dim: int,
 ) -> Tensor:
     """:func:`focus_compile.ops.packing.join`; ``reuse`` lies on the CPU."""
-    out, history, length = stale, stale.shape[token_dim] - written.shape[1], written.shape[1]
-    if reuse is None or not reuse:
-        out = torch.empty_like(stale, memory_format=torch.contiguous_format)
-        old = _lines(stale if past is None else past, token_dim)
-        held, made = _lines(stale, token_dim), _lines(out, token_dim)
-        batch, outer, every, inner = made.shape
+    length = written.shape[1]
+    history = stale.shape[token_dim] - length
+    copies = reuse is None or not reuse
+    out = torch.empty_like(stale, memory_format=torch.contiguous_format) if copies else stale
+    made = out.view(_shape(out, token_dim))
+    batch, outer, every, inner = made.shape
+    if copies:
+        held = _lines(stale, token_dim)
+        old = held if past is None else _lines(past, token_dim)
         grid = (batch * outer, -(-every // ROWS), -(-inner // COLUMNS))
         join_history[grid](
             old, held, written.contiguous(), out, history, length, outer, inner,
             *old.stride()[:3], *held.stride()[:3], ROWS=ROWS, COLUMNS=COLUMNS,
         )  # fmt: skip
-    made, rows = _view(out, token_dim), _lines(new, token_dim)[0]
-    outer, count, inner = rows.shape
-    columns = min(1024, _power(inner))
-    if count:
-        join_rows[(count, outer, -(-inner // columns))](
-            rows, tokens, made, history, length, inner, *rows.stride()[:2], *made.stride()[:3],
-            COLUMNS=columns,
-        )  # fmt: skip
+    rows, columns = _lines(new, token_dim)[0], min(1024, _power(inner))
+    join_rows[(len(tokens), outer, -(-inner // columns))](
+        rows, tokens, made, history, length, inner, *rows.stride()[:2], *made.stride()[:3],
+        COLUMNS=columns,
+    )  # fmt: skip
     return out
 
 
@@ -89,15 +89,14 @@ def launch_attend(
 
 
 def _lines(x: Tensor, dim: int) -> Tensor:
-    """``[B, O, L, I]``: what stands before and behind a dim as one dim each; the last stride 1."""
-    shape = (x.shape[0], prod(x.shape[1:dim]), x.shape[dim], prod(x.shape[dim + 1 :]))
-    made = x.reshape(shape)
-    return made if made.stride(-1) == 1 or shape[-1] == 1 else made.contiguous()
+    """A value in that shape, its last stride 1."""
+    made = x.reshape(_shape(x, dim))
+    return made if made.stride(-1) == 1 or made.shape[-1] == 1 else made.contiguous()
 
 
-def _view(x: Tensor, dim: int) -> Tensor:
-    """As :func:`_lines`, of a value that is written into."""
-    return x.view(x.shape[0], prod(x.shape[1:dim]), x.shape[dim], prod(x.shape[dim + 1 :]))
+def _shape(x: Tensor, dim: int) -> tuple[int, int, int, int]:
+    """``[B, O, L, I]``: what stands before and behind a dim as one dim each."""
+    return x.shape[0], prod(x.shape[1:dim]), x.shape[dim], prod(x.shape[dim + 1 :])
 
 
 def _power(size: int) -> int:
