@@ -26,6 +26,9 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "focus_compile.block_mask"),
     "whose memory another input shares": (
         "a cache that is written into overlaps an input", "give each its own memory"),
+    "writes keys and values into a part of a cache": (
+        "a loop of one's own, with a cache whose tensors hold room for the block",
+        "a cache that grows, or transformers' StaticCache"),
     "this is the last of %d graphs": (
         "calls with ever other kinds of arguments",
         "call alike, or raise Dynamo's recompile_limit"),

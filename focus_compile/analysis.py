@@ -22,7 +22,13 @@ from focus_compile.plan.plan import Plan, make_plan
 from focus_compile.programs.cut import cut
 from focus_compile.programs.halves import Halves
 from focus_compile.programs.layout import Layout, layout_of
-from focus_compile.refusals import GOES_ON_BEHIND_A_BREAK, INTERNAL_ERROR, ONE_TOKEN, WRITES_TOKENS
+from focus_compile.refusals import (
+    GOES_ON_BEHIND_A_BREAK,
+    INTERNAL_ERROR,
+    ONE_TOKEN,
+    WRITES_INPUT,
+    WRITES_TOKENS,
+)
 from focus_compile.torch_private import is_module_state
 
 __all__ = ["Analysis", "analyze"]
@@ -63,16 +69,19 @@ def analyze(gm: GraphModule, broke: GraphBreak | None = None) -> Analysis:
 
 
 def _analyze(gm: GraphModule, broke: GraphBreak | None) -> Analysis:
-    captured, written = capture(gm)
+    made = capture(gm)
+    captured, written = made.gm, made.written
     entry = find_entry(captured)
     if entry is not None:
         _refuse_small(entry)
     widened, last = widen(grow(label(captured, entry)))
-    canonical = canonicalize(widened)
+    canonical = canonicalize(widened, made.held)
     plan = make_plan(canonical)
     stages = tuple(rewrite(canonical.gm, plan))
     own = [index for index, node in enumerate(graph_inputs(gm)) if is_module_state(node)]
     layout = layout_of(canonical, plan, written, own)
+    if {held.argument for held in layout.held} != made.held.keys():
+        raise Unsupported(WRITES_INPUT)
     halves = cut(stages[-1][1], plan, last)
     first = len(halves.own) - len(written)
     if any(value is not None and value.domain is not None for value in halves.own[first:]):

@@ -17,12 +17,17 @@ from focus_compile.config import FocusConfig
 from focus_compile.errors import NothingToEvict, Unsupported
 from focus_compile.graph.recompute import handed
 from focus_compile.log import warning_once
-from focus_compile.programs.lower import drop_unread, lower
+from focus_compile.programs.lower import drop_unread, lower, stay
 from focus_compile.programs.program import Inner, make_programs
 from focus_compile.runtime.executable import Executable
 from focus_compile.runtime.record import Record
 from focus_compile.runtime.unchanged import Unchanged
-from focus_compile.torch_private import compile_fx, frame_compile_id, recompile_limit
+from focus_compile.torch_private import (
+    at_fixed_addresses,
+    compile_fx,
+    frame_compile_id,
+    recompile_limit,
+)
 from focus_compile.views.describe import difference
 from focus_compile.views.trace import trace_analysis, trace_refusal
 
@@ -57,11 +62,11 @@ def focus_backend(
     patches = config.patches()
     record = record or Record()
 
-    def compile_inner(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compile_inner(graph: GraphModule, inputs: Sequence[Any], **more: Any) -> Callable[..., Any]:
         with record.compiling():
             if inner is not None:
                 return inner(graph, inputs)
-            compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+            compiled: Any = compile_fx(graph, inputs, config_patches=patches, **more)
             return compiled  # type: ignore[no-any-return]
 
     def compile_half(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -73,7 +78,8 @@ def focus_backend(
             return compile_inner(handed(lowered, inputs), inputs)
         used = drop_unread(lowered, graph)  # an input on the CPU would keep CUDA graphs away
         given = [inputs[index] for index in used]
-        compiled = compile_inner(handed(lowered, given), given)
+        fixed = at_fixed_addresses(stay(lowered, given))
+        compiled = compile_inner(handed(lowered, given), given, inner_compile=fixed)
         return lambda *args: compiled(*(args[index] for index in used))
 
     _report_recompile_limit()

@@ -8,7 +8,7 @@ name must do, and names the releases on which that was seen (docs/versions.md ha
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.codecache import PyCodeCache
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._prims_common import is_contiguous_or_false
@@ -50,6 +50,7 @@ __all__ = [
     "OptimizedModule",
     "ShapeEnv",
     "TracingContext",
+    "at_fixed_addresses",
     "backend_of",
     "compile_arguments",
     "compile_fx",
@@ -103,6 +104,19 @@ def frame_compile_id() -> int | None:
     """Number of the graph that Dynamo compiles now, among those of its function; None outside."""
     found: Any = CompileContext.current_compile_id()
     return None if found is None else found.frame_compile_id
+
+
+def at_fixed_addresses(inputs: Sequence[int]) -> Callable[..., Any]:
+    """Argument ``inner_compile`` of :func:`compile_fx` for a graph that did not come from Dynamo.
+
+    ``inputs``: those, by position, that lie where they lay in the last call. A CUDA graph reads and
+    writes them there; all others are copied before each replay. Dynamo marks its own graphs so.
+    """
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        return compile_fx_inner(*args, **{**kwargs, "static_input_idxs": list(inputs)})
+
+    return compiled
 
 
 def output_modules() -> list[Any]:

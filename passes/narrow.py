@@ -2,6 +2,7 @@
 
 embedding(ids)          ->  embedding(focus.pack(ids))                      [B, T, E] -> [1, N, E]
 cat([past, k])          ->  focus.join(past, k, ..., slots)      the block: stale where not computed
+                            focus.store(slots, k, ...)      where the slots are the cache
 sdpa(q, K, V, mask)     ->  focus.attend(q, K, V, focus.site_mask(mask, ...), ...)
 linear, norm, MLP, ...  ->  the same operator on packed rows
 """
@@ -223,10 +224,15 @@ class _Narrow:
         layer, part, write = self.writes[node.name]
         tokens, _, _ = self._tables(self.plan.packed[write.new].domain)
         past = None if write.history is None else self.env[self.nodes[write.history]]
-        stale, written = self.slots[layer][part], self.written[self._is_late(layer)]
-        args = (past, new, tokens, stale, written, self.reuse, write.token_dim)
-        name = f"joined{layer}_{'kv'[part]}"
-        joined = self.replay.call(focus.join.default, args, like=node, name=name)
+        stale, name = self.slots[layer][part], f"joined{layer}_{'kv'[part]}"
+        if self.plan.slots[layer][part].held:
+            length = self.replay.size(self.masked, 1)
+            stored = (stale, new, tokens, length, write.token_dim)
+            joined = self.replay.call(focus.store.default, stored, like=node, name=name)
+        else:
+            written = self.written[self._is_late(layer)]
+            args = (past, new, tokens, stale, written, self.reuse, write.token_dim)
+            joined = self.replay.call(focus.join.default, args, like=node, name=name)
         self.env[node] = self.kv[layer, part] = joined
 
     # -- operands --------------------------------------------------------------------------------

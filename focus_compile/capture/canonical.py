@@ -10,7 +10,8 @@ the rotary tables) is computed once, so that the passes pack it once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,8 +49,10 @@ class Canonical:
     arguments: tuple[int, ...]
 
 
-def canonicalize(captured: Labelled) -> Canonical:
+def canonicalize(captured: Labelled, held: Collection[int] = ()) -> Canonical:
     """Replay a graph from :func:`focus_compile.capture.capture.capture` with sizes by name.
+
+    ``held``: its inputs, by position, whose memory has room for the block.
 
     Raises:
         Unsupported: a size cannot be told from the labels.
@@ -65,6 +68,7 @@ def canonicalize(captured: Labelled) -> Canonical:
         axes.current = node
         if isinstance(node.meta["val"], torch.Tensor):
             given = _input(node, f"input{len(inputs)}", sizes, histories)
+            given = replace(given, held=position in held)
             env[node] = sizes.replay.placeholder(given.name, static_tensor(mode, given), node)
             for dim, extent in enumerate(given.shape):
                 if isinstance(extent, str):

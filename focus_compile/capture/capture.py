@@ -6,11 +6,14 @@ input becomes an output.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.fx.traceback import preserve_node_meta
 
 from focus_compile.capture.functional import functionalize, name_puts
+from focus_compile.capture.held import hold
 from focus_compile.capture.local_rank import LocalRank, local_value, shard_of
 from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import graph_inputs, graph_outputs
@@ -27,7 +30,20 @@ from focus_compile.torch_private import (
     make_fx,
 )
 
-__all__ = ["capture", "has_attention"]
+__all__ = ["Captured", "capture", "has_attention"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Dynamo's graph as pre-dispatch ATen; inputs are given by position.
+
+    ``written``: those that the model writes into; their new values are its last outputs. ``held``:
+    those that hold history and block, and along which dim; to the graph they are the history.
+    """
+
+    gm: GraphModule
+    written: tuple[int, ...]
+    held: dict[int, int]
 
 
 def has_attention(gm: GraphModule) -> bool:
@@ -40,12 +56,8 @@ def has_attention(gm: GraphModule) -> bool:
     )
 
 
-def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
+def capture(gm: GraphModule) -> Captured:
     """Trace Dynamo's graph to pre-dispatch ATen; module paths and input provenance are kept.
-
-    Returns:
-        the graph, and which of its inputs the model writes into. Their new values are its last
-        outputs.
 
     Raises:
         Unsupported: the graph has no tensor input, or one that is more than a tensor, or an
@@ -72,10 +84,15 @@ def capture(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         inner.meta.setdefault("val", None)  # of a mesh
         inner.meta["shard"] = shard_of(node.meta["example_value"])
     graph.graph.eliminate_dead_code()
+    held = hold(graph)
     written = functionalize(graph)
     if written:
         graph.graph.output_node().args = ((*graph_outputs(graph), *written.values()),)
     name_puts(graph)
     graph.recompile()
     places = {node: index for index, node in enumerate(graph_inputs(graph))}
-    return graph, tuple(places[node] for node in written)
+    return Captured(
+        graph,
+        tuple(places[node] for node in written),
+        {places[node]: dim for node, dim in held.items()},
+    )

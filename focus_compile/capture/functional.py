@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from focus_compile.graph.nodes import argument, expr_of, operands, tensor_of
 from focus_compile.torch_private import OpOverload
 
-__all__ = ["functionalize", "name_puts"]
+__all__ = ["aliased", "drop_whole_slices", "functionalize", "name_puts"]
 
 aten = torch.ops.aten
 KEPT = (aten.detach_.default,)
@@ -36,7 +36,7 @@ def functionalize(gm: GraphModule) -> dict[Node, Node]:
         inputs that the graph wrote into, with the value that each of them is to have.
     """
     graph = gm.graph
-    _drop_whole_slices(graph)
+    drop_whole_slices(graph)
     inputs: dict[Node, Node] = {}
     for node in list(graph.nodes):
         counterpart = _counterpart(node)
@@ -66,7 +66,7 @@ def functionalize(gm: GraphModule) -> dict[Node, Node]:
     return inputs
 
 
-def _drop_whole_slices(graph: Graph) -> None:
+def drop_whole_slices(graph: Graph) -> None:
     """``x[:]`` is ``x``: with it, an assignment to ``x[:, :, index]`` writes into ``x`` itself."""
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not aten.slice.Tensor:
@@ -119,7 +119,7 @@ def _only_read_through(
     ``inputs``: values that inputs are to have; of these, too, only a whole one may be written.
     """
     base = written
-    while (source := _aliased(base)) is not None:
+    while (source := aliased(base)) is not None:
         base = source
     if base.op not in ("call_function", "placeholder"):
         return False
@@ -129,14 +129,14 @@ def _only_read_through(
     for other in graph.nodes:  # in order: an alias comes after what it is one of
         if other is node:
             break
-        if _aliased(other) in aliases:
+        if aliased(other) in aliases:
             aliases.add(other)
     return not any(
         order[user] > order[node] for alias in aliases - {written} for user in alias.users
     )
 
 
-def _aliased(node: Node) -> Node | None:
+def aliased(node: Node) -> Node | None:
     """The operand whose memory the result of ``node`` may share."""
     if node.op != "call_function" or not node.args:
         return None
@@ -144,7 +144,7 @@ def _aliased(node: Node) -> Node | None:
     if node.target is operator.getitem:
         if isinstance(source, Node) and source.target is aten.broadcast_tensors.default:
             return source.args[0][node.args[1]]  # type: ignore[index, return-value]
-        return _aliased(source) if isinstance(source, Node) else None
+        return aliased(source) if isinstance(source, Node) else None
     if not isinstance(node.target, OpOverload) or not isinstance(source, Node):
         return None
     if node.target in SELF:

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from focus_compile.generation.cache import hold
 from focus_compile.generation.neighbours import refuse_neighbours
 from focus_compile.models.masks import attention_mask, cache_keyword, canvas_arguments
 
 __all__ = ["CachedBatch", "CanvasBatch"]
 
 
-def _broadcasts(model: nn.Module) -> bool:
-    """Whether a model takes a mask of one line for all queries.
+def _is_transformers(model: nn.Module) -> bool:
+    """Whether a model is transformers' own.
 
-    transformers' own do; others' code may compare the mask's shape with that of the scores.
+    These take a mask of one line for all queries, and ask nothing of a cache but to be updated.
+    Others' code may compare the mask's shape with that of the scores, and join keys by itself.
     """
     return type(getattr(model, "_orig_mod", model)).__module__.startswith("transformers.models.")
 
@@ -65,7 +67,8 @@ class CachedBatch:
         self.active = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         config: Any = model.config
         self.cache, self.keyword = DynamicCache(config=config), cache_keyword(model)
-        _check_windows(self.cache, ids.shape[1] + new)
+        self.room, self.held = ids.shape[1] + new, False
+        _check_windows(self.cache, self.room)
 
     def forward(self, ids: Tensor, queries: int | None = None) -> Tensor:
         """Logits of the last ``T`` tokens of the rows; the cache must hold those before.
@@ -73,6 +76,9 @@ class CachedBatch:
         All of them see the same; ``queries`` is 1 for one line of the mask instead of ``T``.
         """
         length = ids.shape[1]
+        layers: list[Any] = self.cache.layers
+        for layer in layers if self.held else ():
+            layer.open(self.valid.shape[1] - length, length)
         places = self.valid.long().cumsum(1) - 1
         visible = self.valid[:, None, None, :].expand(-1, 1, queries or length, -1).contiguous()
         out = self.model(
@@ -88,22 +94,27 @@ class CachedBatch:
     def prefill(self) -> Tensor:
         """Store the keys and values of the prompts, laid out as those of later blocks will be.
 
-        Models return them transposed, and ``cat`` returns them contiguous: without this, Dynamo
+        Those of transformers' models go where they stay (:mod:`focus_compile.generation.cache`).
+        Others return them transposed, and ``cat`` returns them contiguous: without this, Dynamo
         captures the first block and all others separately. A mask ``[B, 1, P, P]`` would be the
         largest value of all. Returns the logits of the last tokens, ``[B, V]``.
         """
-        logits = self.forward(self.sequences, queries=1 if _broadcasts(self.model) else None)
+        logits = self.forward(self.sequences, queries=1 if _is_transformers(self.model) else None)
         layers: list[Any] = self.cache.layers
-        for layer in layers:
+        self.held = _is_transformers(self.model) and hold(layers, self.room)
+        for layer in () if self.held else layers:
             layer.keys, layer.values = _laid_out(layer.keys), _laid_out(layer.values)
         return logits[:, -1]
 
     def peek(self, ids: Tensor) -> Tensor:
         """Logits of a block whose keys and values are not kept.
 
-        The cache gets its own tensors back instead of a cropped view of longer ones: Dynamo sees
-        one layout, and compiles one graph.
+        Where they are written in place, the next call writes others. Else the cache gets its own
+        tensors back instead of a cropped view of longer ones: Dynamo sees one layout, and compiles
+        one graph.
         """
+        if self.held:
+            return self.forward(ids)
         layers: list[Any] = self.cache.layers
         before = [(layer, layer.keys, layer.values) for layer in layers]
         logits = self.forward(ids)

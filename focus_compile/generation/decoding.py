@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,14 +61,12 @@ def propose(
 
     Args:
         scores: logits ``[M, V]`` of the positions of ``where`` bool ``[B, T]``, in row-major order.
-        context: int64 ``[B, L]``, for the processors.
+        context: int64 ``[M, L]``, what stands before each of them, for the processors.
         sample: draw from the processed distribution; else take its largest, ties to the lowest id.
     """
-    rows = where.nonzero()[:, 0]
     scores = scores.float()
     if processors:
-        before: Any = context[rows]
-        scores = processors(before, scores)
+        scores = processors(context, scores)  # type: ignore[arg-type]
     probabilities = torch.softmax(scores, dim=-1)
     if sample:
         picked = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
@@ -140,7 +137,8 @@ class Decoder:
     def step(self, scores: Tensor, where: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Positions to decode bool ``[B, T]``, and tokens int64 ``[B, T]`` for them.
 
-        ``scores`` ``[M, V]`` are the logits of the positions of ``where``, in row-major order.
+        ``scores`` ``[M, V]`` are the logits of the positions of ``where``, in row-major order;
+        ``context`` ``[M, L]``: the sequence of the row of each.
 
         Raises:
             ValueError: a function chose no position, or one that is no candidate.

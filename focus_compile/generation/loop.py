@@ -192,7 +192,7 @@ def generate(
     request = _session(mask_token_id, shifted_logits)
     with closing(request) as focus, Progress(disable=not progress, transient=True) as bar:
         focus.commits_exactly, focus.owns_kv = use_cache, True
-        focus.masked = torch.zeros_like(input_ids, dtype=torch.bool)
+        focus.masked, focus.any_masked = torch.zeros_like(input_ids, dtype=torch.bool), False
         with inside(focus):
             last = rows.prefill()
         task = bar.add_task("blocks", total=blocks)
@@ -201,7 +201,7 @@ def generate(
             focus.block = rows.block
             block = _denoise(rows, decoder, focus, result, block=block, masked=masked, last=last)
             _account(request, backend, result)
-            focus.masked = torch.zeros_like(masked)
+            focus.masked, focus.any_masked = torch.zeros_like(masked), False
             with inside(focus):
                 last = rows.commit(block)
             rows.active = endings.observe(rows.sequences, rows.active, block_length)
@@ -252,7 +252,7 @@ def _denoise(
     the block, ``[B, V]``, or None where it is fed with the block.
     """
     steps = torch.zeros_like(rows.active, dtype=torch.int64)
-    reader = Reader(rows.model)
+    count, reader = steps.new_zeros(()), Reader(rows.model)
     while bool(masked.any()):
         steps += masked.any(1)
         made = step_scores(partial(_peek, rows, block, focus), masked, focus, reader)
@@ -263,12 +263,15 @@ def _denoise(
         if focus.shifted_logits:
             made = made.shifted(last)
         where = masked & (made.row >= 0)
-        chosen, tokens = decoder.step(made.values[made.row[where]], where, rows.sequences)
+        row, position = where.nonzero().unbind(1)
+        scores = made.values[made.row[row, position]]
+        chosen, tokens = decoder.step(scores, where, rows.sequences[row])
         block = torch.where(chosen, tokens, block)
         masked = masked & ~chosen
         result.forwards += 1
         result.decode_masks.append(chosen)
-        result.decoded += int(chosen.sum())
+        count += chosen.sum()
+    result.decoded += int(count)
     result.steps_per_block.append(steps)
     return block
 

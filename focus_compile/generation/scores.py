@@ -61,7 +61,7 @@ def step_scores(
     the program's own tensor, which every later call checks anew.
 
     Args:
-        forward: returns the model's logits ``[B, T, V]``; masked: bool ``[B, T]``.
+        forward: returns the model's logits ``[B, T, V]``; masked: bool ``[B, T]``, some are.
 
     Raises:
         ValueError: the model returned logits of other tokens, or mixes those of different tokens.
@@ -69,7 +69,7 @@ def step_scores(
     focus.reader = reader
     while True:
         reader.calls.clear()
-        focus.masked, focus.logits = masked, None
+        focus.masked, focus.any_masked, focus.logits = masked, True, None
         canvas = forward()
         calls = list(reader.calls)
         reader.calls.clear()

@@ -26,6 +26,8 @@ class Input:
         stride: its strides where all extents are numbers; None: contiguous, or, where
             ``strided``, contiguous in the last dim only.
         parameter: whether it is a weight.
+        held: of keys and values: whether the memory behind a history is that of the block; of
+            slots: whether they are that history and block, so that nothing is copied.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Input:
     stride: tuple[int, ...] | None = None
     strided: bool = False
     parameter: bool = False
+    held: bool = False
 
     @property
     def symbolic(self) -> bool:

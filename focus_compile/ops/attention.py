@@ -122,7 +122,8 @@ def attend(
     Args:
         query: packed ``[1, H, N', D]``; key, value: ``[B, G, S + T, D]``, G divides H, query head h
             reads key head ``h // (H / G)``.
-        mask: additive ``[B, G or 1, H / G * R, S + T]``, from :func:`site_mask`.
+        mask: additive ``[B, G or 1, H / G * R, S + T]``, from :func:`site_mask`; more columns are
+            not read.
         index: int64 ``[B, R]``, packed row in ``query`` of each row's r-th kept token; entries
             beyond a row's kept tokens may name any row: nobody reads what they give.
         lines: int64 ``[N]``, from :func:`line_index`: the way back. scale: of the scores.
@@ -136,6 +137,7 @@ def attend(
     flat = query[0].transpose(0, 1).reshape(query.shape[2], -1)
     folded = flat.index_select(0, index.reshape(-1)).view(batch, most, groups, share, -1)
     folded = folded.permute(0, 2, 3, 1, 4).reshape(batch, groups, share * most, -1)
+    mask = mask.narrow(3, 0, key.shape[2])
     out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
     out = out.view(batch, groups, share, most, -1).permute(0, 3, 1, 2, 4)
     out = out.reshape(batch * most, -1).index_select(0, lines)

@@ -26,7 +26,7 @@ from focus_compile.ops.attention import (
 from focus_compile.ops.fixed_cache import clear, extend, extend_mask, replace
 from focus_compile.ops.importance import importance
 from focus_compile.ops.linear import linear
-from focus_compile.ops.packing import join, pack, pack_rows, repack, restore, unpack
+from focus_compile.ops.packing import join, pack, pack_rows, repack, restore, store, unpack
 from focus_compile.ops.ranks import embedding_shard, gather_ranks, sum_ranks
 from focus_compile.ops.selection import retain, signal
 from focus_compile.ops.shapes import SHAPES
@@ -55,6 +55,7 @@ _DEFINITIONS: dict[str, Callable[..., Any]] = {
     f"unpack(Tensor x, Tensor index, {_DIMS}) -> Tensor": unpack,
     "join(Tensor? past, Tensor new, Tensor tokens, Tensor stale, Tensor written, Tensor? reuse, "
     "int token_dim) -> Tensor": join,
+    "store(Tensor slots, Tensor new, Tensor tokens, SymInt length, int token_dim) -> Tensor": store,
     f"restore(Tensor x, Tensor tokens, Tensor keep, {_DIMS}) -> Tensor": restore,
     "visible(Tensor written, Tensor stored, Tensor bound, Tensor prefix) -> Tensor": visible,
     "causal(Tensor masked, Tensor key) -> Tensor": causal,
@@ -88,10 +89,22 @@ _LIBRARY: Any = torch.library.Library("focus", "DEF")  # type: ignore[no-untyped
 
 
 for _schema, _function in _DEFINITIONS.items():
-    _name, _kernel = _schema.split("(")[0], _contiguous(_function)
+    _name = _schema.split("(")[0]
+    _kernel = _function if _function is store else _contiguous(_function)
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"focus::{_name}", SHAPES[_name], lib=_LIBRARY)
 
+
+def _store_in(slots: Tensor, new: Tensor, tokens: Tensor, length: int, token_dim: int) -> None:
+    store(slots, new, tokens, length, token_dim)
+
+
+_LIBRARY.define(
+    "store_(Tensor(a!) slots, Tensor new, Tensor tokens, SymInt length, int token_dim) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+_LIBRARY.impl("store_", _store_in, "CompositeExplicitAutograd")
+torch.library.register_fake("focus::store_", lambda *_: None, lib=_LIBRARY)
 
 focus = torch.ops.focus

@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["canvas_shape", "join", "pack", "pack_rows", "repack", "restore", "unpack"]
+__all__ = [
+    "canvas_shape", "clear", "join", "pack", "pack_rows", "repack", "restore", "store", "unpack",
+]  # fmt: skip
 
 
 def pack(
@@ -86,10 +88,32 @@ def join(
         if past is not None:
             out.narrow(token_dim, 0, history).copy_(past)
         block.copy_(stale.narrow(token_dim, history, length))
-        block.movedim(token_dim, 1).movedim((0, 1), (-2, -1)).masked_fill_(~written, 0)
+        clear(out, written, token_dim)
+    return store(out, new, tokens, length, token_dim)
+
+
+def clear(slots: Tensor, written: Tensor, token_dim: int) -> None:
+    """Write 0 where the block holds nothing: ``[B, G, S + T, D]``, written bool ``[B, T]``."""
+    length = written.shape[1]
+    block = slots.narrow(token_dim, slots.shape[token_dim] - length, length)
+    block.movedim(token_dim, 1).movedim((0, 1), (-2, -1)).masked_fill_(~written, 0)
+
+
+def store(slots: Tensor, new: Tensor, tokens: Tensor, length: int, token_dim: int) -> Tensor:
+    """:func:`join` where the slots are the cache: new rows are written there, nothing else is.
+
+    Args:
+        slots: ``[B, G, S + T, D]``, any strides but of the last dim: history, and the block as it
+            was in the step before, 0 where nobody wrote.
+        new, tokens, token_dim: as for :func:`join`; length: T.
+
+    Returns:
+        ``slots``. The operator's schema does not say so, as ``join``'s does not.
+    """
+    block = slots.narrow(token_dim, slots.shape[token_dim] - length, length)
     rows = new[0].movedim(token_dim - 1, 0)
     block.movedim(token_dim, 1)[tokens // length, tokens % length] = rows
-    return out
+    return slots
 
 
 def restore(

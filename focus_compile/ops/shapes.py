@@ -74,6 +74,11 @@ def _join(past: Tensor | None, new: Tensor, tokens: Tensor, stale: Tensor, *_: A
     return _like(stale)
 
 
+def _store(slots: Tensor, *_: Any) -> Tensor:
+    """The operand itself, as it is laid out."""
+    return slots.new_empty_strided(slots.shape, slots.stride())
+
+
 def _restore(
     x: Tensor, tokens: Tensor, keep: Tensor, batch_dim: int | None, token_dim: int
 ) -> Tensor:
@@ -156,6 +161,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "signal": _signal,
     "site_index": _site_index,
     "site_mask": _site_mask,
+    "store": _store,
     "sum_ranks": _sum_ranks,
     "tables": _tables,
     "unpack": _unpack,

@@ -87,9 +87,6 @@ class Feed:
 
 def feed(fed: Tensor) -> Feed:
     """Tables for ``fed`` bool ``[B, T]``, which must select at least one token."""
-    tokens = fed.reshape(-1).nonzero().squeeze(1)
-    place = fed.reshape(-1).cumsum(0).view(fed.shape) - 1
-    most = int(fed.sum(1).max())
-    rows = torch.sort((~fed).to(torch.uint8), dim=1, stable=True).indices[:, :most]
-    rows = torch.where(fed.gather(1, rows), rows, 0)
-    return Feed(fed, tokens, torch.where(fed, place, 0), rows.contiguous())
+    order, inverse, places, sizes = tables(fed)
+    tokens, rows = retained_tables(order, places, *sizes.tolist())
+    return Feed(fed, tokens, inverse, rows)

@@ -186,7 +186,7 @@ def _check_sites(
 
 def _slots(canonical: Canonical, site: Site, nodes: Mapping[str, Node]) -> tuple[Input, Input]:
     """Inputs for the K/V that a layer had in the step before, history included."""
-    shapes = {given.name: given.shape for given in canonical.inputs}
+    inputs = {given.name: given for given in canonical.inputs}
 
     def slot(part: int) -> Input:
         write = site.writes[part]
@@ -196,10 +196,11 @@ def _slots(canonical: Canonical, site: Site, nodes: Mapping[str, Node]) -> tuple
         if write.batch_dim is not None:
             shape[write.batch_dim] = "batch"
         if write.past is not None:
-            history = shapes[write.past][write.token_dim]
+            history = inputs[write.past].shape[write.token_dim]
             shape[write.token_dim] = (history, "token") if history != 0 else "token"
         name = slot_name(site.layer, part)
-        return Input(name, tuple(shape), value.dtype, value.device, strided=True)
+        held = write.past is not None and inputs[write.past].held
+        return Input(name, tuple(shape), value.dtype, value.device, strided=True, held=held)
 
     return slot(0), slot(1)
 

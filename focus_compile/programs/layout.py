@@ -18,7 +18,20 @@ from focus_compile.programs.cut import part
 from focus_compile.programs.halves import Half
 from focus_compile.programs.key_program import key_program
 
-__all__ = ["Layout", "layout_of"]
+__all__ = ["Held", "Layout", "layout_of"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """An argument that holds history and block along ``dim``: ``slot``, of which ``past`` is part.
+
+    Both are names of inputs.
+    """
+
+    argument: int
+    past: str
+    slot: str
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,7 @@ class Layout:
         inputs: the canonical graph's own inputs; arguments: the argument that each comes from.
         ids: the argument that holds the token ids.
         slots: inputs for the K/V of the step before, layer by layer.
+        held: slots that are arguments, which hold history and block.
         past: name of the last layer's past keys; past_dim: their dim that is the history.
         index: computes which slots of a cache of fixed length the block takes, int64 ``[T]``; None
             where the block follows the history.
@@ -52,6 +66,7 @@ class Layout:
     buffers: tuple[int, ...] = ()
     key_program: str = ""
     vocabulary: int | None = None
+    held: tuple[Held, ...] = ()
 
 
 def layout_of(
@@ -79,6 +94,20 @@ def layout_of(
         buffers=_buffers(canonical, plan, {*own} - {*written}),
         key_program=key_program(canonical.gm, (w for site in plan.sites for w in site.writes)),
         vocabulary=_vocabulary(canonical.axes.entry),
+        held=_held(plan, argument),
+    )
+
+
+def _held(plan: Plan, argument: dict[str, int]) -> tuple[Held, ...]:
+    pairs = [
+        (write, slot)
+        for site, slots in zip(plan.sites, plan.slots, strict=True)
+        for write, slot in zip(site.writes, slots, strict=True)
+    ]
+    return tuple(
+        Held(argument[write.past], write.past, slot.name, write.token_dim)
+        for write, slot in pairs
+        if slot.held and write.past is not None
     )
 
 

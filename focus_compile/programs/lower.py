@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.nn import Parameter
 
-from focus_compile.graph.nodes import tensor_of
+from focus_compile.graph.nodes import operands, tensor_of
 from focus_compile.ops.library import focus
+from focus_compile.torch_private import OpOverload
 
-__all__ = ["drop_unread", "lower"]
+__all__ = ["drop_unread", "lower", "stay"]
 
+_ALIGNED = 8
 _MATRIX = 2
 _JOIN = [argument.name for argument in focus.join.default._schema.arguments]
 
@@ -27,7 +31,10 @@ def lower(gm: GraphModule, *, captured: bool = False) -> GraphModule:
     CUDA: ``focus::importance`` -> ``focus_fused::importance``; ``focus::signal``, ``retain`` and
     ``tables`` -> ``focus_fused::choose``, whose Triton kernels become part of the output code.
     ``focus::join`` and ``focus::attend`` keep their names, and get an implementation of their own
-    (:mod:`focus_compile.ops.triton.layers`).
+    (:mod:`focus_compile.ops.triton.layers`); ``focus::store`` -> ``focus_fused::store``, which says
+    that it writes, as ``focus::store_`` does elsewhere. ``focus::pack`` of rows of a table by
+    position becomes what the compiler fuses into whoever reads them. Masks get rows of a multiple
+    of 8, once for all layers: else ATen makes such a copy in each attention.
 
     ``captured``: the graph is to be recorded as a CUDA graph, in which ``focus::join`` cannot ask
     the host whether it may write into its slots: it never does.
@@ -41,6 +48,12 @@ def lower(gm: GraphModule, *, captured: bool = False) -> GraphModule:
             node.target = _fused().importance.default
         elif node.target is focus.retain.default and _on_gpu(node):
             _choose(graph, node)
+        elif node.target is focus.pack.default and _on_gpu(node) and _is_of_a_table(node):
+            _pick(graph, node)
+        elif node.target is focus.site_mask.default and _on_gpu(node):
+            _align(graph, node)
+        elif node.target is focus.store.default:
+            _store(graph, node)
         elif node.target is focus.join.default and captured:
             node.update_arg(_JOIN.index("reuse"), None)
     return GraphModule(gm, graph)
@@ -57,6 +70,21 @@ def drop_unread(gm: GraphModule, before: GraphModule) -> list[int]:
             left.append(index)
     gm.recompile()
     return left
+
+
+def stay(gm: GraphModule, inputs: Sequence[Any]) -> list[int]:
+    """Inputs, by position, that lie in one place from call to call: weights, slots of a cache."""
+    written = {node.args[0] for node in gm.graph.nodes if _says_that_it_stores(node)}
+    return [
+        index
+        for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))
+        if isinstance(inputs[index], Parameter) or node in written
+    ]
+
+
+def _says_that_it_stores(node: Node) -> bool:
+    target = node.target
+    return isinstance(target, OpOverload) and target._schema.name == "focus_fused::store"
 
 
 def _fits(node: Node) -> bool:
@@ -77,6 +105,51 @@ def _fused() -> Any:
     import focus_compile.ops.triton.operators  # noqa: F401
 
     return torch.ops.focus_fused
+
+
+def _is_of_a_table(pack: Node) -> bool:
+    """Whether rows of an input are packed, the same for the whole batch: nothing is computed."""
+    value, _, _, batch_dim, _ = pack.args
+    assert isinstance(value, Node)
+    while value.target is torch.ops.aten.index_select.default:
+        value = operands(value)[0]
+    return batch_dim is None and value.op == "placeholder"
+
+
+def _pick(graph: Graph, pack: Node) -> None:
+    """A ``pack`` as :func:`focus_compile.ops.packing.pack` says, for the compiler to see into."""
+    value, tokens, inverse, _, token_dim = pack.args
+    with graph.inserting_before(pack):
+        length = graph.call_function(torch.ops.aten.sym_size.int, (inverse, 1))
+        place = graph.call_function(torch.ops.aten.remainder.Scalar, (tokens, length))
+        args = (value, token_dim, place)
+        made = graph.call_function(torch.ops.aten.index_select.default, args)
+    pack.replace_all_uses_with(made)
+    graph.erase_node(pack)
+
+
+def _align(graph: Graph, mask: Node) -> None:
+    """Columns that nobody reads, up to a multiple of 8, behind those of a mask."""
+    readers = [user for user in mask.users if user.target is focus.attend.default]
+    with graph.inserting_before(mask.next):
+        length = graph.call_function(torch.ops.aten.sym_size.int, (mask, 3))
+        whole = graph.call_function(operator.add, (length, _ALIGNED - 1))
+        over = graph.call_function(operator.mod, (whole, _ALIGNED))
+        more = graph.call_function(operator.sub, (_ALIGNED - 1, over))
+        made = graph.call_function(torch.ops.aten.constant_pad_nd.default, (mask, [0, more]))
+    for user in readers:
+        user.replace_input_with(mask, made)
+
+
+def _store(graph: Graph, store: Node) -> None:
+    """The operator that says what it writes to: compilers take no other one's word for it."""
+    slots = store.args[0]
+    assert isinstance(slots, Node)
+    with graph.inserting_before(store):
+        declared = _fused().store.default if _on_gpu(store) else focus.store_.default
+        graph.call_function(declared, store.args)
+    store.replace_all_uses_with(slots)
+    graph.erase_node(store)
 
 
 def _choose(graph: Graph, retain: Node) -> None:

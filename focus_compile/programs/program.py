@@ -101,6 +101,9 @@ class Program:
 def make_programs(halves: Halves, inputs: Sequence[Input], inner: Inner) -> tuple[Program, Program]:
     """Prefix and suffix, not yet compiled, over symbolic inputs."""
 
+    slots = {given.name for given in inputs if given.held} & halves.slots.keys()
+    held = {halves.slots[slot]: slot for slot in slots}
+
     def outside() -> tuple[Symbols, dict[str, Tensor]]:
         symbols = Symbols()
         return symbols, symbols.tensors(inputs)
@@ -110,10 +113,11 @@ def make_programs(halves: Halves, inputs: Sequence[Input], inner: Inner) -> tupl
         given = [values[name] for name in halves.prefix.inputs]
         with symbolic_mode(symbols.mode), torch.no_grad():
             made = Interpreter(halves.prefix.gm).run(*given)
-            made = [
-                torch.empty(value.shape, dtype=value.dtype, device=value.device) for value in made
-            ]
-        return symbols, values | dict(zip(halves.prefix.outputs, made, strict=True))
+            live = {
+                name: torch.empty(value.shape, dtype=value.dtype, device=value.device)
+                for name, value in zip(halves.prefix.outputs, made, strict=True)
+            }
+        return symbols, values | live | {name: values[slot] for name, slot in held.items()}
 
     prefix = Program("prefix", halves.prefix, inner, outside)
     return prefix, Program("suffix", halves.suffix, inner, inside)

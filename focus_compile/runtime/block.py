@@ -124,11 +124,13 @@ class BlockState:
         before = self.history
         decoded = self.masked & ~masked
         changed = (~self.masked & (masked | (ids != self.ids))).any(1)
-        same = torch.as_tensor(history.same_rows(self.history), device=ids.device)
-        fresh = changed | ~same | self.committed
+        same = history.same_rows(self.history)
+        fresh = torch.ones_like(changed) if self.committed or same is False else changed
+        fresh = fresh if isinstance(same, bool) else fresh | ~same
         known = _right_of(self.retained) if shifted_logits else self.retained
         wrong = decoded & ~known & ~fresh.unsqueeze(1)
-        if bool(wrong.any()):
+        is_wrong, is_fresh = torch.stack([wrong.any(), fresh.any()]).tolist()  # the host waits once
+        if is_wrong:
             row, position = wrong.nonzero()[0].tolist()
             raise EvictedTokenDecoded(row, position)
         count = decoded.sum(1)
@@ -142,7 +144,7 @@ class BlockState:
         if not history.same_slots(before):
             self.slots = {}
         self.ids, self.masked, self.history = _copy(ids), _copy(masked), history
-        self.goes_on = not bool(fresh.any())
+        self.goes_on = not is_fresh
         self.committed = False
 
     def fed(self, delayed_cache: bool, skip_decoded_rows: bool = False) -> Tensor:

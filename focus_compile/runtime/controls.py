@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,21 @@ from focus_compile.plan.controls import Controls
 from focus_compile.runtime.block import BlockState
 from focus_compile.runtime.session import Session, Signal, Step
 
-__all__ = ["controls", "empty_slots", "is_exact"]
+__all__ = ["Constants", "controls", "empty_slots", "is_exact"]
+
+
+class Constants:
+    """Numbers as tensors, made anew when they change: the host waits for every copy to a GPU."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[Any, Tensor]] = {}
+
+    def get(self, name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``value`` as a tensor; the one of the last call that asked for the same."""
+        key = (value, dtype, device)
+        if name not in self._last or self._last[name][0] != key:
+            self._last[name] = key, torch.tensor(value, dtype=dtype, device=device)
+        return self._last[name][1]
 
 
 def is_exact(config: FocusConfig, session: Session | None) -> bool:
@@ -30,10 +45,12 @@ def controls(
     fed: Feed,
     *,
     reuse: bool,
+    constants: Constants,
 ) -> Controls[Tensor]:
     """Settings of the session before those of the options; masks and counts of the blocks.
 
-    ``reuse``: nobody else reads the slots, so that joins may write into them.
+    ``reuse``: nobody else reads the slots, so that joins may write into them. ``constants``: those
+    of the program's last call.
 
     Raises:
         ValueError: the session's signal has a bias of another shape than ``[B, T]``.
@@ -58,16 +75,16 @@ def controls(
         fed=fed.fed,
         progress=state.progress,
         average=state.average,
-        alpha=torch.tensor(alpha, dtype=torch.float32, device=device),
-        signal_weights=torch.tensor(signal.weights, dtype=torch.float32, device=device),
+        alpha=constants.get("alpha", alpha, torch.float32, device),
+        signal_weights=constants.get("weights", signal.weights, torch.float32, device),
         signal_bias=bias.to(device, torch.float32).contiguous(),
         fed_tokens=fed.tokens,
         fed_inverse=fed.inverse,
         fed_rows=fed.rows,
         written01=state.written01 & exact,
         written=state.written & exact,
-        prefix_visibility=torch.tensor(visibility == "prefix", device=device),
-        reuse=torch.tensor(reuse, device="cpu"),
+        prefix_visibility=constants.get("prefix", visibility == "prefix", torch.bool, device),
+        reuse=constants.get("reuse", reuse, torch.bool, torch.device("cpu")),
     )
 
 

@@ -14,6 +14,7 @@ from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHist
 from focus_compile.graph.sharding import local
 from focus_compile.log import warning_once
 from focus_compile.models.vocabulary import check_mask_token
+from focus_compile.ops.packing import clear
 from focus_compile.ops.tables import feed, retained_tables
 from focus_compile.plan.controls import Selection, Tables
 from focus_compile.plan.plan import Domain
@@ -22,7 +23,7 @@ from focus_compile.programs.layout import Layout
 from focus_compile.programs.program import Program
 from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.block import BlockState, History
-from focus_compile.runtime.controls import controls, empty_slots, is_exact
+from focus_compile.runtime.controls import Constants, controls, empty_slots, is_exact
 from focus_compile.runtime.identity import model_key, overlap, weights_of
 from focus_compile.runtime.outputs import Packed, packed_logits, returned
 from focus_compile.runtime.reader import MaskedCall, Outputs, outermost
@@ -50,6 +51,12 @@ NOT_PACKED = (
     "module, and remove graph breaks; or read the model's output at session.retain_mask"
 )
 
+HELD = (
+    "backend 'focus' runs the dense program: the model writes keys and values into a part of a "
+    "cache, where those of evicted tokens have to stay until they are computed. generate() keeps "
+    "them; an own loop takes a cache that grows, or transformers' StaticCache"
+)
+
 OVERLAP = (
     "backend 'focus' runs the dense program: the model writes into an input whose memory another "
     "input shares"
@@ -63,6 +70,7 @@ class Executable:
         dense_calls: how often the dense program ran; ``prefix.calls`` and ``suffix.calls`` count
             the others.
         captured: the programs are recorded as CUDA graphs.
+        stored: names of keys and values that are a part of the caller's cache.
         returns: whether the function that Dynamo captured returns behind this graph; else it goes
             on behind a graph break.
         read_as: models whose logits are an output of this program, and which
@@ -89,6 +97,8 @@ class Executable:
         self.dense_calls = 0
         self.captured = config.captures(slot.device for slot in layout.slots)
         self.returns = returns
+        self.constants = Constants()
+        self.stored = {halves.slots[held.slot] for held in layout.held}
         self.read_as = Outputs()
 
     @property
@@ -111,8 +121,14 @@ class Executable:
         if session is not None and not session.enabled:
             return self._dense(args, session)
         masked = self._masked(ids, session)
-        if masked is None or ids.shape[-1] == 1 or not bool(masked.any()):
+        known = None if session is None else session.take_any_masked()
+        if masked is None or ids.shape[-1] == 1 or not (masked.any() if known is None else known):
             return self._dense(args, session)
+        owns = session is not None and session.owns_kv
+        if self.layout.held and not owns:
+            warning_once(log, HELD)
+            self.record.dense_call("keys and values are written into a part of a cache")
+            return self._dense(args, session, masked=True)
         if self.layout.written and overlap(args, self.layout.written):
             warning_once(log, OVERLAP)
             self.record.dense_call("written and shared memory")
@@ -151,7 +167,7 @@ class Executable:
     def _focus(
         self, args: Sequence[Any], ids: Tensor, masked: Tensor, session: Session | None
     ) -> Any:
-        values = self._arguments(args)
+        values = self._arguments(args, masked.shape[1])
         state = self._state(args, values, ids, masked, session)
         exact = is_exact(self.config, session)
         delayed = self.config.delayed_cache and not exact
@@ -162,9 +178,15 @@ class Executable:
         slots = state.slots or empty_slots(
             self.layout.slots, self.layout.inputs, values, masked.shape
         )
-        values |= slots | vars(controls(self.config, session, state, fed, reuse=reuse))
+        values |= slots | self._held(args, state)
+        values |= vars(
+            controls(self.config, session, state, fed, reuse=reuse, constants=self.constants)
+        )
         # the suffix is compiled for contiguous values at the cut, whatever the prefix prefers
-        values |= {name: value.contiguous() for name, value in self.prefix(values).items()}
+        values |= {
+            name: value if name in self.stored else value.contiguous()
+            for name, value in self.prefix(values).items()
+        }
         selection = Selection(
             **{key: values[at] for key, at in vars(self.halves.selection).items()}
         )
@@ -270,7 +292,7 @@ class Executable:
             (slot.dtype, slot.device)
             == (state.slots[slot.name].dtype, state.slots[slot.name].device)
             for slot in self.layout.slots
-            if state.slots
+            if slot.name in state.slots
         )
 
     def _slots(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -278,10 +300,23 @@ class Executable:
         return {
             slot: values[name].clone() if self.captured else values[name]
             for slot, name in self.halves.slots.items()
+            if name not in self.stored
         }
 
-    def _arguments(self, args: Sequence[Any]) -> dict[str, Tensor]:
-        """The canonical graph's inputs, in the layout that the programs were compiled for."""
+    def _held(self, args: Sequence[Any], state: BlockState) -> dict[str, Tensor]:
+        """Slots that are the caller's: 0 where a block that begins holds nothing."""
+        made: dict[str, Tensor] = {}
+        for held in self.layout.held:
+            slots = made[held.slot] = local(args[held.argument])
+            if not state.goes_on:
+                clear(slots, state.written, held.dim)
+        return made
+
+    def _arguments(self, args: Sequence[Any], tokens: int) -> dict[str, Tensor]:
+        """The canonical graph's inputs, in the layout that the programs were compiled for.
+
+        ``tokens``: how many of a cache that holds them are of the block.
+        """
         values: dict[str, Tensor] = {}
         for given, argument in zip(self.layout.inputs, self.layout.arguments, strict=True):
             value = local(args[argument])
@@ -290,4 +325,7 @@ class Executable:
             else:
                 fits = not given.symbolic or value.is_contiguous()
             values[given.name] = value if fits else value.contiguous()
+        for held in self.layout.held:
+            slots = values[held.past]
+            values[held.past] = slots.narrow(held.dim, 0, slots.shape[held.dim] - tokens)
         return values

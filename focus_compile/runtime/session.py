@@ -108,6 +108,8 @@ class Session:
         reader: sees what a model returns, and so decides what is packed; None in an own loop.
         stats: counts so far.
         retain_mask: bool ``[B, T]``, what the last masked call retained; None before it.
+        any_masked: whether the masks of the next call hold one, as its caller knows; taken by that
+            call. None: it waits for the device to tell.
         commits_exactly: the caller commits every block with a mask-free call, so that a row whose
             last mask has gone need not be fed again before.
         shifted_logits: the token at p is predicted by the logits of p - 1 (Dream), so that it may
@@ -152,6 +154,7 @@ class Session:
         self.packed = logits == "packed"
         self.logits: PackedLogits | None = None
         self.reader: Reader | None = None
+        self.any_masked: bool | None = None
         self.commits_exactly = False
         self.owns_kv = False
         self.mask_sought: int | None = None
@@ -173,7 +176,7 @@ class Session:
     def masked(self, value: Tensor | None) -> None:
         if value is not None and value.dtype != torch.bool:
             raise ValueError(f"session.masked has dtype {value.dtype}: expected torch.bool")
-        self._masked = value
+        self._masked, self.any_masked = value, None
 
     def reset(self) -> None:
         """Forget every block: the next call of each model starts anew."""
@@ -201,6 +204,10 @@ class Session:
             missed = bool(recompile_limits_hit()) and not self.reached
         if missed and self.enabled:
             warning_once(log, NOT_REACHED)
+
+    def take_any_masked(self) -> bool | None:
+        known, self.any_masked = self.any_masked, None
+        return known
 
     def take_masked(self, ids: Tensor) -> Tensor | None:
         """The masks given for this call, if any."""

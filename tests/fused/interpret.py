@@ -23,7 +23,7 @@ from focus_compile.ops.importance import importance
 from focus_compile.ops.packing import join
 from focus_compile.ops.selection import retain, signal
 from focus_compile.ops.tables import tables
-from focus_compile.ops.triton.layers import launch_attend, launch_join
+from focus_compile.ops.triton.layers import launch_attend, launch_join, launch_store
 from focus_compile.ops.triton.operators import launch_choose, launch_importance
 
 SIZES = (32, 40, 48, 64, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
@@ -182,6 +182,16 @@ def compare_join(draw: random.Random, where: Where) -> dict[str, Any]:
     expected = join(*given[:3], stale.clone(), written, flag, dim)
     here = where.take(given)
     made = launch_join(*here[:3], here[3].clone() if reuse else here[3], here[4], flag, dim)
+    if reuse and kind != "folded":  # the slots of a longer cache, which keeps what lies around them
+        longer = where.take((values(batch, stale.shape[dim] + 3),))[0]
+        slots, rest = (
+            longer.narrow(dim, 0, stale.shape[dim]),
+            longer.narrow(dim, made.shape[dim], 3),
+        )
+        before = rest.clone()
+        launch_store(slots.copy_(here[3]), here[1], here[2], length, dim)
+        assert torch.equal(rest, before)
+        made = slots.contiguous()
     return {
         "kind": kind, "dtype": str(dtype), "reuse": reuse, "fresh": fresh, "history": history,
         "equal": torch.equal(_bits(made.cpu()), _bits(expected.contiguous())),

@@ -24,12 +24,15 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
+from torch._C import DispatchKey
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.cpp_extension import include_paths, library_paths
 
-__all__ = ["ARCHES", "PINNED", "Cubin", "fake_gpu", "unfit"]
+__all__ = ["ARCHES", "PINNED", "Cubin", "fake_gpu", "gpu_attention", "padded", "unfit"]
 
 PINNED = {"torch": "2.13", "triton": "3.7"}
 """Versions that the patches were written for."""
@@ -177,3 +180,51 @@ def fake_gpu(arch: int, compiled: Callable[[Cubin], None]) -> Iterator[None]:
             create = not hasattr(owner, attribute)
             stack.enter_context(mock.patch.object(owner, attribute, value, create=create))
         yield
+
+
+ALIGNED = 8
+"""Elements that the strides of a mask are to be multiples of, for ATen's fused attention."""
+
+
+@contextmanager
+def gpu_attention() -> Iterator[None]:
+    """Inside, what is traced calls the fused attention that a GPU takes where there is a mask.
+
+    A CPU build knows none of them, and takes ``scaled_dot_product_attention`` apart. What ATen does
+    to a mask beforehand is done here as in its ``attention.cpp``: a bool one becomes additive, one
+    whose strides are no multiples of 8 is copied into one that has such.
+    """
+    operator: Any = torch.ops.aten.scaled_dot_product_attention.default
+    operator._dispatch_cache.clear()
+    key = DispatchKey.CompositeImplicitAutograd
+    with mock.patch.dict(operator.py_kernels, {key: _fused_attention}):
+        yield
+    operator._dispatch_cache.clear()
+
+
+def padded(mask: Tensor) -> bool:
+    """Whether ATen copies an additive mask, in every call."""
+    *outer, last = mask.stride()
+    return last != 1 or not all(statically_known_true(step % ALIGNED == 0) for step in outer)
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    if enable_gqa:
+        share = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(share, 1) for x in (key, value))
+    mask = attn_mask
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            nothing = torch.zeros((), dtype=query.dtype, device=query.device)
+            mask = torch.where(mask, nothing, -torch.inf)
+        if padded(mask):
+            length = mask.shape[-1]
+            mask = torch.nn.functional.pad(mask, (0, ALIGNED - length % ALIGNED))[..., :length]
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+    fused: Any = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    out: Tensor = fused(query, key, value, mask, False, dropout_p, is_causal, scale=scale)[0]
+    return out

@@ -21,25 +21,45 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
-from focus_compile import focus_backend
+from focus_compile import backend, focus_backend, torch_private
+from focus_compile.generation.cache import hold
 from focus_compile.programs.program import Program
 from focus_compile.runtime.executable import Executable
-from tests.gpu_lowering.fake_gpu import ARCHES, Cubin, fake_gpu, unfit
+from tests.gpu_lowering.fake_gpu import ARCHES, Cubin, fake_gpu, gpu_attention, unfit
 from tests.gpu_lowering.output_code import read, tidy
 from tests.support.dialects import DIALECTS, Dialect, Draw, qwen3
+from tests.support.harness import CACHE
 from tests.support.models.llada import LLaDA
+
+
+def held(model: Any, draw: Draw) -> dict[str, Any]:
+    """A call of ``generate``: the cache holds room for the block, and more behind it."""
+    given = MOE.arguments(model, draw)
+    layers = given[CACHE].layers
+    assert hold(layers, draw.history + draw.ids.shape[1] + 3)
+    for layer in layers:
+        layer.open(draw.history, draw.ids.shape[1])
+    return given
+
 
 MOE = DIALECTS["sdar-moe-grouped"]
 MODELS = {
     "qwen3": Dialect(lambda: qwen3("sdpa"), MOE.arguments, MOE.logits),
     "moe": MOE,
     "canvas": replace(DIALECTS["llada-canvas"], build=lambda: LLaDA(layers=4, tied=True)),
+    "qwen3-5": Dialect(lambda: qwen3("sdpa", layers=5), MOE.arguments, MOE.logits),
+    "held": Dialect(lambda: qwen3("sdpa"), held, MOE.logits),
+    "held-5": Dialect(lambda: qwen3("sdpa", layers=5), held, MOE.logits),
+    "llada": DIALECTS["llada"],
+    "llada-5": replace(DIALECTS["llada"], build=lambda: LLaDA(layers=5)),
 }
+"""Three layers, or as many as the name says."""
 BATCH, TOKENS, HISTORY = 5, 9, 17
 INDUCTOR = {
     "compile_threads": 1,
@@ -61,6 +81,11 @@ class Captured(Exception):
     """The compiled graph would run now."""
 
 
+def compile_for_gpu(*args: Any, **kwargs: Any) -> Any:
+    with gpu_attention():
+        return compile_fx(*args, **kwargs)
+
+
 def leave(*_: Any) -> Any:
     raise Captured
 
@@ -73,12 +98,14 @@ class Made:
         code: modules of output code; cubins: of its kernels, in the order of their launch.
         sizes: symbol -> name of the size; empty for the dense program, whose symbols are Dynamo's.
         skips: how often Inductor said that it makes no CUDA graph.
+        fixed: inputs of prefix or suffix that a CUDA graph would read where they lie.
     """
 
     code: list[str] = field(default_factory=list)
     cubins: list[Cubin] = field(default_factory=list)
     sizes: dict[str, str] = field(default_factory=dict)
     skips: int = 0
+    fixed: int = 0
 
     def report(self) -> dict[str, Any]:
         """Plain data.
@@ -101,6 +128,7 @@ class Made:
             "partitions": calls.partitions,
             "host_inputs": calls.host_inputs,
             "cuda_graph_skips": self.skips,
+            "fixed_inputs": self.fixed,
         }
 
     def _kernel(self, cubin: Cubin, launches: list[tuple[str, ...]]) -> dict[str, Any]:
@@ -138,6 +166,8 @@ class Lowering:
             fresh_cache(),
             fake_gpu(self.arch, self.keep),
             mock.patch.object(GraphLowering, "save_output_code", self.save),
+            mock.patch.object(backend, "compile_fx", compile_for_gpu),
+            mock.patch.object(torch_private, "compile_fx_inner", self.inner),
             torch.no_grad(),
         ):
             self.capture()
@@ -159,6 +189,10 @@ class Lowering:
     def save(self, code: str) -> None:
         self.current.code.append(tidy(code))
 
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        self.current.fixed = len(kwargs["static_input_idxs"])
+        return compile_fx_inner(*args, **kwargs)
+
     def capture(self) -> None:
         """Call the compiled model once; then compile prefix and suffix, which would run now."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -168,7 +202,7 @@ class Lowering:
             arguments = self.dialect.arguments(model, fake_draw(self.dialect))
         executables: list[Executable] = []
 
-        def backend(gm: GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
+        def capture(gm: GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
             self.programs["dense"] = Made()
             # arguments are fake, but not of the mode that knows the symbols
             inputs = [
@@ -182,7 +216,7 @@ class Lowering:
 
         # a symbolic scale would be made a constant by a second capture
         with suppress(Captured), torch._dynamo.config.patch(specialize_float=True):
-            torch.compile(model, backend=backend, dynamic=True, fullgraph=True)(**arguments)
+            torch.compile(model, backend=capture, dynamic=True, fullgraph=True)(**arguments)
         (executable,) = executables
         self.compile("prefix", executable.prefix)
         self.compile("suffix", executable.suffix)

@@ -87,6 +87,24 @@ def test_modes_of_inductor() -> None:
     assert FocusConfig(mode="reduce-overhead").patches()["triton.cudagraphs"] is True
 
 
+def test_inputs_at_fixed_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Inductor is told of a graph that did not come from Dynamo: nothing, without this."""
+    told = []
+    inner = torch_private.compile_fx_inner
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        told.append(kwargs["static_input_idxs"])
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(torch_private, "compile_fx_inner", compiled)
+    graph, x = symbolic_trace(lambda x, y: x + y), torch.ones(3)
+    for fixed in ([], [1]):
+        torch_private.compile_fx(
+            graph, [x, x], inner_compile=torch_private.at_fixed_addresses(fixed)
+        )
+    assert told == [[], [1]]
+
+
 def test_graphs_of_a_function_are_counted() -> None:
     seen: list[int | None] = []
 

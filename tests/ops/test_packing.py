@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from focus_compile.ops.packing import join, pack, pack_rows, repack, restore, unpack
+from focus_compile.ops.packing import join, pack, pack_rows, repack, restore, store, unpack
 from focus_compile.ops.tables import feed, tables
 
 BATCH, TOKENS, HEADS, SIZE = 3, 7, 2, 5
@@ -173,6 +173,13 @@ def test_join(history: int | None) -> None:
     assert not torch.equal(copied, joined)
     reused = join(past, rows, again, joined, written | keep, torch.tensor(True), 2)
     assert reused is joined and torch.equal(reused, copied)
+    # the same where the slots are a part of a longer cache, of which nothing else is touched
+    longer = torch.randn(BATCH, HEADS, length + TOKENS + 2, SIZE)
+    slots, rest = longer.split([length + TOKENS, 2], 2)
+    before = rest.clone()
+    slots.copy_(join(past, new, tokens, stale, written, None, 2))
+    stored = store(slots, rows, again, TOKENS, 2)
+    assert stored is slots and torch.equal(stored, copied) and torch.equal(rest, before)
 
 
 def test_join_of_keys_with_folded_heads() -> None:

@@ -193,10 +193,10 @@ def _static(model: Qwen3ForCausalLM, draw: Draw) -> dict[str, Any]:
     return {"input_ids": draw.ids, "attention_mask": visible.unsqueeze(1), CACHE: cache}
 
 
-def qwen3(attention: str) -> Qwen3ForCausalLM:
+def qwen3(attention: str, layers: int = 3) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     config = Qwen3Config(
-        **QWEN3,
+        **{**QWEN3, "num_hidden_layers": layers},
         attn_implementation=attention,
     )
     model = Qwen3ForCausalLM(config)

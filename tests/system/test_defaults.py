@@ -92,6 +92,6 @@ def test_confidence_is_fp32(name: str) -> None:
     scores = torch.tensor([[2.0, 0.0], [2.0001, 0.0]], dtype=torch.float32)
     where = torch.ones(1, 2, dtype=torch.bool)
     with default(name):
-        found = propose(scores, where, where, LogitsProcessorList())
+        found = propose(scores, where, scores, LogitsProcessorList())
     assert found.confidence.dtype == torch.float32
     assert found.confidence[0, 1] > found.confidence[0, 0]

@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 from torch.nn.functional import scaled_dot_product_attention
 
+from focus_compile.ops.library import focus
 from focus_compile.ops.triton.moves import (
     fold_queries,
     join_history,
     join_rows,
     unfold_lines,
 )
+from focus_compile.torch_private import launchable
 
-__all__ = ["COLUMNS", "ROWS", "launch_attend", "launch_join"]
+__all__ = ["COLUMNS", "ROWS", "launch_attend", "launch_join", "launch_store", "store"]
 
 ROWS, COLUMNS = 16, 128
 """Tokens and columns of a tile of :func:`~focus_compile.ops.triton.moves.join_history`."""
@@ -41,9 +44,8 @@ def launch_join(
     history = stale.shape[token_dim] - length
     copies = reuse is None or not reuse
     out = torch.empty_like(stale, memory_format=torch.contiguous_format) if copies else stale
-    made = out.view(_shape(out, token_dim))
-    batch, outer, every, inner = made.shape
     if copies:
+        batch, outer, every, inner = _shape(out, token_dim)
         held = _lines(stale, token_dim)
         old = held if past is None else _lines(past, token_dim)
         grid = (batch * outer, -(-every // ROWS), -(-inner // COLUMNS))
@@ -51,12 +53,22 @@ def launch_join(
             old, held, written.contiguous(), out, history, length, outer, inner,
             *old.stride()[:3], *held.stride()[:3], ROWS=ROWS, COLUMNS=COLUMNS,
         )  # fmt: skip
-    rows, columns = _lines(new, token_dim)[0], min(1024, _power(inner))
-    join_rows[(len(tokens), outer, -(-inner // columns))](
-        rows, tokens, made, history, length, inner, *rows.stride()[:2], *made.stride()[:3],
-        COLUMNS=columns,
-    )  # fmt: skip
+    _write(join_rows, out, new, tokens, length, token_dim)
     return out
+
+
+def launch_store(slots: Tensor, new: Tensor, tokens: Tensor, length: int, token_dim: int) -> None:
+    """:func:`focus_compile.ops.packing.store`, in a way that a compiler sees into."""
+    _write(launchable(join_rows), slots, new, tokens, length, token_dim)
+
+
+@triton_op("focus_fused::store", mutates_args={"slots"})
+def store(slots: Tensor, new: Tensor, tokens: Tensor, length: int, token_dim: int) -> None:
+    """``focus::store``, declared: slots ``[B, G, S + T, D]`` <- new packed ``[1, G, N, D]``."""
+    if slots.device.type == "cuda":
+        launch_store(slots, new, tokens, length, token_dim)
+    else:
+        focus.store(slots, new, tokens, length, token_dim)
 
 
 def launch_attend(
@@ -78,6 +90,7 @@ def launch_attend(
         packed, index.contiguous(), folded, most, heads, size, *packed.stride()[:2],
         COLUMNS=columns,
     )  # fmt: skip
+    mask = mask.narrow(3, 0, key.shape[2])
     found = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
     found = found if found.stride(-1) == 1 else found.contiguous()
     out = query.new_empty((1, lines.shape[0], heads, found.shape[-1]))
@@ -86,6 +99,20 @@ def launch_attend(
         COLUMNS=_power(found.shape[-1]),
     )  # fmt: skip
     return out
+
+
+def _write(
+    kernel: Any, slots: Tensor, new: Tensor, tokens: Tensor, length: int, token_dim: int
+) -> None:
+    """Packed rows into the block's part of slots; ``kernel``: :func:`.moves.join_rows`."""
+    rows = _lines(new, token_dim)[0]
+    shape = _shape(slots, token_dim)
+    _, outer, every, inner = shape
+    steps, columns = slots.view(shape).stride(), min(1024, _power(inner))
+    kernel[(tokens.shape[0], outer, -(-inner // columns))](
+        rows, tokens, slots, every - length, length, inner, *rows.stride()[:2], *steps[:3],
+        COLUMNS=columns,
+    )  # fmt: skip
 
 
 def _lines(x: Tensor, dim: int) -> Tensor:
