@@ -26,13 +26,13 @@ def retain(gm: GraphModule, plan: Plan) -> GraphModule:
     ``signal_bias``.
     """
     replay, nodes, outputs = Replay.copy(gm)
-    given = plan.controls
-    masked = nodes[given.masked.name]
+    controls = plan.controls
+    masked = nodes[controls.masked.name]
     fed, progress, average, alpha, weights, bias = map(
-        replay.given,
+        replay.add_input,
         (
-            given.fed, given.progress, given.average, given.alpha, given.signal_weights,
-            given.signal_bias,
+            controls.fed, controls.progress, controls.average, controls.alpha,
+            controls.signal_weights, controls.signal_bias,
         ),
     )  # fmt: skip
     importances = (nodes[f"importance{layer}"] for layer in plan.scored)

@@ -64,9 +64,9 @@ def window(node: Node, source: Node, sizes: Sizes) -> Node:
     size = sizes.size(sizes.axes.of(node)[at])
     kwargs = {"device": tensor_of(node).device}
     rows = sizes.replay.once(aten.arange.default, (size,), kwargs, like=node)
-    first = sizes.position(start, node)
-    if first != 0:
-        rows = sizes.replay.once(aten.add.Tensor, (rows, first), like=node)
+    offset = sizes.position(start, node)
+    if offset != 0:
+        rows = sizes.replay.once(aten.add.Tensor, (rows, offset), like=node)
     out = sizes.replay.once(aten.index_select.default, (source, at, rows), like=node)
     sizes.check(node, out.meta["val"])
     return out

@@ -2,7 +2,8 @@
 
 ``graph.lint()`` accepts a stale shape; this does not. Nor does it accept a size that became a
 literal: the numbers that stand for sizes are unmistakable (:mod:`focus_compile.graph.sizes`). Those
-that the passes recorded end here: a compiler gets symbols in their place (:func:`handed`).
+that the passes recorded end here: a compiler gets symbols in their place
+(:func:`set_input_values`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from focus_compile.graph.nodes import fake_mode_of, graph_inputs
 from focus_compile.graph.sizes import stands_in
 from focus_compile.torch_private import tree_leaves
 
-__all__ = ["InvalidGraph", "handed", "no_constant_sizes", "verify"]
+__all__ = ["InvalidGraph", "no_constant_sizes", "set_input_values", "verify"]
 
 
 class InvalidGraph(AssertionError):
@@ -71,7 +72,7 @@ def no_constant_sizes(gm: GraphModule) -> None:
             raise InvalidGraph(f"a size became a constant: {node.format_node()}")
 
 
-def handed(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+def set_input_values(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """Make a graph fit for a compiler, in place: its inputs claim what they are compiled for.
 
     The passes' fake tensors have numbers for sizes, and Inductor compiles for what the inputs of a
@@ -80,11 +81,11 @@ def handed(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     Raises:
         InvalidGraph: a number that stands for a size is left in the graph or its inputs.
     """
-    given = iter(inputs)
+    values = iter(inputs)
     for node in gm.graph.nodes:
         node.meta.pop("val", None)
         if node.op == "placeholder":
-            node.meta["val"] = value = next(given)
+            node.meta["val"] = value = next(values)
             if any(stands_in(size) for size in value.shape if _is_int(size)):
                 raise InvalidGraph(f"a size became a constant: {node.format_node()}")
     no_constant_sizes(gm)

@@ -38,9 +38,9 @@ def extend_mask(mask: Tensor | None, past: Tensor, index: Tensor, token_dim: int
     if mask is None:
         mask = torch.ones((1, 1, 1, length), dtype=torch.bool, device=past.device)
     mask = mask.expand(*mask.shape[:-1], length)
-    gone = torch.zeros(length, dtype=torch.bool, device=mask.device).index_fill(0, index, True)
+    replaced = torch.zeros(length, dtype=torch.bool, device=mask.device).index_fill(0, index, True)
     nothing = False if mask.dtype == torch.bool else -torch.inf
-    return torch.cat([mask.masked_fill(gone, nothing), mask.index_select(-1, index)], -1)
+    return torch.cat([mask.masked_fill(replaced, nothing), mask.index_select(-1, index)], -1)
 
 
 def replace(past: Tensor, joined: Tensor, index: Tensor, token_dim: int) -> Tensor:

@@ -36,8 +36,8 @@ def target(masked_count: Tensor, average: Tensor, alpha: Tensor) -> Tensor:
     Returns:
         int64 ``[B]``; 0 where m is 0.
     """
-    wanted = torch.ceil(average.clamp_min(1.0) * alpha).clamp_max(2.0**31).to(torch.int64)
-    return torch.minimum(masked_count, wanted.clamp_min(1))
+    budget = torch.ceil(average.clamp_min(1.0) * alpha).clamp_max(2.0**31).to(torch.int64)
+    return torch.minimum(masked_count, budget.clamp_min(1))
 
 
 def select(delta: Tensor, masked: Tensor, count: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from focus_compile.refusals import (
     SCORES_USED,
 )
 
-__all__ = ["Match", "attended", "recognise"]
+__all__ = ["Match", "recognise", "unexpanded"]
 
 _EXPANSIONS = (
     aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default,
@@ -111,7 +111,7 @@ def _match_softmax(node: Node) -> Match | None:
         return None
     if transposed.target is not aten.transpose.int or _swapped(transposed) != {2, 3}:
         return None
-    if any(len(part.users) != 1 for part in (scores, *before)):
+    if any(len(node_before.users) != 1 for node_before in (scores, *before)):
         raise Unsupported(SCORES_USED, node)
     key = transposed.args[0]
     assert isinstance(key, Node)
@@ -136,7 +136,7 @@ def _swapped(transpose: Node) -> set[int]:
     return {first % 4, second % 4}
 
 
-def attended(operand: Node, axes: AxisMap, site: Node) -> Node:
+def unexpanded(operand: Node, axes: AxisMap, site: Node) -> Node:
     """What an operand of a site was before grouped heads were expanded."""
     node, last = operand, operand
     while node.target in _EXPANSIONS and isinstance(node.args[0], Node):

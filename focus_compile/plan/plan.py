@@ -19,7 +19,7 @@ import networkx as nx
 import torch
 from torch.fx import GraphModule, Node
 
-from focus_compile.axes.axes import AxisMap, Dims, Role
+from focus_compile.axes.axes import AxisMap, Dims, Quantity, Role
 from focus_compile.axes.rules.experts import GROUPED
 from focus_compile.axes.rules.table import ARANGES
 from focus_compile.capture.breaks import refuse_fragment
@@ -55,7 +55,7 @@ __all__ = ["SCORED", "Domain", "Place", "Plan", "make_plan"]
 SCORED = (0, 1)
 """The paper's two layers, of whose importances the ranking signal is the difference."""
 
-_COUNTS = ("count", "end")
+_COUNTS = (Quantity.COUNT, Quantity.END)
 
 
 class Domain(Enum):
@@ -147,7 +147,7 @@ def make_plan(canonical: Canonical, scored: tuple[int, int] = SCORED) -> Plan:
     nodes = {node.name: node for node in gm.graph.nodes}
     prefix = _early(gm, sites[scored[1]], nodes)
     packed = _packed(gm, axes, entry.embedding, sites, prefix)
-    shape = {given.name: given.shape for given in canonical.inputs}[entry.ids.name]
+    shape = {spec.name: spec.shape for spec in canonical.inputs}[entry.ids.name]
     batch = shape[0] if len(shape) == 2 else 1
     controls, tables = declare(tensor_of(entry.ids).device, batch)
     _check_sites(sites, packed, scored, nodes)
@@ -186,7 +186,7 @@ def _check_sites(
 
 def _slots(canonical: Canonical, site: Site, nodes: Mapping[str, Node]) -> tuple[Input, Input]:
     """Inputs for the K/V that a layer had in the step before, history included."""
-    shapes = {given.name: given.shape for given in canonical.inputs}
+    shapes = {spec.name: spec.shape for spec in canonical.inputs}
 
     def slot(part: int) -> Input:
         write = site.writes[part]
@@ -217,10 +217,10 @@ def _early(gm: GraphModule, last: Site, nodes: Mapping[str, Node]) -> set[Node]:
     """All up to a site's q, k and v; also what else stands there, such as outputs."""
     flow = data_flow(gm)
     ends = [nodes[last.query], *(nodes[write.new] for write in last.writes)]
-    out: set[Node] = set(ends)
+    early: set[Node] = set(ends)
     for end in ends:
-        out |= nx.ancestors(flow, end)
-    return out | set(takewhile(lambda node: node.name != last.region[0], gm.graph.nodes))
+        early |= nx.ancestors(flow, end)
+    return early | set(takewhile(lambda node: node.name != last.region[0], gm.graph.nodes))
 
 
 def _packed(
@@ -242,7 +242,7 @@ def _packed(
             continue
         if node.name in writes:
             continue
-        reads = any(arg.name in packed and arg.name not in merged for arg in operands_of(node))
+        reads = any(arg.name in packed and arg.name not in merged for arg in value_operands(node))
         lists = node.target in ARANGES and any(axes.listed(dim) for dim in axes.of(node))
         if not (reads or lists or node is embedding or node.name in regions):
             continue
@@ -258,7 +258,7 @@ def _packed(
     return packed
 
 
-def operands_of(node: Node) -> list[Node]:
+def value_operands(node: Node) -> list[Node]:
     """Operands that hold tensors, tuples of tensors included."""
     return [
         arg
@@ -278,13 +278,15 @@ def _token_dim(axes: AxisMap, dims: Dims) -> int | None:
 
 def _check_count(node: Node, axes: AxisMap) -> None:
     """Refuse a value of all tokens together, but for counts that only tell experts their rows."""
-    known = axes.meaning.get(node)
-    if known is None or known.kind not in _COUNTS:
+    meaning = axes.meaning.get(node)
+    if meaning is None or meaning.quantity not in _COUNTS:
         raise Unsupported(REMOVES_TOKENS, node)
     for user in node.users:
-        counts = axes.meaning.get(user)
-        ends = user.target in GROUPED and operands(user)[2] is node and node not in user.args[:2]
-        if not ends and (counts is None or counts.kind not in _COUNTS):
+        user_meaning = axes.meaning.get(user)
+        is_offsets = (
+            user.target in GROUPED and operands(user)[2] is node and node not in user.args[:2]
+        )
+        if not is_offsets and (user_meaning is None or user_meaning.quantity not in _COUNTS):
             raise Unsupported(EXPERT_COUNTS, user)
 
 

@@ -55,8 +55,8 @@ class GraphReport:
     told: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
-        found = "applied" if self.analysis is not None else self.refusal or "no attention"
-        return f"<GraphReport: {self.nodes} nodes; {found}>"
+        outcome = "applied" if self.analysis is not None else self.refusal or "no attention"
+        return f"<GraphReport: {self.nodes} nodes; {outcome}>"
 
     @property
     def nodes(self) -> int:
@@ -135,9 +135,9 @@ class Explanation:
         return [graph.broke for graph in self.graphs if graph.broke is not None]
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        render(Console(width=100, file=text, color_system=None), self.to_dict())
-        return text.getvalue()
+        buffer = io.StringIO()
+        render(Console(width=100, file=buffer, color_system=None), self.to_dict())
+        return buffer.getvalue()
 
     def print(self) -> None:
         """Print to the terminal."""
@@ -236,8 +236,8 @@ def _report(
 def _sizes(analysis: Analysis, example_inputs: Sequence[Any]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     canonical = analysis.canonical
-    for given, argument in zip(canonical.inputs, canonical.arguments, strict=True):
-        for extent, size in zip(given.shape, example_inputs[argument].shape, strict=True):
+    for spec, argument in zip(canonical.inputs, canonical.arguments, strict=True):
+        for extent, size in zip(spec.shape, example_inputs[argument].shape, strict=True):
             if isinstance(extent, str):
                 sizes[extent] = int(size)
     return sizes

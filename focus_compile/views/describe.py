@@ -72,9 +72,9 @@ def describe(analysis: Analysis) -> dict[str, Any]:
 
 
 def _shapes(analysis: Analysis, half: Half) -> dict[str, str]:
-    known = {given.name: given for given in analysis.inputs}
-    found = [known[name] for name in half.inputs if name in known]
-    return {given.name: _shape(given.shape) for given in found if given.symbolic}
+    specs = {spec.name: spec for spec in analysis.inputs}
+    listed = [specs[name] for name in half.inputs if name in specs]
+    return {spec.name: _shape(spec.shape) for spec in listed if spec.symbolic}
 
 
 def _shape(extents: tuple[Extent, ...]) -> str:
@@ -102,14 +102,14 @@ def difference(analysis: Analysis) -> str:
 
 def legend(text: str) -> str:
     """What the numbers that stand for sizes mean, for the head of a file that holds ``text``."""
-    numbers = sorted({int(word) for word in re.findall(r"\b\d{5}\b", text)})
-    known = [(number, name_of(number)) for number in numbers]
-    told = [f"#   {number}  {name}\n" for number, name in known if name is not None]
-    if not told:
+    numbers = sorted({int(digits) for digits in re.findall(r"\b\d{5}\b", text)})
+    named = [(number, name_of(number)) for number in numbers]
+    lines = [f"#   {number}  {name}\n" for number, name in named if name is not None]
+    if not lines:
         return ""
     return (
         "# Sizes that vary from call to call are written as numbers that stand for them,\n"
-        "# their sums and products likewise:\n" + "".join(told)
+        "# their sums and products likewise:\n" + "".join(lines)
     )
 
 
@@ -119,15 +119,15 @@ def labels(axes: AxisMap, node: Node) -> str:
 
 
 def _dim(axes: AxisMap, dim: Dim) -> str:
-    parts = []
+    names = []
     for axis in axes.resolve(dim):
         if axis.role is not None:
-            parts.append(axis.role.value)
+            names.append(axis.role.value)
         elif axis.sum is not None and axes.history(dim) is not None:
-            parts.append("history+token")
+            names.append("history+token")
         else:
-            parts.append("history" if is_generic(int(axis.size)) else str(axis.size))
-    return "*".join(parts) or "1"
+            names.append("history" if is_generic(int(axis.size)) else str(axis.size))
+    return "*".join(names) or "1"
 
 
 def _operators(gm: GraphModule) -> int:

@@ -67,7 +67,7 @@ def dot(analysis: Analysis, after: bool) -> str:
     import pydot
 
     gm = analysis.stages[-1][1] if after else analysis.canonical.gm
-    weights = {given.name for given in analysis.canonical.inputs if not given.symbolic}
+    weights = {spec.name for spec in analysis.canonical.inputs if not spec.symbolic}
     flow = _flow(gm, weights)
     inside = _folded(gm, flow, analysis.plan)
     returned = set(_origins(gm.graph.output_node(), flow))
@@ -89,17 +89,19 @@ def dot(analysis: Analysis, after: bool) -> str:
             continue
         layer = next((modules[path] for path in _stack(node) if path in modules), None)
         owner = graph if layer is None else clusters[layer]
-        kind = _after(node, analysis.plan) if after else _before(node, analysis.canonical.axes)
+        css_class = _after(node, analysis.plan) if after else _before(node, analysis.canonical.axes)
         shape = _shape(node, None if after else analysis.canonical.axes)
-        kind += " entry" if node.name == analysis.plan.embedding else ""
-        owner.add_node(_node(node, kind, shape, node in returned))
+        css_class += " entry" if node.name == analysis.plan.embedding else ""
+        owner.add_node(_node(node, css_class, shape, node in returned))
     for cluster in clusters.values():
         if cluster.get_nodes():
             graph.add_subgraph(cluster)
     if inside:
         graph.add_node(_box(len(inside), len(analysis.plan.sites) - 1))
-    name = {node: _FOLDED if node in inside else node.name for node in flow}
-    for source, target in dict.fromkeys((name[one], name[two]) for one, two in flow.edges):
+    drawn_name = {node: _FOLDED if node in inside else node.name for node in flow}
+    for source, target in dict.fromkeys(
+        (drawn_name[tail], drawn_name[head]) for tail, head in flow.edges
+    ):
         if source != target:
             graph.add_edge(pydot.Edge(source, target))
     return str(graph.to_string())
@@ -170,7 +172,7 @@ def _stack(node: Node) -> list[str]:
 # -- what they look like -------------------------------------------------------------------------
 
 
-def _node(node: Node, kind: str, shape: str, returned: bool) -> pydot.Node:
+def _node(node: Node, css_class: str, shape: str, returned: bool) -> pydot.Node:
     import pydot
 
     name, target = node.name, node.target
@@ -178,16 +180,16 @@ def _node(node: Node, kind: str, shape: str, returned: bool) -> pydot.Node:
     if isinstance(target, OpOverload):
         space, _, name = str(target._schema.name).partition("::")
         if space == "focus":
-            kind += " focus"
+            css_class += " focus"
             style |= {"penwidth": "2.5", "color": "#a3195b"}
         name = name if space == "aten" else f"{space}::{name}"
-    told = node.format_node() or node.name
-    told = told if len(told) <= _TOOLTIP else f"{told[:_TOOLTIP]}…"
+    tooltip = node.format_node() or node.name
+    tooltip = tooltip if len(tooltip) <= _TOOLTIP else f"{tooltip[:_TOOLTIP]}…"
     style |= {
         "label": _quoted(f"{name}\n{shape}" if shape else name),
-        "tooltip": _quoted("\n".join(filter(None, (told, module_path(node))))),
-        "class": _quoted(kind),
-        "fillcolor": _quoted(_FILLS[kind.split(maxsplit=1)[0]]),
+        "tooltip": _quoted("\n".join(filter(None, (tooltip, module_path(node))))),
+        "class": _quoted(css_class),
+        "fillcolor": _quoted(_FILLS[css_class.split(maxsplit=1)[0]]),
     }
     if node.op == "placeholder":
         style["shape"] = "ellipse"
@@ -213,8 +215,8 @@ def _box(count: int, last: int) -> pydot.Node:
 
 def _quoted(text: str) -> str:
     """A DOT string of exactly this text: no markup, no entities, no escapes of its own."""
-    for old, new in (("\\", "\\\\"), ('"', '\\"'), ("&", "&amp;"), ("\n", "\\n")):
-        text = text.replace(old, new)
+    for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("&", "&amp;"), ("\n", "\\n")):
+        text = text.replace(character, escape)
     return f'"{text}"'
 
 

@@ -21,10 +21,10 @@ def _indexed(node: Node, axes: AxisMap) -> Transfer:
     """Elements at positions along one dim; all other dims of source and index are the same."""
     x, index = (axes.dims[operand][0] for operand in operands(node)[:2])
     at = wrap(argument(node, 1, "dim"), len(x))
-    for other in operands(node)[1:]:
-        for place, (left, right) in enumerate(zip(x, axes.dims[other][0], strict=True)):
-            if place != at:
-                axes.unify(left, right)
+    for indexed in operands(node)[1:]:
+        for position, (dim, indexed_dim) in enumerate(zip(x, axes.dims[indexed][0], strict=True)):
+            if position != at:
+                axes.unify(dim, indexed_dim)
     if node.target is aten.gather.default:
         return one(*index, mixed=[x[at]])
     return one(*x, mixed=[x[at], index[at]])

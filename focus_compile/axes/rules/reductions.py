@@ -17,10 +17,10 @@ def _reduce(node: Node, axes: AxisMap) -> Transfer:
     dims = axes.dims[source(node)][0]
     over = argument(node, 1, "dim")
     over = [over] if isinstance(over, int) else over
-    at = {wrap(dim, len(dims)) for dim in over} if over else set(range(len(dims)))
+    reduced = {wrap(dim, len(dims)) for dim in over} if over else set(range(len(dims)))
     keep = len(tensor_of(node).shape) == len(dims)
-    out = [() if i in at else dim for i, dim in enumerate(dims) if keep or i not in at]
-    return one(*out, mixed=[dims[i] for i in at])
+    out = [() if i in reduced else dim for i, dim in enumerate(dims) if keep or i not in reduced]
+    return one(*out, mixed=[dims[i] for i in reduced])
 
 
 @transfer(
@@ -36,15 +36,15 @@ def _topk(node: Node, axes: AxisMap) -> Transfer:
     """Values and indices, fewer along one dim."""
     dims = list(axes.dims[source(node)][0])
     at = wrap(argument(node, 2, "dim", -1), len(dims))
-    old, dims[at] = dims[at], axes.fresh(node.meta["val"][0].shape[at])
-    return Transfer((tuple(dims),) * 2, (old,))
+    searched, dims[at] = dims[at], axes.fresh(node.meta["val"][0].shape[at])
+    return Transfer((tuple(dims),) * 2, (searched,))
 
 
 @transfer(aten.rms_norm.default, aten.layer_norm.default)
 def _norm(node: Node, axes: AxisMap) -> Transfer:
     dims = axes.dims[source(node)][0]
-    over = len(node.args[1])  # type: ignore[arg-type]
+    normed = len(node.args[1])  # type: ignore[arg-type]
     for operand in operands(node)[1:]:
-        for left, right in zip(reversed(dims), reversed(axes.dims[operand][0]), strict=False):
-            axes.unify(left, right)
-    return one(*dims, mixed=dims[len(dims) - over :])
+        for dim, weight_dim in zip(reversed(dims), reversed(axes.dims[operand][0]), strict=False):
+            axes.unify(dim, weight_dim)
+    return one(*dims, mixed=dims[len(dims) - normed :])

@@ -58,15 +58,15 @@ def _slice(node: Node, axes: AxisMap) -> Transfer:
     at = wrap(argument(node, 1, "dim", 0), len(dims))
     if axes.expr(_sizes(node)[at]) == axes.expr(_sizes(source(node))[at]):
         return one(*dims)
-    old, dims[at] = dims[at], axes.fresh(tensor_of(node).shape[at])
-    return one(*dims, mixed=[old])
+    sliced, dims[at] = dims[at], axes.fresh(tensor_of(node).shape[at])
+    return one(*dims, mixed=[sliced])
 
 
 @transfer(aten.select.int)
 def _select(node: Node, axes: AxisMap) -> Transfer:
     dims = list(axes.dims[source(node)][0])
-    old = dims.pop(wrap(argument(node, 1, "dim", 0), len(dims)))
-    return one(*dims, mixed=[old])
+    selected = dims.pop(wrap(argument(node, 1, "dim", 0), len(dims)))
+    return one(*dims, mixed=[selected])
 
 
 @transfer(
@@ -75,7 +75,7 @@ def _select(node: Node, axes: AxisMap) -> Transfer:
 def _split(node: Node, axes: AxisMap) -> Transfer:
     dims = axes.dims[source(node)][0]
     at = wrap(argument(node, 2, "dim", 0), len(dims))
-    out = [(*dims[:at], axes.fresh(part.shape[at]), *dims[at + 1 :]) for part in node.meta["val"]]
+    out = [(*dims[:at], axes.fresh(piece.shape[at]), *dims[at + 1 :]) for piece in node.meta["val"]]
     return Transfer(tuple(out), (dims[at],))
 
 
