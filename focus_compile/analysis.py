@@ -58,8 +58,7 @@ def analyze(gm: GraphModule, broke: GraphBreak | None = None) -> Analysis:
     except (Unsupported, EmptyCall):
         raise
     except Exception as error:
-        kind = type(error).__name__
-        raise Unsupported(INTERNAL_ERROR, kind=kind, error=error) from error
+        raise Unsupported(INTERNAL_ERROR, kind=type(error).__name__, error=error) from error
 
 
 def _analyze(gm: GraphModule, broke: GraphBreak | None) -> Analysis:

@@ -51,9 +51,9 @@ def _operator(node: Node) -> str:
 
 
 class Picklable(Exception):
-    """An error whose text is made from what it is given; it survives copy and pickle.
+    """An error whose text is computed from its arguments; it survives copy and pickle.
 
-    Python rebuilds an exception from its text alone, which is not what these are made from.
+    Python rebuilds an exception from its text alone, which these constructors do not take.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:

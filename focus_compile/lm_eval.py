@@ -113,7 +113,7 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         if isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.tokenizer = tokenizer
-        self.ends = end_tokens(tokenizer, model)
+        self.end_ids = end_tokens(tokenizer, model)
         model = model.eval().to(device or "cpu")
         self._device = next(model.parameters()).device
         self.batch_size = _positive("batch_size", 16 if batch_size is None else batch_size)
@@ -146,9 +146,9 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         Raises:
             ValueError: neither the tokenizer nor the model has one.
         """
-        if not self.ends:
+        if not self.end_ids:
             raise ValueError("neither the tokenizer nor the model names an end of text")
-        return self.ends[0]
+        return self.end_ids[0]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -239,7 +239,7 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
                 attention_mask,
                 max_new_tokens=max_tokens,
                 mask_token_id=self.mask_token_id,
-                eos_token_id=self.ends,
+                eos_token_id=self.end_ids,
                 stop_strings=stops,
                 tokenizer=self.tokenizer,
                 return_dict=True,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from focus_compile.models.mask_token import find_mask_token
-from focus_compile.reports.measure import own_code
+from focus_compile.reports.measure import with_fresh_code
 from focus_compile.rounding import TOLERANCE
 from focus_compile.runtime.session import session
 from focus_compile.torch_private import tree_leaves
@@ -61,7 +61,7 @@ def assert_matches_eager(
     mask_token = find_mask_token(plain) if mask_token_id is None else mask_token_id
     compiled = model
     if plain is model:
-        compiled = torch.compile(own_code(model), backend="focus", options={"strict": True})
+        compiled = torch.compile(with_fresh_code(model), backend="focus", options={"strict": True})
     tokens: Tensor = call[ids]
     if not bool((tokens == mask_token).any()):
         raise ValueError(

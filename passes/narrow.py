@@ -22,7 +22,8 @@ from focus_compile.graph.replay import Replay
 from focus_compile.graph.sizes import Extent, is_generic
 from focus_compile.ops.library import focus
 from focus_compile.plan.controls import Selection
-from focus_compile.plan.plan import Domain, Place, Plan
+from focus_compile.plan.domains import Domain, Place
+from focus_compile.plan.plan import Plan
 from focus_compile.plan.sites import Site
 from focus_compile.plan.writes import Write
 from focus_compile.refusals import ANOTHER_ORDER, FOLDED_TOKENS, UNKNOWN_SIZE, VALUE_PER_ROW
@@ -33,8 +34,8 @@ __all__ = ["narrow"]
 def narrow(gm: GraphModule, plan: Plan) -> GraphModule:
     """Restrict the graph to fed and retained tokens; the output gains the K/V of every layer.
 
-    ``(own outputs, selection)`` becomes ``(own outputs, selection, ((k, v) of layer 0, ...))``; own
-    outputs that carry the token axis are packed. Adds the inputs of :class:`_Narrow`.
+    ``(model outputs, selection)`` becomes ``(model outputs, selection, ((k, v) of layer 0, ...))``;
+    model outputs that carry the token axis are packed. Adds the inputs of :class:`_Narrow`.
     """
     return _Narrow(gm, plan).run()
 

@@ -12,7 +12,8 @@ from focus_compile.errors import Unsupported
 from focus_compile.graph.replay import Replay
 from focus_compile.ops.library import focus
 from focus_compile.plan.controls import Selection
-from focus_compile.plan.plan import Domain, Plan
+from focus_compile.plan.domains import Domain
+from focus_compile.plan.plan import Plan
 from focus_compile.refusals import RETURNS_ANOTHER_ORDER
 
 __all__ = ["restore"]

@@ -19,7 +19,7 @@ __all__ = ["retain"]
 
 
 def retain(gm: GraphModule, plan: Plan) -> GraphModule:
-    """Insert signal, selection and index tables; the output becomes ``(own outputs, selection)``.
+    """Insert signal, selection and index tables; the output becomes ``(model outputs, selection)``.
 
     The selection holds the values of :class:`~focus_compile.plan.controls.Selection`, in order.
     Adds the inputs ``fed``, ``progress``, ``average``, ``alpha``, ``signal_weights`` and

@@ -121,11 +121,11 @@ class AxisMap:
         return axis
 
     def resolve(self, dim: Dim) -> Dim:
-        out: list[Axis] = []
+        factors: list[Axis] = []
         for axis in dim:
             root = self.find(axis)
-            out.extend(self.resolve(root.product) if root.product is not None else (root,))
-        return tuple(out)
+            factors.extend(self.resolve(root.product) if root.product is not None else (root,))
+        return tuple(factors)
 
     def holds(self, dim: Dim, role: Role) -> bool:
         """Whether an axis of ``role`` is a factor of ``dim``, a term of one, or listed by one."""
@@ -192,7 +192,7 @@ class AxisMap:
     def regroup(self, factors: Dim, sizes: Sequence[sympy.Expr]) -> list[Dim]:
         """Distribute ``factors``, in order, over dims of ``sizes``, splitting axes where needed."""
         queue = list(self.resolve(factors))
-        out: list[Dim] = []
+        dims: list[Dim] = []
         for size in sizes:
             remaining, group = self.expr(size), list[Axis]()
             while remaining != 1:
@@ -213,10 +213,10 @@ class AxisMap:
                 group.append(inner)
                 queue.insert(0, outer)
                 remaining = sympy.Integer(1)
-            out.append(tuple(group))
+            dims.append(tuple(group))
         if queue:
             raise Unsupported(VIEW_OF_OTHER_SIZE, self.current)
-        return out
+        return dims
 
     def label(self, dim: Dim, role: Role) -> None:
         for axis in self.resolve(dim):

@@ -174,10 +174,10 @@ def _copied(node: Node) -> Node | None:
     if not isinstance(source, Node) or not all(isinstance(v, torch.Tensor) for v in values):
         return None
     before, after = tensor_of(source), tensor_of(node)
-    same = before.dtype == after.dtype and before.device == after.device
+    same_type = before.dtype == after.dtype and before.device == after.device
     if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default):
-        return source if same else None
-    if node.target is aten.slice.Tensor or (overwritten and same):
+        return source if same_type else None
+    if node.target is aten.slice.Tensor or (overwritten and same_type):
         shapes = (tuple(map(expr_of, value.shape)) for value in (before, after))
         return source if len(set(shapes)) == 1 else None
     return source if node.target is aten.dropout.default and not node.args[2] else None

@@ -22,7 +22,7 @@ __all__ = ["functionalize", "name_puts"]
 
 aten = torch.ops.aten
 KEPT = (aten.detach_.default,)
-SELF = (
+MAY_RETURN_OPERAND = (
     aten.dropout.default, aten.feature_dropout.default, aten.type_as.default,
     aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default,
 )  # fmt: skip
@@ -149,7 +149,7 @@ def _aliased(node: Node) -> Node | None:
         return _aliased(source) if isinstance(source, Node) else None
     if not isinstance(node.target, OpOverload) or not isinstance(source, Node):
         return None
-    if node.target in SELF:
+    if node.target in MAY_RETURN_OPERAND:
         return source
     shared = any(result.alias_info is not None for result in node.target._schema.returns)
     return source if shared else None

@@ -116,11 +116,11 @@ def data_flow(gm: GraphModule) -> nx.DiGraph:
     return graph
 
 
-def reachable(start: Node, further: Callable[[Node], Iterable[Node]]) -> set[Node]:
+def reachable(start: Node, neighbours: Callable[[Node], Iterable[Node]]) -> set[Node]:
     """A node, and all that can be reached from it."""
     visited, queue = {start}, [start]
     while queue:
-        unvisited = [node for node in further(queue.pop()) if node not in visited]
+        unvisited = [node for node in neighbours(queue.pop()) if node not in visited]
         visited.update(unvisited)
         queue += unvisited
     return visited

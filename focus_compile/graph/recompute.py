@@ -31,9 +31,9 @@ class _Recompute(Interpreter):
         value = super().run_node(n)
         if isinstance(value, torch.Tensor) and n.op != "output":
             claimed = n.meta["val"]
-            if _facts(value) != _facts(claimed):
+            if _metadata(value) != _metadata(claimed):
                 raise InvalidGraph(
-                    f"{n.format_node()} claims {_facts(claimed)} but computes {_facts(value)}"
+                    f"{n.format_node()} claims {_metadata(claimed)} but computes {_metadata(value)}"
                 )
         return value
 
@@ -42,7 +42,7 @@ class _Recompute(Interpreter):
         return fake_mode_of(self.module).from_tensor(value)  # type: ignore[arg-type]
 
 
-def _facts(value: torch.Tensor) -> tuple[Any, ...]:
+def _metadata(value: torch.Tensor) -> tuple[Any, ...]:
     return tuple(value.shape), value.dtype, value.device
 
 

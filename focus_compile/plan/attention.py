@@ -131,9 +131,9 @@ def _check_mask(add: Node, mask: Node, scale: float) -> None:
 
 
 def _swapped(transpose: Node) -> set[int]:
-    first: Any = transpose.args[1]
-    second: Any = transpose.args[2]
-    return {first % 4, second % 4}
+    dim0: Any = transpose.args[1]
+    dim1: Any = transpose.args[2]
+    return {dim0 % 4, dim1 % 4}
 
 
 def unexpanded(operand: Node, axes: AxisMap, site: Node) -> Node:

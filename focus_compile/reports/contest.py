@@ -207,7 +207,7 @@ def contest(
                 if turn:
                     seconds[enabled].append(spent)
     pairs = [
-        (_answer(dense_ids, end_ids), _answer(focus_ids, end_ids))
+        (_up_to_end(dense_ids, end_ids), _up_to_end(focus_ids, end_ids))
         for dense, focus, (ids, _) in zip(answers[False], answers[True], batches, strict=True)
         for dense_ids, focus_ids in zip(
             dense.sequences[:, ids.shape[1] :].tolist(),
@@ -231,7 +231,7 @@ def contest(
     )
 
 
-def _answer(ids: list[int], end_ids: list[int]) -> list[int]:
+def _up_to_end(ids: list[int], end_ids: list[int]) -> list[int]:
     """An answer's tokens, its end of text with them."""
     end_positions = [position for position, token in enumerate(ids) if token in end_ids]
     return ids[: end_positions[0] + 1] if end_positions else ids

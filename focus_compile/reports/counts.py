@@ -15,7 +15,7 @@ ASSUMED: Mapping[str, float] = {
     "fed": 1.0,
     "retained": 0.15,
 }
-"""What is told of a step that nobody has told or traced; ``fed`` and ``retained`` are shares."""
+"""Sizes that neither options nor a trace say; ``fed`` and ``retained`` are shares."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from focus_compile.programs.program import Inner
 from focus_compile.reports.play import (
     Call,
     PlayedStep,
-    apart,
     default_signal,
     difference,
+    distance,
     left_first,
     play,
     tensors,
@@ -27,7 +27,7 @@ from focus_compile.rounding import TOLERANCE
 from focus_compile.runtime.executable import Executable
 from focus_compile.runtime.session import session
 
-__all__ = ["Measured", "measure", "own_code"]
+__all__ = ["Measured", "measure", "with_fresh_code"]
 
 _NOTHING_EVICTED = 1e9
 _TIMES_DENSE = 4
@@ -83,7 +83,7 @@ class Measured:
         return asdict(self) | {"equal": self.equal, "tested": self.tested}
 
 
-def own_code(model: Callable[..., Any]) -> Callable[..., Any]:
+def with_fresh_code(model: Callable[..., Any]) -> Callable[..., Any]:
     """A function that calls ``model``, with a code object of its own.
 
     Dynamo keeps captures, and counts them, by code object.
@@ -120,7 +120,7 @@ def measure(
             return None
         played_eagerly = play(by_operator.call, call, budget, signal)
         own_budget, steps = own_budget or played, steps + played
-        evicting = max(evicting, apart(played, played_eagerly))
+        evicting = max(evicting, distance(played, played_eagerly))
     largest = nothing_evicted = 0.0
     for step in own_budget:
         expected = tensors(step.call.run(model))
@@ -158,7 +158,7 @@ class _Compiled:
         self.inner = inner
         self.dense: list[str] = []
         self.executables: list[Executable] = []
-        self.call = torch.compile(own_code(model), backend=self._backend)
+        self.call = torch.compile(with_fresh_code(model), backend=self._backend)
 
     def _backend(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         with output_files() as files:

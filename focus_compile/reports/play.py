@@ -18,9 +18,9 @@ from focus_compile.torch_private import tree_leaves
 __all__ = [
     "Call",
     "PlayedStep",
-    "apart",
     "default_signal",
     "difference",
+    "distance",
     "left_first",
     "play",
     "tensors",
@@ -111,7 +111,7 @@ def play(
     return steps
 
 
-def apart(steps: Sequence[PlayedStep], others: Sequence[PlayedStep]) -> float:
+def distance(steps: Sequence[PlayedStep], others: Sequence[PlayedStep]) -> float:
     """How far two plays are from each other; infinite where they retained other tokens."""
     pairs = list(zip(steps, others, strict=False))
     if len(steps) != len(others) or not all(

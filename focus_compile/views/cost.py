@@ -21,7 +21,8 @@ from focus_compile.axes.rules.experts import GROUPED
 from focus_compile.capture.canonical import Canonical
 from focus_compile.graph.nodes import aten, graph_inputs, operands, tensor_of
 from focus_compile.graph.sizes import Extent
-from focus_compile.plan.plan import Domain, Place, Plan
+from focus_compile.plan.domains import Domain, Place
+from focus_compile.plan.plan import Plan
 from focus_compile.plan.sites import Site
 
 __all__ = ["BATCH", "FED", "HISTORY", "RETAINED", "TOKENS", "Cost", "cost_of"]

@@ -13,7 +13,8 @@ from focus_compile.axes.axes import AxisMap, Dim
 from focus_compile.graph.nodes import graph_inputs
 from focus_compile.graph.sizes import Extent, is_generic, name_of
 from focus_compile.plan.causal import is_causal
-from focus_compile.plan.plan import Place, Plan
+from focus_compile.plan.domains import Place
+from focus_compile.plan.plan import Plan
 from focus_compile.plan.sites import Site
 from focus_compile.programs.halves import Half
 
@@ -58,7 +59,7 @@ def describe(analysis: Analysis) -> dict[str, Any]:
             if node.op == "call_function" and node in canonical.axes.dims
         },
         "ranks": 1 if plan.heads is None else plan.heads.ranks,
-        "live": {name: _place(plan, name) for name in live},
+        "live": {name: _domain(plan, name) for name in live},
         "shapes": {
             "prefix": _shapes(analysis, halves.prefix),
             "suffix": _shapes(analysis, halves.suffix),
@@ -140,6 +141,6 @@ def _write(site: Site) -> str:
     return "replaces slots" if site.writes[0].index else "cat with the history"
 
 
-def _place(plan: Plan, name: str) -> str:
+def _domain(plan: Plan, name: str) -> str:
     place: Place | None = plan.packed.get(name)
     return place.domain.value if place is not None else "canvas"

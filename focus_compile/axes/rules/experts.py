@@ -175,11 +175,11 @@ def _grouped_mm(node: Node, axes: AxisMap) -> Transfer:
 
 
 def meaning_of(node: Node, axes: AxisMap) -> Meaning | None:
-    """What the values of a node mean, told from those of its operands."""
+    """What the values of a node mean, by those of its operands."""
     target: Any = node.target
-    if len(axes.dims[node][0]) != 1 or target not in _TELLERS:
+    if len(axes.dims[node][0]) != 1 or target not in _MEANINGS:
         return None
-    return _TELLERS[target](node, axes)
+    return _MEANINGS[target](node, axes)
 
 
 def _operand_meaning(node: Node, axes: AxisMap, position: int = 0) -> Meaning | None:
@@ -249,7 +249,7 @@ def _of_division(node: Node, axes: AxisMap) -> Meaning | None:
     return Meaning(Quantity.POSITION, tuple(leading)) if by_choices else None
 
 
-_TELLERS: dict[Any, Callable[[Node, AxisMap], Meaning | None]] = {
+_MEANINGS: dict[Any, Callable[[Node, AxisMap], Meaning | None]] = {
     operator.getitem: _of_sort,
     aten.arange.default: _of_arange,
     aten.arange.start: _of_arange,

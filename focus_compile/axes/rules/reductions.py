@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from focus_compile.axes.axes import AxisMap, Transfer
-from focus_compile.axes.rules.table import one, source, transfer
+from focus_compile.axes.rules.table import one_result, source, transfer
 from focus_compile.graph.nodes import argument, aten, operands, tensor_of, wrap
 
 
@@ -20,7 +20,7 @@ def _reduce(node: Node, axes: AxisMap) -> Transfer:
     reduced = {wrap(dim, len(dims)) for dim in over} if over else set(range(len(dims)))
     keep = len(tensor_of(node).shape) == len(dims)
     out = [() if i in reduced else dim for i, dim in enumerate(dims) if keep or i not in reduced]
-    return one(*out, mixed=[dims[i] for i in reduced])
+    return one_result(*out, mixed=[dims[i] for i in reduced])
 
 
 @transfer(
@@ -28,15 +28,15 @@ def _reduce(node: Node, axes: AxisMap) -> Transfer:
 )  # fmt: skip
 def _along(node: Node, axes: AxisMap) -> Transfer:
     dims = axes.dims[source(node)][0]
-    return one(*dims, mixed=[dims[wrap(argument(node, 1, "dim"), len(dims))]])
+    return one_result(*dims, mixed=[dims[wrap(argument(node, 1, "dim"), len(dims))]])
 
 
 @transfer(aten.topk.default)
 def _topk(node: Node, axes: AxisMap) -> Transfer:
     """Values and indices, fewer along one dim."""
     dims = list(axes.dims[source(node)][0])
-    at = wrap(argument(node, 2, "dim", -1), len(dims))
-    searched, dims[at] = dims[at], axes.fresh(node.meta["val"][0].shape[at])
+    dim = wrap(argument(node, 2, "dim", -1), len(dims))
+    searched, dims[dim] = dims[dim], axes.fresh(node.meta["val"][0].shape[dim])
     return Transfer((tuple(dims),) * 2, (searched,))
 
 
@@ -47,4 +47,4 @@ def _norm(node: Node, axes: AxisMap) -> Transfer:
     for operand in operands(node)[1:]:
         for dim, weight_dim in zip(reversed(dims), reversed(axes.dims[operand][0]), strict=False):
             axes.unify(dim, weight_dim)
-    return one(*dims, mixed=dims[len(dims) - normed :])
+    return one_result(*dims, mixed=dims[len(dims) - normed :])
