@@ -122,11 +122,11 @@ def verify(
     traceback: WithTrace = False,
 ) -> None:
     """Run a denoising call, eager and compiled, evicting and not, and compare the outputs."""
-    with one_line(traceback), _waiting("compiling and running"):
+    with one_line(traceback), _spinner("compiling and running"):
         model, call = load(path, trust_remote_code)
-        mask = mask_token(model, None, mask_token_id)
-        arguments = call or denoising_call(model, batch, block, history, mask)
-        story = explain_call(model, run=True, mask_token_id=mask, **arguments)
+        mask_id = mask_token(model, None, mask_token_id)
+        arguments = call or denoising_call(model, batch, block, history, mask_id)
+        story = explain_call(model, run=True, mask_token_id=mask_id, **arguments)
     measured = story.measured
     if as_json:
         typer.echo(json.dumps(story.to_dict()["measured"], indent=1))
@@ -246,10 +246,10 @@ def generate(
             raise BadInput("--prompt is empty: give a text to go on from")
         text_tokenizer = tokenizer(path, trust_remote_code)
         model, _ = load(path, trust_remote_code)
-        mask = mask_token(model, text_tokenizer, mask_token_id)
+        mask_id = mask_token(model, text_tokenizer, mask_token_id)
         ids, attention_mask = left_padded([prompt_ids(text_tokenizer, text) for text in prompt])
-        compiled = compile_model(model, mask_token_id=mask, dynamic=True, strict=True)
-        with session(mask, alpha=alpha, enabled=not dense):
+        compiled = compile_model(model, mask_token_id=mask_id, dynamic=True, strict=True)
+        with session(mask_id, alpha=alpha, enabled=not dense):
             generated = generate_blocks(
                 compiled,
                 ids,
@@ -257,7 +257,7 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 block_length=block,
                 confidence_threshold=threshold,
-                mask_token_id=mask,
+                mask_token_id=mask_id,
                 eos_token_id=end_tokens(text_tokenizer, model),
                 progress=not as_json and sys.stdout.isatty(),
                 return_dict=True,
@@ -317,9 +317,9 @@ def bench(
             texts = read_prompts(prompts)
             text_tokenizer = tokenizer(path, trust_remote_code)
             model, _ = load(path, trust_remote_code)
-            mask = mask_token(model, text_tokenizer, mask_token_id)
+            mask_id = mask_token(model, text_tokenizer, mask_token_id)
             plan = Plan(batch, block, max_new_tokens, threshold, alpha, rounds)
-            result = contest(model, text_tokenizer, mask, texts, plan, quiet=as_json)
+            result = contest(model, text_tokenizer, mask_id, texts, plan, quiet=as_json)
         typer.echo(json.dumps(result.to_dict(), indent=1) if as_json else str(result))
         raise typer.Exit(0)
     with one_line(traceback):
@@ -356,6 +356,6 @@ def _read_trace(path: Path) -> Any:
 
 
 @contextmanager
-def _waiting(activity: str) -> Iterator[None]:
+def _spinner(activity: str) -> Iterator[None]:
     with Console(stderr=True).status(activity):
         yield

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from focus_compile.models.mask_token import find_mask_token
 from focus_compile.reports.measure import with_fresh_code
+from focus_compile.reports.play import tensors
 from focus_compile.rounding import TOLERANCE
 from focus_compile.runtime.session import session
-from focus_compile.torch_private import tree_leaves
 
 __all__ = ["assert_matches_eager"]
 
@@ -57,10 +57,10 @@ def assert_matches_eager(
         Unsupported: a module was given, and FOCUS cannot be applied to it.
         ValueError: no mask token is known, or none is among the ids.
     """
-    plain: Any = eager or getattr(model, "_orig_mod", model)
-    mask_token = find_mask_token(plain) if mask_token_id is None else mask_token_id
+    eager_model: Any = eager or getattr(model, "_orig_mod", model)
+    mask_token = find_mask_token(eager_model) if mask_token_id is None else mask_token_id
     compiled = model
-    if plain is model:
+    if eager_model is model:
         compiled = torch.compile(with_fresh_code(model), backend="focus", options={"strict": True})
     tokens: Tensor = call[ids]
     if not bool((tokens == mask_token).any()):
@@ -73,7 +73,7 @@ def assert_matches_eager(
             name = f"step {step + 1} of {steps}" if step < steps else "the commit"
             masked = tokens == mask_token
             arguments = call | {ids: tokens}
-            expected = plain(**copy.deepcopy(arguments))
+            expected = eager_model(**copy.deepcopy(arguments))
             actual = compiled(**copy.deepcopy(arguments))
             if focus.stats.steps != min(step + 1, steps):
                 raise AssertionError(
@@ -101,7 +101,7 @@ def _draw_masked(masked: Tensor, steps_left: int, generator: torch.Generator) ->
 
 def _most_likely(outputs: Any, mask_token: int, tokens: Tensor) -> Tensor:
     """The most likely token at every position, never the mask token."""
-    for value in [getattr(outputs, "logits", None), *reversed(_tensors(outputs))]:
+    for value in [getattr(outputs, "logits", None), *reversed(tensors(outputs))]:
         if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == tokens.shape:
             scores = value.float().clone()
             scores[..., mask_token : mask_token + 1] = -torch.inf
@@ -110,7 +110,7 @@ def _most_likely(outputs: Any, mask_token: int, tokens: Tensor) -> Tensor:
 
 
 def _compare(name: str, actual: Any, expected: Any, tolerance: float | None) -> None:
-    ours, theirs = _tensors(actual), _tensors(expected)
+    ours, theirs = tensors(actual), tensors(expected)
     if [value.shape for value in ours] != [value.shape for value in theirs]:
         raise AssertionError(
             f"{name}: FOCUS returns shapes {[tuple(value.shape) for value in ours]}, eager "
@@ -140,9 +140,3 @@ def _compare(name: str, actual: Any, expected: Any, tolerance: float | None) -> 
                 f"{location}: {output_name} differ by {largest:.3g} "
                 f"({values}; allowed {allowed:.3g})"
             )
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    """Numbers among a model's outputs; a cache is none of them."""
-    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    return [leaf for leaf in leaves if leaf.dtype in TOLERANCE]

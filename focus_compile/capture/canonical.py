@@ -139,7 +139,7 @@ def _emit(node: Node, env: dict[Node, Any], sizes: Sizes) -> None:
         return  # a size computation: rebuilt where it is used
     args: Any = node.args
     kwargs: Any = node.kwargs
-    if (source := _copied(node)) is not None:
+    if (source := _copy_source(node)) is not None:
         env[node] = env[source]
         return
     if node.target in RESHAPES or node.target is aten.expand.default:
@@ -166,7 +166,7 @@ def _emit(node: Node, env: dict[Node, Any], sizes: Sizes) -> None:
     sizes.check(node, env[node].meta["val"])
 
 
-def _copied(node: Node) -> Node | None:
+def _copy_source(node: Node) -> Node | None:
     """The operand that a node returns unchanged: a cast to the same dtype, a full slice."""
     overwritten = node.target is aten.copy.default
     source = node.args[overwritten] if len(node.args) > overwritten else None

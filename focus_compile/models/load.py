@@ -50,7 +50,7 @@ def load(path: str, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any
         try:
             return _stored_model(path, trust_remote_code).eval(), None
         except (ValueError, OSError, ImportError) as error:
-            raise BadInput(f"{_one_line(path, error)}{_trusting(error)}") from error
+            raise BadInput(f"{_one_line(path, error)}{_trust_hint(error)}") from error
     module, colon, function = path.partition(":")
     if not colon:
         raise BadInput(
@@ -58,12 +58,12 @@ def load(path: str, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any
             "(owner/name), or module:function"
         )
     try:
-        make = getattr(importlib.import_module(module), function)
+        factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise BadInput(f"{path}: {error}") from error
-    if not callable(make) or _needs_arguments(make):
+    if not callable(factory) or _needs_arguments(factory):
         raise BadInput(f"{path} is no function that can be called without arguments")
-    returned = make()
+    returned = factory()
     model, call = returned if isinstance(returned, tuple) else (returned, None)
     if not isinstance(model, nn.Module):
         raise BadInput(f"{path} returned a {type(model).__name__}, not a torch.nn.Module")
@@ -83,7 +83,7 @@ def tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizer
             path, trust_remote_code=trust_remote_code
         )
     except (ValueError, OSError, ImportError) as error:
-        raise BadInput(f"{_one_line(path, error)}{_trusting(error)}") from error
+        raise BadInput(f"{_one_line(path, error)}{_trust_hint(error)}") from error
     return loaded
 
 
@@ -114,7 +114,7 @@ def _stored_model(path: str, trust_remote_code: bool = False) -> Any:
     return loader.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def _trusting(error: Exception) -> str:
+def _trust_hint(error: Exception) -> str:
     """What to add where transformers asks for the trust that only the user can give."""
     if "trust_remote_code" not in str(error):
         return ""

@@ -142,18 +142,18 @@ def unexpanded(operand: Node, axes: AxisMap, site: Node) -> Node:
     while node.target in _EXPANSIONS and isinstance(node.args[0], Node):
         node = node.args[0]
         dims = axes.of(node)
-        if len(dims) == 4 and _along(axes, dims) == 2:
+        if len(dims) == 4 and _key_dim(axes, dims) == 2:
             last = node
     dims = axes.of(last)
-    if len(dims) != 4 or _along(axes, dims) is None:
+    if len(dims) != 4 or _key_dim(axes, dims) is None:
         raise Unsupported(KEYS_WITHOUT_TOKENS, site)
-    if _along(axes, dims) != 2 or axes.position(dims, Role.BATCH) not in (0, None):
+    if _key_dim(axes, dims) != 2 or axes.position(dims, Role.BATCH) not in (0, None):
         raise Unsupported(KEY_AXES, site)
     _check_groups(operand, last, axes, site)
     return last
 
 
-def _along(axes: AxisMap, dims: Dims) -> int | None:
+def _key_dim(axes: AxisMap, dims: Dims) -> int | None:
     """Index of the dim of keys: block tokens, or the history and them."""
     for index, dim in enumerate(dims):
         if axes.history(dim) is not None:

@@ -110,7 +110,7 @@ def make_plan(canonical: Canonical, scored: tuple[int, int] = SCORED) -> Plan:
     if len(sites) <= scored[1]:
         raise Unsupported(FEW_SITES, layer=scored[1])
     nodes = {node.name: node for node in gm.graph.nodes}
-    prefix = _early(gm, sites[scored[1]], nodes)
+    prefix = _prefix_nodes(gm, sites[scored[1]], nodes)
     packed = packed_values(gm, axes, entry.embedding, sites, prefix)
     shape = {spec.name: spec.shape for spec in canonical.inputs}[entry.ids.name]
     batch = shape[0] if len(shape) == 2 else 1
@@ -178,11 +178,11 @@ def _refuse_mutation(gm: GraphModule) -> None:
             raise Unsupported(WRITES_INPUT, node)
 
 
-def _early(gm: GraphModule, last: Site, nodes: Mapping[str, Node]) -> set[Node]:
+def _prefix_nodes(gm: GraphModule, last: Site, nodes: Mapping[str, Node]) -> set[Node]:
     """All up to a site's q, k and v; also what else stands there, such as outputs."""
     flow = data_flow(gm)
     ends = [nodes[last.query], *(nodes[write.new] for write in last.writes)]
-    early: set[Node] = set(ends)
+    prefix: set[Node] = set(ends)
     for end in ends:
-        early |= nx.ancestors(flow, end)
-    return early | set(takewhile(lambda node: node.name != last.region[0], gm.graph.nodes))
+        prefix |= nx.ancestors(flow, end)
+    return prefix | set(takewhile(lambda node: node.name != last.region[0], gm.graph.nodes))

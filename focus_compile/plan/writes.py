@@ -61,7 +61,7 @@ def find_write(attended: Node, axes: AxisMap, site: Node, flow: nx.DiGraph) -> W
         raise Unsupported(CACHE_WRITE, site)
     (cat,) = cats
     for node in nx.descendants(flow, cat) & (nx.ancestors(flow, attended) | {attended}):
-        if node in axes.unruled or any(_is_keys(dim, axes) for dim in axes.mixed.get(node, ())):
+        if node in axes.unruled or any(_is_key_axis(dim, axes) for dim in axes.mixed.get(node, ())):
             raise Unsupported(KEYS_MIXED, node)
     history, new = cat_parts(cat)
     past: Any = history
@@ -80,10 +80,10 @@ def find_write(attended: Node, axes: AxisMap, site: Node, flow: nx.DiGraph) -> W
 
 
 def _holds_history(node: Node, axes: AxisMap) -> bool:
-    return any(_is_keys(dim, axes) for dim in axes.of(node))
+    return any(_is_key_axis(dim, axes) for dim in axes.of(node))
 
 
-def _is_keys(dim: Dim, axes: AxisMap) -> bool:
+def _is_key_axis(dim: Dim, axes: AxisMap) -> bool:
     return axes.history(dim) is not None
 
 

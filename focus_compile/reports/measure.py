@@ -111,7 +111,7 @@ def measure(
     """
     compiled, by_operator = _Compiled(model, None), _Compiled(model, _uncompiled)
     call = Call(args, kwargs, mask_token_id)
-    own_budget: list[PlayedStep] = []
+    default_steps: list[PlayedStep] = []
     steps: list[PlayedStep] = []
     evicting = 0.0
     for budget, signal in ((alpha, default_signal), (1.0, left_first)):
@@ -119,10 +119,10 @@ def measure(
         if not played:
             return None
         played_eagerly = play(by_operator.call, call, budget, signal)
-        own_budget, steps = own_budget or played, steps + played
+        default_steps, steps = default_steps or played, steps + played
         evicting = max(evicting, distance(played, played_eagerly))
     largest = nothing_evicted = 0.0
-    for step in own_budget:
+    for step in default_steps:
         expected = tensors(step.call.run(model))
         largest = max([largest, *(value.abs().max().item() for value in expected if value.numel())])
         with session(mask_token_id, alpha=_NOTHING_EVICTED):
@@ -133,9 +133,9 @@ def measure(
         rounding = difference(expected, tensors(call.run(compiled.call)))
     allowed = max(TOLERANCE[value.dtype] for value in expected) * max(1.0, largest)
     return Measured(
-        fed=own_budget[0].fed,
-        retained=own_budget[0].retained,
-        retained_row=int(own_budget[0].retain_mask.sum(1).max()),
+        fed=default_steps[0].fed,
+        retained=default_steps[0].retained,
+        retained_row=int(default_steps[0].retain_mask.sum(1).max()),
         steps=len(steps),
         evicted=sum(step.fed - step.retained for step in steps),
         largest=largest,

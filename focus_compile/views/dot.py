@@ -87,7 +87,11 @@ def dot(analysis: Analysis, after: bool) -> str:
             continue
         layer = next((modules[path] for path in module_stack(node) if path in modules), None)
         owner = graph if layer is None else clusters[layer]
-        css_class = _after(node, analysis.plan) if after else _before(node, analysis.canonical.axes)
+        css_class = (
+            _class_after(node, analysis.plan)
+            if after
+            else _class_before(node, analysis.canonical.axes)
+        )
         shape = _shape(node, None if after else analysis.canonical.axes)
         css_class += " entry" if node.name == analysis.plan.embedding else ""
         owner.add_node(_node(node, css_class, shape, node in returned))
@@ -95,7 +99,7 @@ def dot(analysis: Analysis, after: bool) -> str:
         if cluster.get_nodes():
             graph.add_subgraph(cluster)
     if inside:
-        graph.add_node(_box(len(inside), len(analysis.plan.sites) - 1))
+        graph.add_node(_folded_box(len(inside), len(analysis.plan.sites) - 1))
     drawn_name = {node: _FOLDED if node in inside else node.name for node in flow}
     for source, target in dict.fromkeys(
         (drawn_name[tail], drawn_name[head]) for tail, head in flow.edges
@@ -131,7 +135,7 @@ def _node(node: Node, css_class: str, shape: str, returned: bool) -> pydot.Node:
     return pydot.Node(node.name, **style)
 
 
-def _box(count: int, last: int) -> pydot.Node:
+def _folded_box(count: int, last: int) -> pydot.Node:
     import pydot
 
     layers = "layer 3" if last == 3 else f"layers 3 to {last}"
@@ -153,7 +157,7 @@ def _quoted(text: str) -> str:
     return f'"{text}"'
 
 
-def _before(node: Node, axes: AxisMap) -> str:
+def _class_before(node: Node, axes: AxisMap) -> str:
     if not isinstance(node.meta["val"], torch.Tensor):
         return "token"
     dims = [dim for dim in axes.of(node) if dim]
@@ -163,7 +167,7 @@ def _before(node: Node, axes: AxisMap) -> str:
     return "token" if any(axes.holds(dim, role) for dim in dims for role in Role) else "other"
 
 
-def _after(node: Node, plan: Plan) -> str:
+def _class_after(node: Node, plan: Plan) -> str:
     """Domain of a value: the plan's, or that of the rows that its shape counts."""
     if (place := plan.packed.get(node.name)) is not None:
         return place.domain.value

@@ -155,7 +155,7 @@ def test_the_site_at_fault_is_named(analysis: Analysis, monkeypatch: pytest.Monk
     """Not the first one, whichever it is."""
     out, query = analysis.plan.sites[2].out, analysis.plan.sites[2].query
     packed = {name: place for name, place in analysis.plan.packed.items() if name != query}
-    monkeypatch.setattr("focus_compile.plan.plan._packed", lambda *_: packed)
+    monkeypatch.setattr("focus_compile.plan.plan.packed_values", lambda *_: packed)
     with pytest.raises(Unsupported, match=f"attention of layer 2 reads {query}, ") as refusal:
         make_plan(analysis.canonical)
     (node,) = (node for node in analysis.canonical.gm.graph.nodes if node.name == out)

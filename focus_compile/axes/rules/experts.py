@@ -87,13 +87,13 @@ def _index(node: Node, axes: AxisMap) -> Transfer:
     picked = axes.dims[index][0]
     out = (*dims[:dim], *picked, *dims[dim + 1 :])
     meaning = axes.meaning.get(index)
-    if len(picked) == 1 and _tells_rows(meaning, picked[0], axes):
+    if len(picked) == 1 and _is_row_index(meaning, picked[0], axes):
         assert meaning is not None
         return Transfer((out,), () if _same_axes(meaning.dim, dims[dim], axes) else (dims[dim],))
     return Transfer((out,), (dims[dim],))
 
 
-def _tells_rows(meaning: Meaning | None, picked: Dim, axes: AxisMap) -> bool:
+def _is_row_index(meaning: Meaning | None, picked: Dim, axes: AxisMap) -> bool:
     """Whether integers are positions that were found by sorting.
 
     Those of an ``arange`` over tokens are positions on the canvas, which packed rows are not at.
@@ -144,7 +144,7 @@ def _index_add(node: Node, axes: AxisMap) -> Transfer:
         return Transfer(fresh(node, axes), (*dims, *axes.dims[rows][0]))
     for index_or_dim, row_dim in zip((picked, *dims[1:]), axes.dims[rows][0], strict=True):
         axes.unify(index_or_dim, row_dim)
-    if not _tells_rows(meaning, picked, axes):
+    if not _is_row_index(meaning, picked, axes):
         return Transfer((dims,), (dims[0], picked))
     assert meaning is not None
     axes.unify(dims[0], meaning.dim)
