@@ -29,19 +29,19 @@ from focus_compile.entry import compile as compile_model
 from focus_compile.generation.loop import generate as generate_blocks
 from focus_compile.generation.text import answers, end_tokens, left_padded, prompt_ids
 from focus_compile.models.load import BadInput, denoising_call, load, mask_token, tokenizer
-from focus_compile.reports.contest import Plan, contest, read_prompts
-from focus_compile.reports.counts import ASSUMED, counts_of
-from focus_compile.reports.explanation import Explanation
-from focus_compile.reports.explanation import explain as explain_call
-from focus_compile.reports.failure import one_line
-from focus_compile.reports.page import page
-from focus_compile.reports.terminal import (
+from focus_compile.reports.commands import (
     cost_data,
     print_answers,
     print_comparison,
     print_cost,
     print_figures,
 )
+from focus_compile.reports.contest import Plan, contest, read_prompts
+from focus_compile.reports.counts import ASSUMED, counts_of
+from focus_compile.reports.explanation import Explanation
+from focus_compile.reports.explanation import explain as explain_call
+from focus_compile.reports.failure import one_line
+from focus_compile.reports.page import page
 from focus_compile.runtime.session import session
 
 __all__ = ["app"]
