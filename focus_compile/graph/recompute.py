@@ -19,7 +19,7 @@ from focus_compile.graph.nodes import fake_mode_of, graph_inputs
 from focus_compile.graph.sizes import stands_in
 from focus_compile.torch_private import tree_leaves
 
-__all__ = ["InvalidGraph", "no_constant_sizes", "set_input_values", "verify"]
+__all__ = ["InvalidGraph", "check_values", "no_constant_sizes", "set_input_values"]
 
 
 class InvalidGraph(AssertionError):
@@ -50,7 +50,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def verify(gm: GraphModule) -> None:
+def check_values(gm: GraphModule) -> None:
     """Raise :class:`InvalidGraph` if a recorded shape, dtype or device is not true."""
     gm.graph.lint()
     no_constant_sizes(gm)
