@@ -11,7 +11,7 @@ from torch import Tensor
 
 from focus_compile.models.mask_token import find_mask_token
 from focus_compile.reports.measure import with_fresh_code
-from focus_compile.reports.play import tensors
+from focus_compile.reports.play import output_tensors
 from focus_compile.rounding import TOLERANCE
 from focus_compile.runtime.session import session
 
@@ -101,7 +101,7 @@ def _draw_masked(masked: Tensor, steps_left: int, generator: torch.Generator) ->
 
 def _most_likely(outputs: Any, mask_token: int, tokens: Tensor) -> Tensor:
     """The most likely token at every position, never the mask token."""
-    for value in [getattr(outputs, "logits", None), *reversed(tensors(outputs))]:
+    for value in [getattr(outputs, "logits", None), *reversed(output_tensors(outputs))]:
         if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == tokens.shape:
             scores = value.float().clone()
             scores[..., mask_token : mask_token + 1] = -torch.inf
@@ -110,7 +110,7 @@ def _most_likely(outputs: Any, mask_token: int, tokens: Tensor) -> Tensor:
 
 
 def _compare(name: str, actual: Any, expected: Any, tolerance: float | None) -> None:
-    ours, theirs = tensors(actual), tensors(expected)
+    ours, theirs = output_tensors(actual), output_tensors(expected)
     if [value.shape for value in ours] != [value.shape for value in theirs]:
         raise AssertionError(
             f"{name}: FOCUS returns shapes {[tuple(value.shape) for value in ours]}, eager "

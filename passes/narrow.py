@@ -105,9 +105,9 @@ class _Narrow:
         """(tokens, inverse, keep) of a domain."""
         if domain is Domain.FED:
             return self.tokens[domain], self.fed_inverse, self.fed
-        return self.tokens[domain], self.env[self.selection.inverse], self._retained()
+        return self.tokens[domain], self.env[self.selection.inverse], self._retain_mask()
 
-    def _retained(self) -> Node:
+    def _retain_mask(self) -> Node:
         return self.env[self.selection.retain_mask]
 
     def _is_late(self, layer: int) -> bool:
@@ -128,8 +128,8 @@ class _Narrow:
             if node.name in self.writes:
                 self._write(node, self.env[node])
         else:
-            args = fx.map_arg(node.args, self._canvas)
-            kwargs = fx.map_arg(node.kwargs, self._canvas)
+            args = fx.map_arg(node.args, self._on_canvas)
+            kwargs = fx.map_arg(node.kwargs, self._on_canvas)
             self.env[node] = self.replay.call(node.target, args, kwargs, like=node)
 
     def _packed(self, node: Node, place: Place) -> None:
@@ -179,14 +179,14 @@ class _Narrow:
         fed = self.plan.packed[site.query].domain is Domain.FED
         source = self.fed_inverse if fed else inverse
         index = self.replay.once(focus.site_index.default, (source, rows))
-        key, value = (self._canvas(self.nodes[name]) for name in (site.key, site.value))
-        mask = self._mask(site, rows, key)
+        key, value = (self._on_canvas(self.nodes[name]) for name in (site.key, site.value))
+        mask = self._site_mask(site, rows, key)
         lines = self.replay.once(focus.line_index.default, (tokens, inverse, rows))
         args = (self.env[query], key, value, mask, index, lines, site.scale)
         packed = self.replay.call(focus.attend.default, args, like=node, name=f"{node.name}_rows")
         self.env[node] = self.replay.call(aten.transpose.int, (packed, 1, 2), like=node)
 
-    def _mask(self, site: Site, rows: Node, key: Node) -> Node:
+    def _site_mask(self, site: Site, rows: Node, key: Node) -> Node:
         """The mask of retained queries; one for all layers that share the model's own."""
         past = site.writes[0].past
         history: Node | int = 0
@@ -203,18 +203,18 @@ class _Narrow:
                 mask = self.replay.once(aten.unsqueeze.default, (mask, 0))
         if site.causal:
             mask = self.replay.once(focus.causal.default, (self.masked, key))
-        visible = self._visible(site.layer)
+        visible = self._visible_slots(site.layer)
         query = tensor_of(self.nodes[site.query])
         share = query.shape[1] // tensor_of(key).shape[1]
         args = (mask, rows, visible, history, share, query.dtype)
         return self.replay.once(focus.site_mask.default, args)
 
-    def _visible(self, layer: int) -> Node:
+    def _visible_slots(self, layer: int) -> Node:
         """Visible slots: up to the second scored layer those of every fed token are new.
 
         Before that layer every fed token asks, and from it on every retained one.
         """
-        queries = self.fed if layer < self.plan.scored[1] else self._retained()
+        queries = self.fed if layer < self.plan.scored[1] else self._retain_mask()
         stored = queries if self._is_late(layer) else self.fed
         written = self.written[self._is_late(layer)]
         return self.replay.once(focus.visible.default, (written, stored, queries, self.prefix))
@@ -270,7 +270,7 @@ class _Narrow:
             focus.pack_rows.default, (value, tokens, inverse, batch_dim, token_dim)
         )
 
-    def _canvas(self, arg: Node) -> Node:
+    def _on_canvas(self, arg: Node) -> Node:
         """An operand on the canvas; only the importance reads packed values so."""
         if not self._is_packed(arg):
             return self.env[arg]

@@ -64,7 +64,7 @@ def canonicalize(captured: Labelled) -> Canonical:
     for position, node in enumerate(graph_inputs(gm)):
         axes.current = node
         if isinstance(node.meta["val"], torch.Tensor):
-            spec = _input(node, f"input{len(inputs)}", sizes, histories)
+            spec = _input_spec(node, f"input{len(inputs)}", sizes, histories)
             env[node] = sizes.replay.placeholder(spec.name, static_tensor(mode, spec), node)
             for dim, extent in enumerate(spec.shape):
                 if isinstance(extent, str):
@@ -111,7 +111,7 @@ def _name_histories(gm: GraphModule, sizes: Sizes) -> set[Axis]:
     return history_axes
 
 
-def _input(node: Node, name: str, sizes: Sizes, histories: set[Axis]) -> Input:
+def _input_spec(node: Node, name: str, sizes: Sizes, histories: set[Axis]) -> Input:
     axes, value = sizes.axes, tensor_of(node)
     dims = axes.of(node)
     shape = tuple(sizes.extent(dim) for dim in dims)

@@ -87,12 +87,12 @@ def _last_tokens(gm: GraphModule, axes: AxisMap) -> dict[Node, int]:
         if source not in computed or axes.position(axes.of(source), Role.TOKEN) != at:
             continue
         shorter = axes.position(axes.of(node), Role.TOKEN) != at
-        if shorter and end in (None, sys.maxsize) and (start := _number(node)) <= 0:
+        if shorter and end in (None, sys.maxsize) and (start := _slice_start(node)) <= 0:
             slices[node] = -start
     return slices
 
 
-def _number(node: Node) -> int:
+def _slice_start(node: Node) -> int:
     """Where a slice starts; a number among the model's arguments becomes a constant of the graph.
 
     Dynamo takes up the guard that makes it one.

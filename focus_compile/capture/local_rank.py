@@ -43,7 +43,7 @@ def local_value(value: Any) -> Any:
     if isinstance(value, DTensor):
         local = value._local_tensor
         return torch.nn.Parameter(local, False) if isinstance(value, torch.nn.Parameter) else local
-    return 0 if isinstance(_real(value), DeviceMesh) else value
+    return 0 if isinstance(_real_object(value), DeviceMesh) else value
 
 
 def shard_of(value: Any) -> Group | None:
@@ -75,7 +75,7 @@ class LocalRank(fx.Interpreter):
         value, local = next(self.values), super().placeholder(target, args, kwargs)
         if isinstance(value, DTensor):
             return self._placed(local, value.device_mesh, value.placements, value.shape)
-        return value if isinstance(_real(value), DeviceMesh) else local
+        return value if isinstance(_real_object(value), DeviceMesh) else local
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is DTensor.from_local:
@@ -158,13 +158,13 @@ class LocalRank(fx.Interpreter):
         map_aggregate(values, check)
 
 
-def _real(value: Any) -> Any:
+def _real_object(value: Any) -> Any:
     """What a fake script object stands for."""
     return getattr(value, "real_obj", value)
 
 
 def _mesh(value: Any) -> DeviceMesh:
-    mesh: DeviceMesh = _real(value)
+    mesh: DeviceMesh = _real_object(value)
     if mesh.ndim != 1:
         raise Unsupported(UNKNOWN_SHARDS)
     return mesh

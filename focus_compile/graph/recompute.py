@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from focus_compile.graph.nodes import fake_mode_of, graph_inputs
-from focus_compile.graph.sizes import stands_in
+from focus_compile.graph.sizes import is_stand_in
 from focus_compile.torch_private import tree_leaves
 
 __all__ = ["InvalidGraph", "check_values", "no_constant_sizes", "set_input_values"]
@@ -68,7 +68,7 @@ def no_constant_sizes(gm: GraphModule) -> None:
         if node.op == "get_attr":
             constant = operator.attrgetter(str(node.target))(gm)
             leaves = list(constant.shape) if isinstance(constant, torch.Tensor) else []
-        if any(stands_in(leaf) for leaf in leaves if _is_int(leaf)):
+        if any(is_stand_in(leaf) for leaf in leaves if _is_int(leaf)):
             raise InvalidGraph(f"a size became a constant: {node.format_node()}")
 
 
@@ -86,7 +86,7 @@ def set_input_values(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
         node.meta.pop("val", None)
         if node.op == "placeholder":
             node.meta["val"] = value = next(values)
-            if any(stands_in(size) for size in value.shape if _is_int(size)):
+            if any(is_stand_in(size) for size in value.shape if _is_int(size)):
                 raise InvalidGraph(f"a size became a constant: {node.format_node()}")
     no_constant_sizes(gm)
     return gm

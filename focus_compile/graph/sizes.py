@@ -12,9 +12,9 @@ __all__ = [
     "Numbers",
     "generic",
     "is_generic",
+    "is_stand_in",
     "length",
     "name_of",
-    "stands_in",
 ]
 
 Extent = int | str | tuple[Any, ...]
@@ -97,6 +97,6 @@ def is_generic(number: int) -> bool:
     )
 
 
-def stands_in(number: int) -> bool:
+def is_stand_in(number: int) -> bool:
     """Whether a number stands for a name, or for the sum or product of two."""
     return number in _COMBINED or is_generic(number) or is_generic(number - GENERIC["token"])

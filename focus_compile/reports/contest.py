@@ -244,12 +244,14 @@ def _side(seconds: list[float], generated: list[Generated]) -> Side:
         tokens=sum(answer.decoded for answer in generated),
         forwards=forwards,
         focus_steps=sum(answer.focus_steps for answer in generated),
-        fed=_mean([(answer.fed_fraction, _canvas(answer)) for answer in generated]),
-        retained=_mean([(answer.retained_fraction, _canvas(answer)) for answer in generated]),
+        fed=_mean([(answer.fed_fraction, _canvas_tokens(answer)) for answer in generated]),
+        retained=_mean(
+            [(answer.retained_fraction, _canvas_tokens(answer)) for answer in generated]
+        ),
     )
 
 
-def _canvas(answer: Generated) -> int:
+def _canvas_tokens(answer: Generated) -> int:
     """Tokens of the canvas, over all forwards."""
     return answer.decode_masks[0].numel() * answer.forwards
 

@@ -39,9 +39,9 @@ def grids(trace: Mapping[str, Any]) -> list[Grid]:
     Raises:
         ValueError: it is none; one sentence that says where.
     """
-    rows, length, steps = _checked(trace)
+    rows, length, steps = _header(trace)
     for number, step in enumerate(steps):
-        _check(number, step, rows, length)
+        _check_step(number, step, rows, length)
     blocks = dict.fromkeys(step["block"] for step in steps)
     return [
         Grid(
@@ -66,7 +66,7 @@ def _cell(masked: bool, retained: bool, decoded: bool) -> str:
     return "again" if retained else "done"
 
 
-def _checked(trace: Mapping[str, Any]) -> tuple[int, int, list[Any]]:
+def _header(trace: Mapping[str, Any]) -> tuple[int, int, list[Any]]:
     if not isinstance(trace, Mapping):
         raise ValueError(f"trace: expected an object, got {type(trace).__name__}")
     for name in ("block_length", "rows", "steps"):
@@ -81,7 +81,7 @@ def _checked(trace: Mapping[str, Any]) -> tuple[int, int, list[Any]]:
     return rows, length, steps
 
 
-def _check(number: int, step: Any, rows: int, length: int) -> None:
+def _check_step(number: int, step: Any, rows: int, length: int) -> None:
     location = f"trace: step {number}"
     if not isinstance(step, Mapping):
         raise ValueError(f"{location} is a {type(step).__name__}, expected an object")

@@ -20,8 +20,8 @@ from focus_compile.reports.play import (
     difference,
     distance,
     left_first,
+    output_tensors,
     play,
-    tensors,
 )
 from focus_compile.rounding import TOLERANCE
 from focus_compile.runtime.executable import Executable
@@ -123,14 +123,14 @@ def measure(
         evicting = max(evicting, distance(played, played_eagerly))
     largest = nothing_evicted = 0.0
     for step in default_steps:
-        expected = tensors(step.call.run(model))
+        expected = output_tensors(step.call.run(model))
         largest = max([largest, *(value.abs().max().item() for value in expected if value.numel())])
         with session(mask_token_id, alpha=_NOTHING_EVICTED):
-            compiled_outputs = tensors(step.call.run(compiled.call))
+            compiled_outputs = output_tensors(step.call.run(compiled.call))
         nothing_evicted = max(nothing_evicted, difference(expected, compiled_outputs))
-    expected = tensors(call.run(model))
+    expected = output_tensors(call.run(model))
     with session(mask_token_id, enabled=False):
-        rounding = difference(expected, tensors(call.run(compiled.call)))
+        rounding = difference(expected, output_tensors(call.run(compiled.call)))
     allowed = max(TOLERANCE[value.dtype] for value in expected) * max(1.0, largest)
     return Measured(
         fed=default_steps[0].fed,

@@ -22,8 +22,8 @@ __all__ = [
     "difference",
     "distance",
     "left_first",
+    "output_tensors",
     "play",
-    "tensors",
 ]
 
 _STEPS = 3
@@ -101,7 +101,7 @@ def play(
     current: Call | None = call
     with session(call.mask_token_id, alpha=alpha, signal=listen) as focus:
         while current is not None and len(steps) < _STEPS:
-            outputs = tensors(current.run(model))
+            outputs = output_tensors(current.run(model))
             if focus.stats.steps == len(steps):  # no masks are left, or it is refused
                 break
             assert focus.retain_mask is not None
@@ -121,7 +121,7 @@ def distance(steps: Sequence[PlayedStep], others: Sequence[PlayedStep]) -> float
     return max(difference(a.outputs, b.outputs) for a, b in pairs)
 
 
-def tensors(outputs: Any) -> list[Tensor]:
+def output_tensors(outputs: Any) -> list[Tensor]:
     """Numbers among a model's outputs; a cache is none of them."""
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return [leaf for leaf in leaves if leaf.dtype in TOLERANCE]

@@ -21,12 +21,12 @@ def render(console: Console, data: Mapping[str, Any]) -> None:
     for index, graph in enumerate(data["graphs"]):
         console.rule(f"graph {index}: {graph['nodes']} nodes")
         if graph["refusal"] is not None:
-            _refusal(console, graph["refusal"])
+            _print_refusal(console, graph["refusal"])
         elif graph["analysis"] is None:
             console.print("no attention over tokens: compiled unchanged")
         else:
-            _analysis(console, graph["analysis"])
-            _cost(console, graph)
+            _print_analysis(console, graph["analysis"])
+            _print_cost(console, graph)
         if graph["break"] is not None:
             broke = graph["break"]
             cure = "" if broke["remedy"] is None else f"; {broke['remedy']}"
@@ -34,10 +34,10 @@ def render(console: Console, data: Mapping[str, Any]) -> None:
             console.print(f"ended by a graph break: {message}", markup=False)
     if data["measured"] is not None:
         console.rule("run for real")
-        _measured(console, data["measured"])
+        _print_measured(console, data["measured"])
 
 
-def _refusal(console: Console, refusal: Mapping[str, str]) -> None:
+def _print_refusal(console: Console, refusal: Mapping[str, str]) -> None:
     location = f" [op {refusal['op']}" if refusal["op"] else ""
     location += f" in module {refusal['module']}]" if refusal["module"] else "]" if location else ""
     console.print(f"refused, compiled unchanged: {refusal['reason']}{location}", markup=False)
@@ -47,7 +47,7 @@ def _refusal(console: Console, refusal: Mapping[str, str]) -> None:
         console.print(f"what to do: {refusal['cure']}", markup=False)
 
 
-def _analysis(console: Console, analysis: Mapping[str, Any]) -> None:
+def _print_analysis(console: Console, analysis: Mapping[str, Any]) -> None:
     sites = Table("layer", title="attention sites")
     for name in ("module", "queries", "mask", "K/V write"):
         sites.add_column(name, overflow="fold")  # a path that is cut cannot be looked up
@@ -76,7 +76,7 @@ def _analysis(console: Console, analysis: Mapping[str, Any]) -> None:
     console.print(passes)
 
 
-def _cost(console: Console, graph: Mapping[str, Any]) -> None:
+def _print_cost(console: Console, graph: Mapping[str, Any]) -> None:
     flops, moved = graph["flops"], graph["bytes"]
     console.print(
         "per step (B rows, T block, S history, F fed and N retained tokens of the batch)\n"
@@ -95,7 +95,7 @@ def evicting(measured: Mapping[str, Any]) -> str:
     )
 
 
-def _measured(console: Console, measured: Mapping[str, Any]) -> None:
+def _print_measured(console: Console, measured: Mapping[str, Any]) -> None:
     table = Table("compared", "largest difference", "within", title="equality")
     limit = f"{measured['tolerance']:.1e}"
     table.add_row("eager, Inductor's dense program", f"{measured['dense']:.1e}", "")

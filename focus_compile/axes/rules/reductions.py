@@ -26,7 +26,7 @@ def _reduce(node: Node, axes: AxisMap) -> Transfer:
 @transfer(
     aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default,
 )  # fmt: skip
-def _along(node: Node, axes: AxisMap) -> Transfer:
+def _along_dim(node: Node, axes: AxisMap) -> Transfer:
     dims = axes.dims[source(node)][0]
     return one_result(*dims, mixed=[dims[wrap(argument(node, 1, "dim"), len(dims))]])
 
