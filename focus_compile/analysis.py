@@ -58,8 +58,7 @@ def analyze(gm: GraphModule, broke: GraphBreak | None = None) -> Analysis:
     except (Unsupported, EmptyCall):
         raise
     except Exception as error:
-        kind = type(error).__name__
-        raise Unsupported(INTERNAL_ERROR, kind=kind, error=error) from error
+        raise Unsupported(INTERNAL_ERROR, kind=type(error).__name__, error=error) from error
 
 
 def _analyze(gm: GraphModule, broke: GraphBreak | None) -> Analysis:
@@ -71,11 +70,11 @@ def _analyze(gm: GraphModule, broke: GraphBreak | None) -> Analysis:
     canonical = canonicalize(widened)
     plan = make_plan(canonical)
     stages = tuple(rewrite(canonical.gm, plan))
-    own = [index for index, node in enumerate(graph_inputs(gm)) if is_module_state(node)]
-    layout = layout_of(canonical, plan, written, own)
+    module_state = [index for index, node in enumerate(graph_inputs(gm)) if is_module_state(node)]
+    layout = layout_of(canonical, plan, written, module_state)
     halves = cut(stages[-1][1], plan, last)
-    first = len(halves.own) - len(written)
-    if any(value is not None and value.domain is not None for value in halves.own[first:]):
+    first_written = len(halves.own) - len(written)
+    if any(value is not None and value.domain is not None for value in halves.own[first_written:]):
         raise Unsupported(WRITES_TOKENS)
     if broke is not None:
         _refuse_holes(halves, broke)
@@ -95,6 +94,6 @@ def _refuse_holes(halves: Halves, broke: GraphBreak) -> None:
 
     Logits are the caller's to choose among; layers, norms and heads are not.
     """
-    for index, own in enumerate(halves.own):
-        if own is not None and own.domain is not None and index not in halves.vocabulary:
+    for index, returned in enumerate(halves.own):
+        if returned is not None and returned.domain is not None and index not in halves.vocabulary:
             raise Unsupported(GOES_ON_BEHIND_A_BREAK, broke=broke)

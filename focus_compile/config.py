@@ -112,15 +112,15 @@ class FocusConfig:
     def captures(self, devices: Iterable[torch.device]) -> bool:
         """Whether Inductor is to record programs on these devices as CUDA graphs."""
         default = cudagraphs_by_default()
-        wanted = bool(self.patches().get("triton.cudagraphs", default))
-        return wanted and any(device.type == "cuda" for device in devices)
+        enabled = bool(self.patches().get("triton.cudagraphs", default))
+        return enabled and any(device.type == "cuda" for device in devices)
 
     def patches(self) -> dict[str, Any]:
         """Inductor config patches of ``mode`` and ``inductor``."""
-        out: dict[str, Any] = {}
+        patches: dict[str, Any] = {}
         if self.mode is not None:
-            out |= mode_options(self.mode)
-        return out | dict(self.inductor)
+            patches |= mode_options(self.mode)
+        return patches | dict(self.inductor)
 
 
 def _is_int(value: Any) -> bool:

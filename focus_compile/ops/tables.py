@@ -88,8 +88,8 @@ class Feed:
 def feed(fed: Tensor) -> Feed:
     """Tables for ``fed`` bool ``[B, T]``, which must select at least one token."""
     tokens = fed.reshape(-1).nonzero().squeeze(1)
-    place = fed.reshape(-1).cumsum(0).view(fed.shape) - 1
+    packed_row = fed.reshape(-1).cumsum(0).view(fed.shape) - 1
     most = int(fed.sum(1).max())
     rows = torch.sort((~fed).to(torch.uint8), dim=1, stable=True).indices[:, :most]
     rows = torch.where(fed.gather(1, rows), rows, 0)
-    return Feed(fed, tokens, torch.where(fed, place, 0), rows.contiguous())
+    return Feed(fed, tokens, torch.where(fed, packed_row, 0), rows.contiguous())
