@@ -12,9 +12,10 @@ import torch
 
 from focus_compile.torch_private import cudagraphs_by_default, inductor_modes, mode_options
 
-__all__ = ["FocusConfig"]
+__all__ = ["FIRST_STEPS", "FocusConfig", "is_probability"]
 
 _VISIBILITIES = ("written", "prefix")
+FIRST_STEPS = ("auto", "evict", "open")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class FocusConfig:
         delayed_cache: whether a session stops feeding final tokens (section 6).
         stale_kv: whether the keys and values of evicted tokens stay visible in later steps
             (section 5.2); without, only those of this step and of final tokens are.
+        first_step: what a session does in the first step of a block (section 10): ``"evict"``,
+            ``"open"``, which evicts nothing there, or ``"auto"``, which opens where a row's last
+            block decoded much in its first step, or is not known. A call without a session, which
+            knows no first step, evicts.
+        rescue: a threshold from 0 to 1: rows in which no retained token has that probability get
+            their evicted tokens computed in the same step (section 11). None: never, as the paper.
         exact: nothing is evicted and nothing delayed: FOCUS's programs compute every token of a
             masked call in every layer, and the logits are the model's own to rounding, in every
             step of a session too. For regression tests (:mod:`focus_compile.testing`): it saves
@@ -48,6 +55,8 @@ class FocusConfig:
     visibility: str = "written"
     delayed_cache: bool = True
     stale_kv: bool = True
+    first_step: str = "auto"
+    rescue: float | None = None
     exact: bool = False
     strict: bool = False
     mode: str | None = None
@@ -71,6 +80,11 @@ class FocusConfig:
             self.visibility in _VISIBILITIES,
             f"one of {_VISIBILITIES}",
         )
+        _expect(
+            "first_step", self.first_step, self.first_step in FIRST_STEPS, f"one of {FIRST_STEPS}"
+        )
+        valid = self.rescue is None or is_probability(self.rescue)
+        _expect("rescue", self.rescue, valid, "a probability from 0 to 1, or None")
         for name in ("delayed_cache", "stale_kv", "exact", "strict"):
             _expect(
                 name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
@@ -121,6 +135,10 @@ class FocusConfig:
         if self.mode is not None:
             out |= mode_options(self.mode)
         return out | dict(self.inductor)
+
+
+def is_probability(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _is_int(value: Any) -> bool:

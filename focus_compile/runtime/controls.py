@@ -46,6 +46,14 @@ def controls(
         signal = session.signal_of(Step(session.stats.steps, state.ids, state.masked, fed.fed))
     if is_exact(config, session):
         alpha = torch.inf
+    factor = torch.tensor(alpha, dtype=torch.float32, device=device)
+    average = state.average
+    first_step = "evict" if session is None else session.first_step or config.first_step
+    if first_step != "evict":
+        opening = ~state.warm
+        if first_step == "auto":
+            opening = opening & state.opens(factor.ceil())
+        average = torch.where(opening, torch.inf, average)  # a budget for all of them
     bias = signal.bias
     if bias is None:
         bias = torch.zeros(state.masked.shape, dtype=torch.float32, device=device)
@@ -57,8 +65,8 @@ def controls(
         masked=state.masked,
         fed=fed.fed,
         progress=state.progress,
-        average=state.average,
-        alpha=torch.tensor(alpha, dtype=torch.float32, device=device),
+        average=average,
+        alpha=factor,
         signal_weights=torch.tensor(signal.weights, dtype=torch.float32, device=device),
         signal_bias=bias.to(device, torch.float32).contiguous(),
         fed_tokens=fed.tokens,

@@ -23,10 +23,12 @@ from focus_compile.programs.program import Program
 from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.block import BlockState, History
 from focus_compile.runtime.controls import controls, empty_slots, is_exact
+from focus_compile.runtime.demand import Demand, confidence, in_need
 from focus_compile.runtime.identity import model_key, overlap, weights_of
 from focus_compile.runtime.outputs import Packed, packed_logits, returned
 from focus_compile.runtime.reader import MaskedCall, Outputs, outermost
 from focus_compile.runtime.record import Record
+from focus_compile.runtime.rescue import recompute
 from focus_compile.runtime.session import Session, warn_outside
 
 __all__ = ["CAUSAL", "Executable"]
@@ -50,6 +52,10 @@ NOT_PACKED = (
     "module, and remove graph breaks; or read the model's output at session.retain_mask"
 )
 
+NOT_RESCUED = (
+    "rescue is off: no output of this program is known to hold the logits, by which it is judged "
+    "whether a retained token is sure. Compile the outermost module, and remove graph breaks"
+)
 OVERLAP = (
     "backend 'focus' runs the dense program: the model writes into an input whose memory another "
     "input shares"
@@ -173,10 +179,17 @@ class Executable:
             selection.order, selection.places, count, most, self.config.buckets
         )
         values |= self.suffix(values | vars(Tables(tokens=tokens, rows=rows)))
-        domains = {
-            Domain.FED: Packed(fed.tokens, fed.fed),
-            Domain.RETAINED: Packed(tokens[:count], selection.retain_mask),
-        }
+        kept = Packed(tokens[:count], selection.retain_mask)
+        rescued = None
+        if count < fed.tokens.numel():
+            rescued = self._rescued(values, state, kept, session)
+        if rescued is not None:
+            again, kept = recompute(
+                self.suffix, self.halves, values, fed.fed, kept, rescued, self.config.buckets,
+                keeps=self.captured,
+            )  # fmt: skip
+            values |= again
+        domains = {Domain.FED: Packed(fed.tokens, fed.fed), Domain.RETAINED: kept}
         packed = None if session is None else self._packed(session)
         if session is not None and packed is not None and (own := self.halves.own[packed]):
             session.logits = packed_logits(own, values, domains[Domain.RETAINED])
@@ -186,13 +199,55 @@ class Executable:
             args[argument].copy_(value)
         self.record.focus_call()
         if session is not None:
-            retained = selection.retain_mask.clone()  # it outlives this call
+            retained = kept.keep.clone()  # it outlives this call
             state.advance(fed.fed, retained, self._slots(values), delayed)
             session.retain_mask = retained
-            session.stats.record(masked.numel(), fed.tokens.numel(), count)
+            session.stats.record(masked.numel(), fed.tokens.numel(), len(kept.tokens), rescued)
             self._tell(session, made, retained, packed)
             session.keep(model_key(args), state)  # last: a call that is interrupted has no state
         return made[:count_own]
+
+    def _rescued(
+        self,
+        values: Mapping[str, Tensor],
+        state: BlockState,
+        retained: Packed,
+        session: Session | None,
+    ) -> Tensor | None:
+        """Evicted tokens, bool ``[B, T]``, of the rows in need; None where there is none."""
+        demand = None if session is None else session.rescue
+        if demand is None and self.config.rescue is not None:
+            demand = Demand(self.config.rescue)
+        if demand is None:
+            return None
+        at = self._logits(session)
+        if at is None:
+            warning_once(log, NOT_RESCUED)
+            return None
+        logits = self.halves.own[at]
+        assert logits is not None
+        token = self.config.mask_token_id
+        if session is not None and session.mask_token_id is not None:
+            token = session.mask_token_id
+        sure = torch.full(state.masked.shape, -1.0, device=state.masked.device)
+        packed = packed_logits(logits, values, retained)
+        sure.view(-1)[retained.tokens] = confidence(packed.values, token)
+        if session is not None and session.shifted_logits:
+            last = session.last
+            first = torch.full_like(sure[:, 0], -1.0) if last is None else confidence(last, token)
+            sure = torch.cat([first.unsqueeze(1), sure[:, :-1]], 1)
+        need = in_need(sure, state.masked, retained.keep, demand)
+        rescued = state.masked & ~retained.keep & need.unsqueeze(1)
+        return rescued if bool(rescued.any()) else None
+
+    def _logits(self, session: Session | None) -> int | None:
+        """Which output the caller reads as logits, if that is known."""
+        seen = None
+        if session is not None and session.reader is not None:
+            seen = self.read_as.get(session.reader.model)
+        if seen is None and len(self.halves.vocabulary) == 1:
+            return self.halves.vocabulary[0]
+        return seen
 
     def _packed(self, session: Session) -> int | None:
         """Which output stays packed: one that is known to be what the caller reads as logits."""
@@ -237,6 +292,8 @@ class Executable:
         if session is None:
             return BlockState(ids, masked, History(0, None))
         history = History(0, None)
+        key = model_key(args)
+        state = session.state(key) if key else None
         if self.layout.past is not None:
             past = values[self.layout.past]
             dim = self.layout.past_dim
@@ -247,10 +304,10 @@ class Executable:
                 places = places.remainder(keys)
                 length = int(places.min())
             mark = past.select(dim, length - 1).clone() if length else None
-            history = History(length, mark, keys, places)
-        key = model_key(args)
+            last = state.history.length - 1 if state is not None else -1
+            before = past.select(dim, last) if 0 <= last < length else None
+            history = History(length, mark, keys, places, before)
         weights = weights_of(args, self.layout.buffers, self.layout.key_program)
-        state = session.state(key) if key else None
         session.forget(key)  # until this call is through
         if state is None:
             return BlockState(ids, masked, history, weights)

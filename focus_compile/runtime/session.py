@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from focus_compile.config import FIRST_STEPS
 from focus_compile.log import warning_once
 from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
 from focus_compile.runtime.block import BlockState
+from focus_compile.runtime.demand import Demand
 from focus_compile.runtime.reader import Reader
 from focus_compile.runtime.statistics import SessionStats
 from focus_compile.torch_private import recompile_limits_hit
@@ -98,6 +100,8 @@ class Session:
 
     Attributes:
         mask_token_id, alpha, visibility, exact: override the model's options where not None.
+        first_step, rescue: override the model's options where not None; ``rescue`` is a
+            :class:`~focus_compile.runtime.demand.Demand`.
         signal: replaces the ranking signal: a :class:`Signal`, or a function of the
             :class:`Step` that returns one. For ablations and benchmarks.
         enabled: whether masked calls run FOCUS's programs, or the dense one like all others.
@@ -112,6 +116,8 @@ class Session:
             last mask has gone need not be fed again before.
         shifted_logits: the token at p is predicted by the logits of p - 1 (Dream), so that it may
             be decoded where p - 1 was retained; the first one by the last call before the block.
+        last: with ``shifted_logits``, the logits of the token before the block, ``[B, V]``, by
+            which a rescue judges its first token; None: that token has none.
         block: ``(start, stop)``, the positions of the block that is being decoded, where calls get
             the whole canvas: masks outside are no candidates, and count as decoded. None: all.
         owns_kv: the caller drops the keys and values that a masked call returns, so that the next
@@ -132,6 +138,8 @@ class Session:
         enabled: bool = True,
         shifted_logits: bool = False,
         exact: bool | None = None,
+        first_step: str | None = None,
+        rescue: float | Demand | None = None,
     ) -> None:
         if alpha is not None and not alpha >= 1:
             raise ValueError(f"alpha={alpha!r}: expected a number >= 1")
@@ -139,6 +147,11 @@ class Session:
             raise ValueError(f"visibility={visibility!r}: expected 'written' or 'prefix'")
         if logits not in ("canvas", "packed"):
             raise ValueError(f"logits={logits!r}: expected 'canvas' or 'packed'")
+        if first_step is not None and first_step not in FIRST_STEPS:
+            raise ValueError(f"first_step={first_step!r}: expected one of {FIRST_STEPS}")
+        self.first_step = first_step
+        self.rescue = rescue if rescue is None or isinstance(rescue, Demand) else Demand(rescue)
+        self.last: Tensor | None = None
         self.mask_token_id = mask_token_id
         self.alpha = alpha
         self.visibility = visibility
@@ -187,8 +200,10 @@ class Session:
     @property
     def is_plain(self) -> bool:
         """Whether it changes nothing of what a generation does."""
-        settings = (self.alpha, self.visibility, self.signal, self.exact)
-        return self.enabled and settings == (None, None, None, None)
+        settings = (
+            self.alpha, self.visibility, self.signal, self.exact, self.first_step, self.rescue
+        )  # fmt: skip
+        return self.enabled and all(setting is None for setting in settings)
 
     def report(self) -> None:
         """At its end: warn if FOCUS had nothing to do, or was never asked."""
@@ -307,6 +322,8 @@ def session(
     enabled: bool = True,
     shifted_logits: bool = False,
     exact: bool | None = None,
+    first_step: str | None = None,
+    rescue: float | None = None,
 ) -> Iterator[Session]:
     """Scope of one generation: K/V slots, averages and progress live until it ends.
 
@@ -326,13 +343,17 @@ def session(
         exact: True evicts nothing and feeds every token in every step: logits of FOCUS's programs
             equal eager's to rounding throughout. A large alpha alone does not: the delayed cache
             stops feeding final tokens, and keeps their keys and values as they were.
+        first_step: ``"evict"``, ``"open"`` or ``"auto"``: see :class:`FocusConfig`. rescue: a
+            probability: a row whose retained tokens all have less gets its evicted tokens computed
+            in the same step, and decides among all. Give it the threshold of your own loop.
 
     Raises:
         ValueError: a value is out of range.
     """
     opened = Session(
-        mask_token_id, alpha, visibility, signal, logits, enabled, shifted_logits, exact
-    )
+        mask_token_id, alpha, visibility, signal, logits, enabled, shifted_logits, exact,
+        first_step, rescue,
+    )  # fmt: skip
     scope = Scope(opened)
     scope.enter()
     try:
