@@ -13,7 +13,8 @@ from focus_compile.generation.loop import generate
 from focus_compile.models.masks import block_mask
 from focus_compile.reports.explanation import Explanation, explain
 from focus_compile.runtime.record import Status
-from focus_compile.runtime.session import PackedLogits, Session, Signal, Step, session
+from focus_compile.runtime.session import PackedLogits, Session, session
+from focus_compile.runtime.signals import Signal, Step
 from focus_compile.runtime.statistics import SessionStats
 from focus_compile.views.cost import Cost
 

@@ -32,6 +32,10 @@ class FocusConfig:
         delayed_cache: whether a session stops feeding final tokens (section 6).
         stale_kv: whether the keys and values of evicted tokens stay visible in later steps
             (section 5.2); without, only those of this step and of final tokens are.
+        signal: what ranks tokens (section 12): ``"delta"``, ``"importance"``, ``"position"``,
+            ``"confidence"``, or the weights of both importances. Functions go to a session.
+        layers: the two layers whose attention ranks tokens; the second one is cut in two: later
+            layers compute retained tokens alone.
         first_step: what a session does in the first step of a block (section 10): ``"evict"``,
             ``"open"``, which evicts nothing there, or ``"auto"``, which opens where a row's last
             block decoded much in its first step, or is not known. A call without a session, which
@@ -55,6 +59,8 @@ class FocusConfig:
     visibility: str = "written"
     delayed_cache: bool = True
     stale_kv: bool = True
+    signal: str | tuple[float, float] = "delta"
+    layers: tuple[int, int] = (0, 1)
     first_step: str = "auto"
     rescue: float | None = None
     exact: bool = False
@@ -83,6 +89,13 @@ class FocusConfig:
         _expect(
             "first_step", self.first_step, self.first_step in FIRST_STEPS, f"one of {FIRST_STEPS}"
         )
+        names = ("delta", "importance", "position", "confidence")
+        valid = self.signal in names if isinstance(self.signal, str) else _is_pair(self.signal)
+        _expect("signal", self.signal, valid, f"one of {names}, or two weights")
+        valid = _is_pair(self.layers) and all(_is_int(layer) for layer in self.layers)
+        valid = valid and 0 <= self.layers[0] < self.layers[1]
+        _expect("layers", self.layers, valid, "two layers, (i, j) with 0 <= i < j")
+        object.__setattr__(self, "layers", tuple(self.layers))
         valid = self.rescue is None or is_probability(self.rescue)
         _expect("rescue", self.rescue, valid, "a probability from 0 to 1, or None")
         for name in ("delayed_cache", "stale_kv", "exact", "strict"):
@@ -139,6 +152,13 @@ class FocusConfig:
 
 def is_probability(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_pair(value: Any) -> bool:
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    return pair and all(
+        isinstance(number, int | float) and not isinstance(number, bool) for number in value
+    )
 
 
 def _is_int(value: Any) -> bool:

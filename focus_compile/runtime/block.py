@@ -65,6 +65,8 @@ class BlockState:
         settled: bool ``[B]``, rows without masks that were fed whole once.
         slots: K/V of history and block by input name, as the last call returned them.
         goes_on: whether every row is in the block that it was in before the last call.
+        confidence: fp32, the largest probability of each token when its logits were last computed,
+            0: never; age: int64, calls since, -1: never; has_confidence: whether that is known.
         committed: whether a dense call ran since the last masked one.
         weights: tells the model that made the slots from what it is after a change.
     """
@@ -84,6 +86,8 @@ class BlockState:
         self.settled = none[:, 0]
         self.calls, self.first_decoded = count, count - 1
         self.progress, self.decoded_sum, self.decode_steps = count - 1, count, count
+        self.confidence, self.age = none.float(), none.long() - 1
+        self.has_confidence = True
         self.slots: dict[str, Tensor] = {}
         self.goes_on = False
         self.committed = False
@@ -141,6 +145,8 @@ class BlockState:
         self.progress = torch.where(fresh, -1, self.progress)
         self.final, self.retained = self.final & line, self.retained & line
         self.written01, self.written = self.written01 & line, self.written & line
+        self.confidence = torch.where(line, self.confidence, 0.0)
+        self.age = torch.where(line, self.age, -1)
         self.calls, self.settled = torch.where(fresh, 0, self.calls), self.settled & ~fresh
         if not history.same_slots(before):
             self.slots = {}
@@ -172,6 +178,14 @@ class BlockState:
         Section 10. ``budget``: that of an average of 1, a scalar.
         """
         return (self.first_decoded < 0) | (self.first_decoded > budget)
+
+    def computed(self, sure: Tensor | None) -> None:
+        """Note confidences fp32 ``[B, T]`` of a call, -1 where none was computed; None: unknown."""
+        self.has_confidence = sure is not None
+        if sure is not None:
+            new = sure >= 0
+            self.confidence = torch.where(new, sure, self.confidence)
+            self.age = torch.where(new, 0, torch.where(self.age < 0, -1, self.age + 1))
 
     def _follows(self, ids: Tensor, masked: Tensor, history: History) -> Tensor:
         """bool ``[B]``: rows whose next block this is, if it is another one.

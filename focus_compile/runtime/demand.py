@@ -12,7 +12,7 @@ from torch import Tensor
 
 from focus_compile.config import is_probability
 
-__all__ = ["Demand", "confidence", "in_need"]
+__all__ = ["Demand", "confidence", "in_need", "rescue_of"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,17 @@ def in_need(sure: Tensor, masked: Tensor, retained: Tensor, demand: Demand) -> T
     candidates = torch.where(masked, sure, -1.0)
     last = candidates.sort(1, descending=True).values[:, count - 1]
     return evicted & (candidates.isnan().any(1) | ~(last >= demand.threshold))
+
+
+def rescue_of(
+    sure: Tensor | None, masked: Tensor, retained: Tensor, demand: Demand
+) -> Tensor | None:
+    """Evicted tokens of the rows in need, bool ``[B, T]``; None where there is none.
+
+    ``sure``: as for :func:`in_need`, or None: not known, and nobody is rescued.
+    """
+    if sure is None:
+        return None
+    need = in_need(sure, masked, retained, demand)
+    rescued = masked & ~retained & need.unsqueeze(1)
+    return rescued if bool(rescued.any()) else None

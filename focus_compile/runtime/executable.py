@@ -22,14 +22,15 @@ from focus_compile.programs.layout import Layout
 from focus_compile.programs.program import Program
 from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.block import BlockState, History
-from focus_compile.runtime.controls import controls, empty_slots, is_exact
-from focus_compile.runtime.demand import Demand, confidence, in_need
+from focus_compile.runtime.controls import controls, empty_slots, is_exact, ranking
+from focus_compile.runtime.demand import Demand, confidence, rescue_of
 from focus_compile.runtime.identity import model_key, overlap, weights_of
 from focus_compile.runtime.outputs import Packed, packed_logits, returned
 from focus_compile.runtime.reader import MaskedCall, Outputs, outermost
 from focus_compile.runtime.record import Record
 from focus_compile.runtime.rescue import recompute
 from focus_compile.runtime.session import Session, warn_outside
+from focus_compile.runtime.signals import reads_confidence
 
 __all__ = ["CAUSAL", "Executable"]
 
@@ -52,9 +53,9 @@ NOT_PACKED = (
     "module, and remove graph breaks; or read the model's output at session.retain_mask"
 )
 
-NOT_RESCUED = (
-    "rescue is off: no output of this program is known to hold the logits, by which it is judged "
-    "whether a retained token is sure. Compile the outermost module, and remove graph breaks"
+NO_LOGITS = (
+    "rescue and confidences are off: no output of this program is known to hold the logits, which "
+    "tell whether a retained token is sure. Compile the outermost module, and remove graph breaks"
 )
 OVERLAP = (
     "backend 'focus' runs the dense program: the model writes into an input whose memory another "
@@ -179,10 +180,11 @@ class Executable:
             selection.order, selection.places, count, most, self.config.buckets
         )
         values |= self.suffix(values | vars(Tables(tokens=tokens, rows=rows)))
-        kept = Packed(tokens[:count], selection.retain_mask)
-        rescued = None
-        if count < fed.tokens.numel():
-            rescued = self._rescued(values, state, kept, session)
+        kept, rescued = Packed(tokens[:count], selection.retain_mask), None
+        demand = self._demand(session) if count < fed.tokens.numel() else None
+        if demand is not None:
+            sure = self._sure(values, masked.shape, kept, session)
+            rescued = rescue_of(sure, masked, kept.keep, demand)
         if rescued is not None:
             again, kept = recompute(
                 self.suffix, self.halves, values, fed.fed, kept, rescued, self.config.buckets,
@@ -201,44 +203,47 @@ class Executable:
         if session is not None:
             retained = kept.keep.clone()  # it outlives this call
             state.advance(fed.fed, retained, self._slots(values), delayed)
-            session.retain_mask = retained
+            if reads_confidence(ranking(self.config, session)):
+                state.computed(self._sure(values, masked.shape, kept, session))
+            session.retain_mask, session.rescue_mask = retained, rescued
             session.stats.record(masked.numel(), fed.tokens.numel(), len(kept.tokens), rescued)
             self._tell(session, made, retained, packed)
             session.keep(model_key(args), state)  # last: a call that is interrupted has no state
         return made[:count_own]
 
-    def _rescued(
+    def _demand(self, session: Session | None) -> Demand | None:
+        """When rows are rescued: by the session's setting, or the option."""
+        if session is not None and session.rescue is not None:
+            return session.rescue
+        return None if self.config.rescue is None else Demand(self.config.rescue)
+
+    def _sure(
         self,
         values: Mapping[str, Tensor],
-        state: BlockState,
+        shape: torch.Size,
         retained: Packed,
         session: Session | None,
     ) -> Tensor | None:
-        """Evicted tokens, bool ``[B, T]``, of the rows in need; None where there is none."""
-        demand = None if session is None else session.rescue
-        if demand is None and self.config.rescue is not None:
-            demand = Demand(self.config.rescue)
-        if demand is None:
-            return None
+        """With which confidence each token could be decoded, fp32 ``[B, T]``; -1: it cannot.
+
+        None where it is not known which output are the logits.
+        """
         at = self._logits(session)
-        if at is None:
-            warning_once(log, NOT_RESCUED)
+        logits = None if at is None else self.halves.own[at]
+        if logits is None:
+            warning_once(log, NO_LOGITS)
             return None
-        logits = self.halves.own[at]
-        assert logits is not None
         token = self.config.mask_token_id
         if session is not None and session.mask_token_id is not None:
             token = session.mask_token_id
-        sure = torch.full(state.masked.shape, -1.0, device=state.masked.device)
         packed = packed_logits(logits, values, retained)
+        sure = torch.full(shape, -1.0, device=packed.values.device)
         sure.view(-1)[retained.tokens] = confidence(packed.values, token)
-        if session is not None and session.shifted_logits:
-            last = session.last
-            first = torch.full_like(sure[:, 0], -1.0) if last is None else confidence(last, token)
-            sure = torch.cat([first.unsqueeze(1), sure[:, :-1]], 1)
-        need = in_need(sure, state.masked, retained.keep, demand)
-        rescued = state.masked & ~retained.keep & need.unsqueeze(1)
-        return rescued if bool(rescued.any()) else None
+        if session is None or not session.shifted_logits:
+            return sure
+        last = session.last
+        first = torch.full_like(sure[:, 0], -1.0) if last is None else confidence(last, token)
+        return torch.cat([first.unsqueeze(1), sure[:, :-1]], 1)
 
     def _logits(self, session: Session | None) -> int | None:
         """Which output the caller reads as logits, if that is known."""

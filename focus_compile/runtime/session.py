@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
 from focus_compile.runtime.block import BlockState
 from focus_compile.runtime.demand import Demand
 from focus_compile.runtime.reader import Reader
+from focus_compile.runtime.signals import Choice, check_signal
 from focus_compile.runtime.statistics import SessionStats
 from focus_compile.torch_private import recompile_limits_hit
 
@@ -24,8 +25,6 @@ __all__ = [
     "PackedLogits",
     "Session",
     "SessionStats",
-    "Signal",
-    "Step",
     "current_session",
     "session",
     "warn_outside",
@@ -61,28 +60,6 @@ _THREAD = _Thread()
 
 
 @dataclass(frozen=True)
-class Signal:
-    """The ranking signal, ``weights[0] * importance0 + weights[1] * importance1 + bias``.
-
-    The default is FOCUS's: importance at layer 1 minus importance at layer 0. ``bias`` is fp32
-    ``[B, T]`` or None.
-    """
-
-    weights: tuple[float, float] = (-1.0, 1.0)
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a signal hook may look at; ``ids``, ``masked`` and ``fed`` are ``[B, T]``."""
-
-    index: int
-    ids: Tensor
-    masked: Tensor
-    fed: Tensor
-
-
-@dataclass(frozen=True)
 class PackedLogits:
     """Logits of the retained tokens of a call.
 
@@ -102,8 +79,9 @@ class Session:
         mask_token_id, alpha, visibility, exact: override the model's options where not None.
         first_step, rescue: override the model's options where not None; ``rescue`` is a
             :class:`~focus_compile.runtime.demand.Demand`.
-        signal: replaces the ranking signal: a :class:`Signal`, or a function of the
-            :class:`Step` that returns one. For ablations and benchmarks.
+        signal: overrides the model's option where not None: a name, the weights of both
+            importances, a :class:`~focus_compile.runtime.signals.Signal`, or a function of the
+            :class:`~focus_compile.runtime.signals.Step` that returns one.
         enabled: whether masked calls run FOCUS's programs, or the dense one like all others.
         packed: where the compiled program is the whole model and has one output as wide as the
             vocabulary, masked calls return no logits on the canvas but one zero, expanded, and
@@ -111,7 +89,8 @@ class Session:
             return logits on the canvas, and ``logits`` is None.
         reader: sees what a model returns, and so decides what is packed; None in an own loop.
         stats: counts so far.
-        retain_mask: bool ``[B, T]``, what the last masked call retained; None before it.
+        retain_mask: bool ``[B, T]``, what the last masked call retained, rescued tokens included;
+            None before it. rescue_mask: those that it rescued, None: none.
         commits_exactly: the caller commits every block with a mask-free call, so that a row whose
             last mask has gone need not be fed again before.
         shifted_logits: the token at p is predicted by the logits of p - 1 (Dream), so that it may
@@ -133,7 +112,7 @@ class Session:
         mask_token_id: int | None = None,
         alpha: float | None = None,
         visibility: str | None = None,
-        signal: Signal | Callable[[Step], Signal] | None = None,
+        signal: Choice | None = None,
         logits: str = "canvas",
         enabled: bool = True,
         shifted_logits: bool = False,
@@ -156,9 +135,10 @@ class Session:
         self.alpha = alpha
         self.visibility = visibility
         self.exact = exact
-        self.signal = signal
+        self.signal = None if signal is None else check_signal(signal)
         self.stats = SessionStats()
         self.retain_mask: Tensor | None = None
+        self.rescue_mask: Tensor | None = None
         self.enabled = enabled
         self.shifted_logits = shifted_logits
         self.block: tuple[int, int] | None = None
@@ -192,7 +172,7 @@ class Session:
         """Forget every block: the next call of each model starts anew."""
         self._states.clear()
         self._masked = None
-        self.retain_mask = None
+        self.retain_mask = self.rescue_mask = None
         self.logits = None
 
     close = reset  # for contextlib.closing
@@ -300,11 +280,6 @@ class Session:
         others = [other for other in self._states if other != key]
         return [other for other in others if not set(key).isdisjoint(other)] if others else []
 
-    def signal_of(self, step: Step) -> Signal:
-        if self.signal is None or isinstance(self.signal, Signal):
-            return self.signal or Signal()
-        return self.signal(step)
-
 
 def warn_outside() -> None:
     """Warn if a session is open elsewhere in the process; for a masked call that is in none."""
@@ -317,7 +292,7 @@ def session(
     mask_token_id: int | None = None,
     alpha: float | None = None,
     visibility: str | None = None,
-    signal: Signal | Callable[[Step], Signal] | None = None,
+    signal: Choice | None = None,
     logits: str = "canvas",
     enabled: bool = True,
     shifted_logits: bool = False,
