@@ -61,7 +61,7 @@ class FocusConfig:
     stale_kv: bool = True
     signal: str | tuple[float, float] = "delta"
     layers: tuple[int, int] = (0, 1)
-    first_step: str = "auto"
+    first_step: str = "evict"
     rescue: float | None = None
     exact: bool = False
     strict: bool = False

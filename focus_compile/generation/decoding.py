@@ -145,14 +145,16 @@ class Decoder:
             ValueError: ``rescue`` is neither a probability, ``"auto"`` nor None.
         """
         if rescue == "auto":
-            threshold = self.strategy == "threshold"
-            rescue = self.threshold if threshold and around is None else None
-            rescue = around.threshold if around is not None else rescue
+            rescue = self.threshold if self.strategy == "threshold" else None
+        elif rescue is None and around is not None:
+            rescue = around.threshold
         if rescue is None:
             return None
+        if isinstance(rescue, str):
+            raise ValueError(f"rescue={rescue!r}: expected a probability, 'auto' or None")
         if isinstance(self.strategy, str) and self.strategy != "threshold":
-            return Demand(rescue, self.strategy, self.count)  # type: ignore[arg-type]
-        return Demand(rescue)  # type: ignore[arg-type]
+            return Demand(rescue, self.strategy, self.count)
+        return Demand(rescue)
 
     def step(self, scores: Tensor, where: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Positions to decode bool ``[B, T]``, and tokens int64 ``[B, T]`` for them.

@@ -109,7 +109,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
-    rescue: float | Literal["auto"] | None = "auto",
+    rescue: float | Literal["auto"] | None = None,
     first_step: str | None = None,
     progress: bool = False,
     return_dict: bool = False,
@@ -146,8 +146,8 @@ def generate(
             can be decoded where its left neighbour was retained.
         rescue: a row in which no retained token has this probability gets its evicted tokens
             computed in the same step, and decides among all (docs/algorithm.md section 11).
-            ``"auto"``: that of the session around it, or else ``confidence_threshold`` where that
-            is the strategy, and None elsewhere. None: never.
+            ``"auto"``: ``confidence_threshold`` where that is the strategy, and None elsewhere.
+            None: as in the session around it, or in the model's options.
         first_step: ``"evict"``, ``"open"`` or ``"auto"`` (section 10); None: as in the session
             around it, or in the model's options.
         use_cache: False for models without a cache (LLaDA, Dream as published): they are called
@@ -269,8 +269,10 @@ def _denoise(
         made = step_scores(partial(_peek, rows, block, focus), masked, focus, reader)
         if made.retained is not None:
             result.retain_masks.append(made.retained)
+            result.rescue_masks.append(_rescued(focus, made.retained))
         elif not focus.enabled:
-            result.retain_masks.clear()  # dense from now on, if not from the start
+            result.retain_masks.clear()
+            result.rescue_masks.clear()  # dense from now on, if not from the start
         if focus.shifted_logits:
             made = made.shifted(last)
         where = masked & (made.row >= 0)
@@ -282,6 +284,11 @@ def _denoise(
         result.decoded += int(chosen.sum())
     result.steps_per_block.append(steps)
     return block
+
+
+def _rescued(focus: Session, retained: Tensor) -> Tensor:
+    """What the last call rescued, bool ``[B, T]``."""
+    return torch.zeros_like(retained) if focus.rescue_mask is None else focus.rescue_mask
 
 
 def _peek(rows: CachedBatch | CanvasBatch, block: Tensor, focus: Session) -> Tensor:

@@ -206,6 +206,7 @@ class Executable:
             if reads_confidence(ranking(self.config, session)):
                 state.computed(self._sure(values, masked.shape, kept, session))
             session.retain_mask, session.rescue_mask = retained, rescued
+            session.scores = selection.delta.clone()
             session.stats.record(masked.numel(), fed.tokens.numel(), len(kept.tokens), rescued)
             self._tell(session, made, retained, packed)
             session.keep(model_key(args), state)  # last: a call that is interrupted has no state

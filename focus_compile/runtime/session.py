@@ -90,7 +90,8 @@ class Session:
         reader: sees what a model returns, and so decides what is packed; None in an own loop.
         stats: counts so far.
         retain_mask: bool ``[B, T]``, what the last masked call retained, rescued tokens included;
-            None before it. rescue_mask: those that it rescued, None: none.
+            None before it. rescue_mask: those that it rescued, None: none. scores: fp32 ``[B, T]``,
+            what ranked its masked tokens.
         commits_exactly: the caller commits every block with a mask-free call, so that a row whose
             last mask has gone need not be fed again before.
         shifted_logits: the token at p is predicted by the logits of p - 1 (Dream), so that it may
@@ -139,6 +140,7 @@ class Session:
         self.stats = SessionStats()
         self.retain_mask: Tensor | None = None
         self.rescue_mask: Tensor | None = None
+        self.scores: Tensor | None = None
         self.enabled = enabled
         self.shifted_logits = shifted_logits
         self.block: tuple[int, int] | None = None
@@ -172,7 +174,7 @@ class Session:
         """Forget every block: the next call of each model starts anew."""
         self._states.clear()
         self._masked = None
-        self.retain_mask = self.rescue_mask = None
+        self.retain_mask = self.rescue_mask = self.scores = None
         self.logits = None
 
     close = reset  # for contextlib.closing
