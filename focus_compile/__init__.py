@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from focus_compile import testing
 from focus_compile.backend import focus_backend
+from focus_compile.calibration.calibrate import Calibration, calibrate
 from focus_compile.config import FocusConfig
 from focus_compile.entry import compile, status
 from focus_compile.errors import EvictedTokenDecoded, NotCompiled, UncommittedHistory, Unsupported
@@ -21,6 +22,7 @@ from focus_compile.views.cost import Cost
 __version__ = version("focus-compile")
 
 __all__ = [
+    "Calibration",
     "Candidates",
     "Cost",
     "EvictedTokenDecoded",
@@ -38,6 +40,7 @@ __all__ = [
     "Unsupported",
     "__version__",
     "block_mask",
+    "calibrate",
     "compile",
     "explain",
     "focus_backend",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from focus_compile.calibrated import read
 from focus_compile.torch_private import cudagraphs_by_default, inductor_modes, mode_options
 
 __all__ = ["FIRST_STEPS", "FocusConfig", "is_probability"]
@@ -42,6 +43,10 @@ class FocusConfig:
             knows no first step, evicts.
         rescue: a threshold from 0 to 1: rows in which no retained token has that probability get
             their evicted tokens computed in the same step (section 11). None: never, as the paper.
+        calibration: the file of :func:`focus_compile.calibrate`, or what it returned: sets signal,
+            layers, first_step and rescue where they are not given. Another model's is refused at
+            the first masked call. One that says "do not evict" sets ``evict=False``.
+        evict: False runs the dense program in every call.
         exact: nothing is evicted and nothing delayed: FOCUS's programs compute every token of a
             masked call in every layer, and the logits are the model's own to rounding, in every
             step of a session too. For regression tests (:mod:`focus_compile.testing`): it saves
@@ -63,6 +68,8 @@ class FocusConfig:
     layers: tuple[int, int] = (0, 1)
     first_step: str = "evict"
     rescue: float | None = None
+    calibration: Any = None
+    evict: bool = True
     exact: bool = False
     strict: bool = False
     mode: str | None = None
@@ -98,7 +105,7 @@ class FocusConfig:
         object.__setattr__(self, "layers", tuple(self.layers))
         valid = self.rescue is None or is_probability(self.rescue)
         _expect("rescue", self.rescue, valid, "a probability from 0 to 1, or None")
-        for name in ("delayed_cache", "stale_kv", "exact", "strict"):
+        for name in ("delayed_cache", "stale_kv", "exact", "evict", "strict"):
             _expect(
                 name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
             )
@@ -134,6 +141,10 @@ class FocusConfig:
                 f"unknown option {unknown[0]!r}: the options of backend 'focus' are "
                 f"{', '.join(names)}"
             )
+        if options.get("calibration") is not None:
+            found = read(options["calibration"])
+            options = {"evict": bool(found.options), **found.options, **options}
+            options["calibration"] = found
         return cls(**options)
 
     def captures(self, devices: Iterable[torch.device]) -> bool:

@@ -343,6 +343,7 @@ def _session(mask_token_id: int, shifted_logits: bool) -> Session:
         exact=around.exact,
         first_step=around.first_step,
         rescue=around.rescue,
+        calibration=around.calibration,
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from focus_compile.calibrated import Calibrated
 from focus_compile.config import FocusConfig
 from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHistory
 from focus_compile.graph.sharding import local
@@ -97,6 +99,7 @@ class Executable:
         self.captured = config.captures(slot.device for slot in layout.slots)
         self.returns = returns
         self.read_as = Outputs()
+        self.checked: set[tuple[Calibrated, tuple[int, ...]]] = set()
 
     @property
     def returns_logits(self) -> bool:
@@ -120,6 +123,9 @@ class Executable:
         masked = self._masked(ids, session)
         if masked is None or ids.shape[-1] == 1 or not bool(masked.any()):
             return self._dense(args, session)
+        if not self.config.evict:
+            self.record.dense_call("evict=False")
+            return self._dense(args, session, masked=True)
         if self.layout.written and overlap(args, self.layout.written):
             warning_once(log, OVERLAP)
             self.record.dense_call("written and shared memory")
@@ -158,6 +164,7 @@ class Executable:
     def _focus(
         self, args: Sequence[Any], ids: Tensor, masked: Tensor, session: Session | None
     ) -> Any:
+        self._check_calibration(args, session)
         values = self._arguments(args)
         state = self._state(args, values, ids, masked, session)
         exact = is_exact(self.config, session)
@@ -211,6 +218,24 @@ class Executable:
             self._tell(session, made, retained, packed)
             session.keep(model_key(args), state)  # last: a call that is interrupted has no state
         return made[:count_own]
+
+    def _check_calibration(self, args: Sequence[Any], session: Session | None) -> None:
+        """Raises:
+        ValueError: the calibration is of another model, or of other layers.
+        """
+        calibrated = session and session.calibration
+        if calibrated is not None:
+            layers = calibrated.options.get("layers", self.config.layers)
+            if layers != self.config.layers:
+                raise ValueError(
+                    f"the calibration ranks by layers {layers}, and the model is compiled for "
+                    f"{self.config.layers}: compile it with options={{'layers': {layers}}}"
+                )
+        key = model_key(args)
+        for each in (calibrated, self.config.calibration):
+            if each is not None and (each, key) not in self.checked:
+                each.check(arg for arg in args if isinstance(arg, Parameter))
+                self.checked.add((each, key))
 
     def _demand(self, session: Session | None) -> Demand | None:
         """When rows are rescued: by the session's setting, or the option."""

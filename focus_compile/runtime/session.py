@@ -7,10 +7,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from focus_compile.calibrated import read
 from focus_compile.config import FIRST_STEPS
 from focus_compile.log import warning_once
 from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
@@ -77,6 +79,7 @@ class Session:
 
     Attributes:
         mask_token_id, alpha, visibility, exact: override the model's options where not None.
+        calibration: what set them, or None.
         first_step, rescue: override the model's options where not None; ``rescue`` is a
             :class:`~focus_compile.runtime.demand.Demand`.
         signal: overrides the model's option where not None: a name, the weights of both
@@ -120,7 +123,15 @@ class Session:
         exact: bool | None = None,
         first_step: str | None = None,
         rescue: float | Demand | None = None,
+        calibration: Any = None,
     ) -> None:
+        self.calibration = None if calibration is None else read(calibration)
+        if self.calibration is not None:
+            found = self.calibration.in_session
+            signal = found.get("signal") if signal is None else signal
+            first_step = first_step or found.get("first_step")
+            rescue = found.get("rescue") if rescue is None else rescue
+            enabled = enabled and bool(found)
         if alpha is not None and not alpha >= 1:
             raise ValueError(f"alpha={alpha!r}: expected a number >= 1")
         if visibility not in (None, "written", "prefix"):
@@ -301,6 +312,7 @@ def session(
     exact: bool | None = None,
     first_step: str | None = None,
     rescue: float | None = None,
+    calibration: Any = None,
 ) -> Iterator[Session]:
     """Scope of one generation: K/V slots, averages and progress live until it ends.
 
@@ -323,13 +335,16 @@ def session(
         first_step: ``"evict"``, ``"open"`` or ``"auto"``: see :class:`FocusConfig`. rescue: a
             probability: a row whose retained tokens all have less gets its evicted tokens computed
             in the same step, and decides among all. Give it the threshold of your own loop.
+        calibration: the file of :func:`focus_compile.calibrate`, or what it returned: sets signal,
+            first_step and rescue where they are not given, and enabled to False where it says "do
+            not evict". The model must be compiled for its layers.
 
     Raises:
         ValueError: a value is out of range.
     """
     opened = Session(
         mask_token_id, alpha, visibility, signal, logits, enabled, shifted_logits, exact,
-        first_step, rescue,
+        first_step, rescue, calibration,
     )  # fmt: skip
     scope = Scope(opened)
     scope.enter()
