@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch.fx import GraphModule
 from transformers import AutoTokenizer, Qwen3ForCausalLM
+from typer.testing import CliRunner
 
 import focus_compile
 from focus_compile import Calibration, focus_backend
 from focus_compile.calibrated import fingerprint, read
+from focus_compile.cli import app
 from tests.support.harness import MASK, Sizes, build_model, eager_inner, random_call
 from tests.support.paths import TINY
 
@@ -138,3 +140,36 @@ def test_no_calibration(text: str, tmp_path: Path) -> None:
     for value in (file, tmp_path / "nowhere.json", 3):
         with pytest.raises(ValueError, match="is no calibration: expected what focus-compile"):
             read(value)
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The command calls this, and nothing is decoded."""
+    calls: list[dict[str, Any]] = []
+
+    def found(model: Any, texts: list[str], _: Any, **options: Any) -> Calibration:
+        calls.append({"texts": texts, **options})
+        return Calibration(
+            "mine", "float32", 8, len(texts), 32, 0.9, 1.5, 40, 0, (), ("a",), None, "do not evict"
+        )
+
+    monkeypatch.setattr("focus_compile.cli.calibrate_model", found)
+    return calls
+
+
+def test_command(cheap: list[dict[str, Any]], tmp_path: Path) -> None:
+    """What it is told reaches the function; the file is what `calibration=` takes."""
+    file, output = tmp_path / "prompts.txt", tmp_path / "calibration.json"
+    file.write_text("chain:a=1\nchain:b=2\n")
+    words = ["calibrate", str(TINY / "checkpoint"), "--prompts", str(file), "-o", str(output)]
+    made = CliRunner().invoke(app, [*words, "--threshold", "0.8", "--early-layers", "4"])
+    assert made.exit_code == 0, made.output
+    assert made.stdout.splitlines()[-1] == "do not evict"
+    (call,) = cheap
+    assert call["texts"] == ["chain:a=1", "chain:b=2"]
+    assert (call["confidence_threshold"], call["early_layers"], call["batch"]) == (0.8, 4, 8)
+    assert not focus_compile.FocusConfig.from_options({"calibration": output}).evict
+    told = CliRunner().invoke(app, [*words[:4], "--json"])
+    assert json.loads(told.stdout)["why"] == "do not evict"
+    missing = CliRunner().invoke(app, ["calibrate", *words[1:3], str(tmp_path / "nothing.txt")])
+    assert missing.exit_code == 2 and "holds no prompts" in missing.stderr
