@@ -223,7 +223,7 @@ class Executable:
         """Raises:
         ValueError: the calibration is of another model, or of other layers.
         """
-        calibrated = session and session.calibration
+        calibrated = None if session is None else session.calibration
         if calibrated is not None:
             layers = calibrated.options.get("layers", self.config.layers)
             if layers != self.config.layers:

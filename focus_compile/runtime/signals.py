@@ -83,7 +83,7 @@ def check_signal(choice: Any) -> Choice:
     if isinstance(choice, str) and choice in SIGNALS:
         return choice
     if isinstance(choice, Signal) or (callable(choice) and not isinstance(choice, str)):
-        return choice  # type: ignore[no-any-return]
+        return choice
     if isinstance(choice, list | tuple) and len(choice) == 2:
         if all(isinstance(weight, int | float) for weight in choice):
             return float(choice[0]), float(choice[1])
