@@ -76,6 +76,6 @@ def read(value: Any) -> Calibrated:
         return Calibrated(str(data["model"]), frozenset(data["weights"]), options)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"calibration={value!r} is no calibration: expected what focus-compile calibrate "
-            "writes, or focus_compile.calibrate returns"
+            f"calibration={value!r}: expected the file of focus-compile calibrate, or what "
+            "focus_compile.calibrate returns"
         ) from error

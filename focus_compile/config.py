@@ -142,7 +142,10 @@ class FocusConfig:
                 f"{', '.join(names)}"
             )
         if options.get("calibration") is not None:
-            found = read(options["calibration"])
+            try:
+                found = read(options["calibration"])
+            except ValueError as error:
+                raise ValueError(f"option {error}") from error
             options = {"evict": bool(found.options), **found.options, **options}
             options["calibration"] = found
         return cls(**options)
