@@ -139,7 +139,7 @@ def test_no_calibration(text: str, tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     file.write_text(text)
     for value in (file, tmp_path / "nowhere.json", 3):
-        with pytest.raises(ValueError, match="calibration=.*: expected the file of focus-compile"):
+        with pytest.raises(ValueError, match=r"calibration=.*: expected the file of focus-compile"):
             read(value)
 
 
