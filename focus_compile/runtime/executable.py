@@ -211,7 +211,10 @@ class Executable:
             retained = kept.keep.clone()  # it outlives this call
             state.advance(fed.fed, retained, self._slots(values), delayed)
             if reads_confidence(ranking(self.config, session)):
-                state.computed(self._sure(values, masked.shape, kept, session))
+                sure = self._sure(values, masked.shape, kept, session)
+                if sure is not None and session.shifted_logits:
+                    sure[:, 0] = -1  # judged by logits of another block
+                state.computed(sure)
             session.retain_mask, session.rescue_mask = retained, rescued
             session.scores = selection.delta.clone()
             session.stats.record(masked.numel(), fed.tokens.numel(), len(kept.tokens), rescued)
