@@ -68,18 +68,14 @@ def judge(candidate: Candidate, tally: Tally, layers: int, block: int) -> Judged
 def choose(judged: Sequence[Judged]) -> tuple[Judged | None, str]:
     """The candidate to use and why; None: do not evict (docs/algorithm.md section 13)."""
     usable = [each for each in judged if each.candidate.signal != "random"]
+    known = max(each.evicting for each in usable) >= ENOUGH
+    usable = usable if known else [each for each in usable if _is_paper(each)]
+    told = "" if known else f"fewer than {ENOUGH} steps evict, too few to judge signals; "
     best = min(usable, key=lambda each: each.predicted)
     if best.predicted >= NOT_WORTH_IT:
         return None, (
-            f"do not evict: the cheapest signal ({best.candidate.name}) is predicted to cost "
+            f"{told}do not evict: the cheapest signal ({best.candidate.name}) is predicted to cost "
             f"{best.predicted:.2f} of dense"
-        )
-    if max(each.evicting for each in usable) < ENOUGH:
-        paper = [each for each in usable if _is_paper(each)]
-        chosen = min(paper, key=lambda each: each.candidate.first_step != "open")
-        return chosen, (
-            f"too few steps to judge signals: something is evicted in {best.evicting}, of {ENOUGH} "
-            "needed; the paper's signal with an open first step"
         )
     near = [each for each in usable if _is_paper(each) and each.predicted <= 1.02 * best.predicted]
     chosen = min(near, key=lambda each: each.predicted) if near else best
@@ -93,8 +89,8 @@ def choose(judged: Sequence[Judged]) -> tuple[Judged | None, str]:
                     chosen = each
                     break
     return chosen, (
-        f"{chosen.candidate.name}, first step {chosen.candidate.first_step}: predicted to cost "
-        f"{chosen.predicted:.2f} of dense"
+        f"{told}{chosen.candidate.name}, first step {chosen.candidate.first_step}: predicted to "
+        f"cost {chosen.predicted:.2f} of dense"
     )
 
 

@@ -64,7 +64,7 @@ def test_a_signal_that_fails() -> None:
 
 def test_too_few_prompts() -> None:
     found = measured("aligned_checkpoint", 2)
-    assert "too few steps" in found.why
+    assert "too few to judge signals" in found.why
     assert found.options == {
         "signal": "delta", "layers": (0, 1), "first_step": "open", "rescue": 0.9,
     }  # fmt: skip

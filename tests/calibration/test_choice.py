@@ -37,14 +37,15 @@ def test_choice(rivals: list[tuple[str, float, str]], chosen: tuple[str, str] | 
 
 
 def test_too_few_steps() -> None:
-    """The paper's signal, with an open first step, whatever looks cheaper."""
+    """The paper's signal, whatever looks cheaper."""
     rivals = [
         judged("position", 0.2, evicting=199),
         judged("delta", 0.4, "evict", 150),
-        judged("delta", 0.5, "open", 140),
+        judged("delta", 0.419, "open", 140),
     ]
     found, why = choose(rivals)
-    assert found is rivals[2] and why.startswith("too few steps to judge signals")
+    assert found is rivals[2] and why.startswith("fewer than 200 steps evict, too few to judge")
+    assert choose([judged("delta", 0.96, evicting=10)])[0] is None
 
 
 def test_gate() -> None:

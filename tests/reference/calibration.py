@@ -98,7 +98,8 @@ def replay(
             tokens,
             shifted=False,
         )
-        row.progress, row.warm = made.progress, True
+        row.progress = max([made.progress, *fed]) if missed else made.progress
+        row.warm = True
         row.final = algorithm.finalise(dense.masked, fed, row.final)
         row.steps += 1
         row.record(len(dense.decoded))
