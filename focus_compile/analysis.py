@@ -18,7 +18,7 @@ from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
 from focus_compile.graph.inputs import Input
 from focus_compile.graph.nodes import graph_inputs, tensor_of
 from focus_compile.passes import rewrite
-from focus_compile.plan.plan import Plan, make_plan
+from focus_compile.plan.plan import SCORED, Plan, make_plan
 from focus_compile.programs.cut import cut
 from focus_compile.programs.halves import Halves
 from focus_compile.programs.layout import Layout, layout_of
@@ -45,30 +45,32 @@ class Analysis:
         return (*self.canonical.inputs, *self.plan.inputs)
 
 
-def analyze(gm: GraphModule, broke: GraphBreak | None = None) -> Analysis:
+def analyze(
+    gm: GraphModule, broke: GraphBreak | None = None, layers: tuple[int, int] = SCORED
+) -> Analysis:
     """Capture, label, plan, rewrite and cut one Dynamo graph; ``broke``: what ended it, if not the
-    end of the function that Dynamo captured.
+    end of the function that Dynamo captured; ``layers``: whose attention ranks tokens.
 
     Raises:
         Unsupported: FOCUS cannot be applied soundly, or the analysis itself fails.
         EmptyCall: there are no token ids.
     """
     try:
-        return _analyze(gm, broke)
+        return _analyze(gm, broke, layers)
     except (Unsupported, EmptyCall):
         raise
     except Exception as error:
         raise Unsupported(INTERNAL_ERROR, kind=type(error).__name__, error=error) from error
 
 
-def _analyze(gm: GraphModule, broke: GraphBreak | None) -> Analysis:
+def _analyze(gm: GraphModule, broke: GraphBreak | None, layers: tuple[int, int]) -> Analysis:
     captured, written = capture(gm)
     entry = find_entry(captured)
     if entry is not None:
         _refuse_small(entry)
     widened, last = widen(grow(label(captured, entry)))
     canonical = canonicalize(widened)
-    plan = make_plan(canonical)
+    plan = make_plan(canonical, layers)
     stages = tuple(rewrite(canonical.gm, plan))
     module_state = [index for index, node in enumerate(graph_inputs(gm)) if is_module_state(node)]
     layout = layout_of(canonical, plan, written, module_state)

@@ -87,7 +87,7 @@ def focus_backend(
             return dense
         refuse_modes(example_inputs)
         with record.compiling():
-            analysis = analyze(copied, broke)
+            analysis = analyze(copied, broke, config.layers)
     except NothingToEvict:
         return Unchanged(dense)
     except Unsupported as refusal:

@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from typer.core import TyperCommand
 
 from focus_compile import __version__
+from focus_compile.calibration.calibrate import calibrate as calibrate_model
 from focus_compile.entry import compile as compile_model
 from focus_compile.generation.loop import generate as generate_blocks
 from focus_compile.generation.text import answers, end_tokens, left_padded, prompt_ids
@@ -268,6 +269,50 @@ def generate(
             trace.write_text(json.dumps(generated.trace()))
         if not as_json:
             print_figures(generated)
+
+
+@app.command()
+def calibrate(
+    path: Source,
+    *,
+    prompts: Annotated[Path, typer.Option(help='one a line; in a .jsonl file {"prompt": text}')],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="file for `calibration=`")
+    ] = None,
+    batch: Batch = 8,
+    block: Block = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="rounded up to whole blocks")] = 64,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="confidence to decode at")] = 0.9,
+    alpha: Annotated[float, typer.Option(min=1, help="budget factor")] = 1.5,
+    early_layers: Annotated[int, typer.Option(min=2, help="whose attention is looked at")] = 3,
+    use_cache: Annotated[bool, typer.Option(help="off: the model gets the whole canvas")] = True,
+    mask_token_id: MaskToken = None,
+    trust_remote_code: Trusted = False,
+    as_json: AsJson = False,
+    traceback: WithTrace = False,
+) -> None:
+    """Find which signal points at what a model decodes: prompts are decoded densely."""
+    with one_line(traceback):
+        texts = read_prompts(prompts)
+        words = tokenizer(path, trust_remote_code)
+        model, _ = load(path, trust_remote_code)
+        found = calibrate_model(
+            model,
+            texts,
+            words,
+            mask_token_id=mask_token(model, words, mask_token_id),
+            block_length=block,
+            max_new_tokens=max_new_tokens,
+            confidence_threshold=threshold,
+            alpha=alpha,
+            batch=batch,
+            use_cache=use_cache,
+            early_layers=early_layers,
+            progress=not as_json and sys.stdout.isatty(),
+        )
+        typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
+        if output is not None:  # last: if it cannot be written, the table is there
+            found.save(output)
 
 
 class _PathFirst(TyperCommand):

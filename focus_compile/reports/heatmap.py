@@ -11,6 +11,7 @@ __all__ = ["CELLS", "Grid", "grids"]
 CELLS = {
     "decoded": "decoded in this step",
     "retained": "masked and retained: every layer computes it",
+    "rescued": "masked, evicted at first, and computed in the same step after all",
     "evicted": "masked and evicted: layers 0 and 1 only",
     "again": "decoded before, fed once more",
     "done": "decoded before, not fed",
@@ -34,7 +35,8 @@ def grids(trace: Mapping[str, Any]) -> list[Grid]:
 
     Args:
         trace: plain data: ``block_length`` T, ``rows`` B, and ``steps``, a list of mappings with
-            ``block``, an index, and ``masked``, ``retained``, ``decoded``, bool ``[B][T]``.
+            ``block``, an index, and ``masked``, ``retained``, ``decoded``, bool ``[B][T]``; and
+            ``rescued``, if any token was.
 
     Raises:
         ValueError: it is none; one sentence that says where.
@@ -48,7 +50,7 @@ def grids(trace: Mapping[str, Any]) -> list[Grid]:
             row,
             block,
             tuple(
-                tuple(map(_cell, *(step[name][row] for name in _PARTS)))
+                tuple(map(_cell, *(lines[row] for lines in _canvases(step, rows, length))))
                 for step in steps
                 if step["block"] == block
             ),
@@ -58,11 +60,16 @@ def grids(trace: Mapping[str, Any]) -> list[Grid]:
     ]
 
 
-def _cell(masked: bool, retained: bool, decoded: bool) -> str:
+def _canvases(step: Mapping[str, Any], rows: int, length: int) -> list[Any]:
+    none = [[False] * length] * rows
+    return [*(step[part] for part in _PARTS), step.get("rescued", none)]
+
+
+def _cell(masked: bool, retained: bool, decoded: bool, rescued: bool) -> str:
     if decoded:
         return "decoded"
     if masked:
-        return "retained" if retained else "evicted"
+        return "rescued" if rescued else "retained" if retained else "evicted"
     return "again" if retained else "done"
 
 
@@ -90,7 +97,7 @@ def _check_step(number: int, step: Any, rows: int, length: int) -> None:
             raise ValueError(f"{location}: {name} is missing")
     if type(step["block"]) is not int or step["block"] < 0:
         raise ValueError(f"{location}: block is {step['block']!r}, expected an index")
-    for name in _PARTS:
+    for name in (*_PARTS, *(["rescued"] if "rescued" in step else [])):
         if not _is_canvas(step[name], rows, length):
             raise ValueError(f"{location}: {name} is not {rows} lists of {length} booleans")
     for row, position in _unmasked_decodes(step):

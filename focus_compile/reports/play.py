@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from focus_compile.rounding import TOLERANCE
-from focus_compile.runtime.session import Signal, Step, session
+from focus_compile.runtime.session import session
+from focus_compile.runtime.signals import Signal, Step
 from focus_compile.torch_private import tree_leaves
 
 __all__ = [

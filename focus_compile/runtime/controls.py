@@ -13,14 +13,21 @@ from focus_compile.graph.sizes import length
 from focus_compile.ops.tables import Feed
 from focus_compile.plan.controls import Controls
 from focus_compile.runtime.block import BlockState
-from focus_compile.runtime.session import Session, Signal, Step
+from focus_compile.runtime.session import Session
+from focus_compile.runtime.signals import Choice, Step, check_signal, signal_of
 
-__all__ = ["controls", "empty_slots", "is_exact"]
+__all__ = ["controls", "empty_slots", "is_exact", "ranking"]
 
 
 def is_exact(config: FocusConfig, session: Session | None) -> bool:
     """Whether every token is fed and retained: by the session's setting, or the option."""
     return config.exact if session is None or session.exact is None else session.exact
+
+
+def ranking(config: FocusConfig, session: Session | None) -> Choice:
+    """The session's signal before that of the options."""
+    chosen = None if session is None else session.signal
+    return check_signal(config.signal if chosen is None else chosen)
 
 
 def controls(
@@ -39,13 +46,24 @@ def controls(
         ValueError: the session's signal has a bias of another shape than ``[B, T]``.
     """
     device = state.masked.device
-    alpha, visibility, signal = config.alpha, config.visibility, Signal()
+    alpha, visibility = config.alpha, config.visibility
     if session is not None:
         alpha = alpha if session.alpha is None else session.alpha
         visibility = session.visibility or visibility
-        signal = session.signal_of(Step(session.stats.steps, state.ids, state.masked, fed.fed))
     if is_exact(config, session):
         alpha = torch.inf
+    factor = torch.tensor(alpha, dtype=torch.float32, device=device)
+    average = state.average
+    first_step = "evict" if session is None else session.first_step or config.first_step
+    if first_step != "evict":
+        opening = ~state.warm
+        if first_step == "auto":
+            opening = opening & state.opens(factor.ceil())
+        average = torch.where(opening, torch.inf, average)  # a budget for all of them
+    index = 0 if session is None else session.stats.steps
+    seen = (state.confidence, state.age) if state.has_confidence else (None, None)
+    step = Step(index, state.ids, state.masked, fed.fed, *seen)
+    signal = signal_of(ranking(config, session), step)
     bias = signal.bias
     if bias is None:
         bias = torch.zeros(state.masked.shape, dtype=torch.float32, device=device)
@@ -57,8 +75,8 @@ def controls(
         masked=state.masked,
         fed=fed.fed,
         progress=state.progress,
-        average=state.average,
-        alpha=torch.tensor(alpha, dtype=torch.float32, device=device),
+        average=average,
+        alpha=factor,
         signal_weights=torch.tensor(signal.weights, dtype=torch.float32, device=device),
         signal_bias=bias.to(device, torch.float32).contiguous(),
         fed_tokens=fed.tokens,
