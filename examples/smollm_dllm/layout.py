@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from questions import TASKS, Example, draw
@@ -39,16 +40,24 @@ class Batch:
         return Batch(*(value.to(device) for value in vars(self).values()))
 
 
-def drawn(seed: int, step: int, size: int, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The examples of a step; tasks take turns."""
-    pool, index = divmod(step, POOLED)
+@lru_cache(maxsize=2)
+def _pool(
+    seed: int, pool: int, size: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], ...]:
+    """``POOLED`` batches in a random order; tasks take turns."""
     rng = random.Random(f"train/{seed}/{pool}")
     names = tuple(TASKS)
     made = [draw(rng, names[i % len(names)], tokenizer) for i in range(POOLED * size)]
     made.sort(key=lambda example: len(tokenizer.encode(example.prompt)))
     order = list(range(POOLED))
     rng.shuffle(order)
-    return made[order[index] * size :][:size]
+    return tuple(made[place * size :][:size] for place in order)
+
+
+def drawn(seed: int, step: int, size: int, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The examples of a step."""
+    pool, index = divmod(step, POOLED)
+    return _pool(seed, pool, size, tokenizer)[index]
 
 
 def noise(rows: int, blocks: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

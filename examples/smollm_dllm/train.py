@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -232,10 +233,12 @@ def main(
         body = torch.compile(base.model, dynamic=True) if compile_model else base.model
         lower = device != "cpu" if bf16 is None else bf16
         saved = time.monotonic()
-        with log.open("a") as lines:
+        with log.open("a") as lines, ThreadPoolExecutor(1) as ahead:
+            after = ahead.submit(settings.batch_of, done, tokenizer)
             for step in range(done, settings.steps):
                 start = time.perf_counter()
-                fed = settings.batch_of(step, tokenizer)
+                fed = after.result()
+                after = ahead.submit(settings.batch_of, step + 1, tokenizer)
                 record = train_step(
                     body,
                     base.lm_head,
