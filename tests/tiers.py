@@ -86,6 +86,7 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     (r"test_(compiles|trained|signal)\.py", "wide"),
     (r"test_lm_eval\.py::test_(dense|focus|lengths|stop)", "wide"),
     (r"faults/test_steps\.py::test_interrupted", "wide"),
+    (r"test_smollm\.py::test_the_tokenizer", "wide"),
 )
 
 
