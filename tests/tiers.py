@@ -79,6 +79,7 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     # many of a kind
     (r"test_families\.py::test_\w+\[", "wide"),
     (r"test_no_eviction\.py", "wide"),
+    (r"system/test_rescue\.py.*\[(?!llada-canvas-written)", "wide"),
     (r"test_eviction\.py::test_equals_the_reference", "wide"),
     (r"fuzz/test_(fuzz|edges|found)\.py", "wide"),
     (r"gpu/test_(calls|graphs|generation|streams|kernels)\.py.*cpu-(?!llada)", "wide"),

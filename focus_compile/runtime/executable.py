@@ -195,7 +195,7 @@ class Executable:
         if rescued is not None:
             again, kept = recompute(
                 self.suffix, self.halves, values, fed.fed, kept, rescued, self.config.buckets,
-                keeps=self.captured,
+                overwrites=self.captured,
             )  # fmt: skip
             values |= again
         domains = {Domain.FED: Packed(fed.tokens, fed.fed), Domain.RETAINED: kept}

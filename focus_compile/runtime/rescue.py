@@ -29,7 +29,7 @@ def recompute(
     rescued: Tensor,
     buckets: Sequence[int] = (),
     *,
-    keeps: bool = False,
+    overwrites: bool = False,
 ) -> tuple[dict[str, Tensor], Packed]:
     """Run the suffix again over the rescued tokens, from what the prefix left.
 
@@ -37,7 +37,7 @@ def recompute(
         values: what both programs were given and returned in the first pass.
         fed, rescued: bool ``[B, T]``; rescued tokens were fed and are not retained.
         retained: tokens of the first pass.
-        keeps: what the suffix returned is overwritten by its next run, as by a CUDA graph.
+        overwrites: a run of the suffix overwrites what the last one returned, as a CUDA graph does.
 
     Returns:
         values that take the place of the first pass's: keys and values of history and block, and
@@ -50,7 +50,7 @@ def recompute(
     both = _packed_outputs(halves)
     first = {value.name: retained.rows(values[value.name], value.token_dim) for value in both}
     slots = {slot: values[name] for slot, name in halves.slots.items()}
-    if keeps:
+    if overwrites:
         first = {name: value.clone() for name, value in first.items()}
         slots = {slot: value.clone() for slot, value in slots.items()}
     # the bound of visibility="prefix" is the last fed token; of each row in need all are stored now
