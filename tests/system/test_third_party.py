@@ -18,7 +18,7 @@ BATCH = 4
 @pytest.fixture(scope="module")
 def run() -> Run:
     """The mask token comes from the session."""
-    model = third_party.polite_model(sizes=Sizes(layers=3))
+    model = third_party.polite_model(sizes=Sizes(layers=4))
     return Run(model, {"mask_token_id": None}, dynamic=True)
 
 
