@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from focus_compile.calibration.replay import Candidate, Tally
@@ -15,6 +15,9 @@ ENOUGH = 200
 """Evicting steps of rows below which no signal is judged."""
 NOT_WORTH_IT = 0.95
 """Predicted cost, relative to dense, from which on nothing is evicted."""
+NEAR, DEARER = 1.02, 1.05
+"""Within the first of the least cost the paper's signal is taken; an open first step may cost the
+second times as much as an evicting one."""
 OVER_GATE = 0.03
 """Share of the cost that rescues of steps in which dense is forced, too, may take."""
 FORCED = 20
@@ -77,17 +80,12 @@ def choose(judged: Sequence[Judged]) -> tuple[Judged | None, str]:
             f"{told}do not evict: the cheapest signal ({best.candidate.name}) is predicted to cost "
             f"{best.predicted:.2f} of dense"
         )
-    near = [each for each in usable if _is_paper(each) and each.predicted <= 1.02 * best.predicted]
+    near = [each for each in usable if _is_paper(each) and each.predicted <= NEAR * best.predicted]
     chosen = min(near, key=lambda each: each.predicted) if near else best
-    if chosen.candidate.first_step == "evict":
-        for each in usable:
-            same = (each.candidate.signal, each.candidate.layers) == (
-                chosen.candidate.signal, chosen.candidate.layers
-            )  # fmt: skip
-            if same and each.candidate.first_step == "open":
-                if each.predicted <= 1.05 * chosen.predicted:
-                    chosen = each
-                    break
+    opened = replace(chosen.candidate, first_step="open")
+    for each in usable:
+        if each.candidate == opened and each.predicted <= DEARER * chosen.predicted:
+            chosen = each
     return chosen, (
         f"{told}{chosen.candidate.name}, first step {chosen.candidate.first_step}: predicted to "
         f"cost {chosen.predicted:.2f} of dense"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from focus_compile.calibration.record import DenseStep
 from focus_compile.ops.selection import retain, target
-from focus_compile.ops.tables import last_position
-from focus_compile.runtime.signals import Step, signal_of
+from focus_compile.runtime.block import BlockState, History
+from focus_compile.runtime.signals import Signal, Step, signal_of
 
 __all__ = ["Candidate", "Tally", "replay"]
 
@@ -76,18 +76,7 @@ class Tally:
         return (self.cost / self.gain) / dense
 
 
-@dataclass
-class _State:
-    """Of one candidate, in a block: as in docs/algorithm.md section 0, ``[B]`` and ``[B, T]``."""
-
-    final: Tensor
-    warm: Tensor
-    progress: Tensor
-    confidence: Tensor
-    age: Tensor
-    decoded_sum: Tensor
-    decode_steps: Tensor
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+NO_HISTORY = History(0, None)
 
 
 def replay(
@@ -103,21 +92,24 @@ def replay(
 
     ``layers``: of the model.
     """
-    masked = steps[0].masked
-    none, count = torch.zeros_like(masked), torch.zeros_like(masked[:, 0], dtype=torch.int64)
-    state = _State(none, none[:, 0], count - 1, none.float(), none.long() - 1, count, count)
+    ids = torch.zeros_like(steps[0].masked, dtype=torch.int64)  # which ones does not matter
+    state = BlockState(ids, steps[0].masked, NO_HISTORY)
     early = candidate.layers[1] + 1
     late = layers - early
+    generator = torch.Generator().manual_seed(0)
     for index, step in enumerate(steps):
-        rows = step.masked.any(1)
-        average = torch.where(
-            state.decode_steps > 0, state.decoded_sum / state.decode_steps.clamp_min(1), 1.0
-        )
+        if index:
+            state.observe(ids, step.masked, NO_HISTORY)
+        rows, average = step.masked.any(1), state.average
         if candidate.first_step == "open":
             average = torch.where(state.warm, average, torch.inf)
-        fed = torch.where(state.warm.unsqueeze(1), ~state.final, True) & rows.unsqueeze(1)
+        fed = state.fed(delayed_cache=True, skip_decoded_rows=True)
         factor = torch.tensor(alpha)
-        scores = _scores(candidate, step, fed, state, index)
+        if candidate.signal == "random":
+            scores = torch.rand(step.masked.shape, generator=generator)
+        else:
+            seen = Step(index, ids, step.masked, fed, state.confidence, state.age)
+            scores = _scores(candidate, step, signal_of(candidate.signal, seen))
         kept = retain(scores, step.masked, fed, state.progress, average, factor)
         kept &= rows.unsqueeze(1)
         number_fed, number_kept = fed.sum(1), kept.sum(1)
@@ -143,16 +135,13 @@ def replay(
         tally.kept += float(share[evicts].sum())
         budget = target(step.masked.sum(1), average, factor)
         _judge(tally, scores, step, budget, rows & (budget < step.masked.sum(1)))
-        _advance(state, step, fed, torch.where(missed.unsqueeze(1), fed, kept))
+        computed = torch.where(missed.unsqueeze(1), fed, kept)
+        state.advance(fed, computed, {}, delayed_cache=True)
+        state.computed(step.confidence.masked_fill(~computed, -1))
+        state.retained = torch.ones_like(fed)  # dense decodes whatever it likes
 
 
-def _scores(
-    candidate: Candidate, step: DenseStep, fed: Tensor, state: _State, index: int
-) -> Tensor:
-    if candidate.signal == "random":
-        return torch.rand(step.masked.shape, generator=state.generator)
-    seen = Step(index, step.masked, step.masked, fed, state.confidence, state.age)
-    signal = signal_of(candidate.signal, seen)
+def _scores(candidate: Candidate, step: DenseStep, signal: Signal) -> Tensor:
     first, second = (step.importances[layer] for layer in candidate.layers)
     scores = signal.weights[0] * first + signal.weights[1] * second
     return scores if signal.bias is None else scores + signal.bias
@@ -170,18 +159,3 @@ def _judge(tally: Tally, scores: Tensor, step: DenseStep, budget: Tensor, rows: 
         first = values.argsort(descending=True, stable=True)[: int(budget[row])]
         tally.recall += float(wanted[first].sum() / wanted.sum())
         tally.ranked += 1
-
-
-def _advance(state: _State, step: DenseStep, fed: Tensor, kept: Tensor) -> None:
-    open_ = step.masked.any(1, keepdim=True)
-    decoded = ~step.masked & (fed | state.final)
-    right = torch.cat([decoded[:, 1:], torch.ones_like(decoded[:, :1])], dim=1)
-    state.final = state.final | (fed & ~step.masked & right)
-    state.warm = state.warm | open_.squeeze(1)
-    state.progress = torch.maximum(state.progress, last_position(kept))
-    new = kept & (step.confidence >= 0)
-    state.confidence = torch.where(new, step.confidence, state.confidence)
-    state.age = torch.where(new, 0, torch.where(state.age < 0, -1, state.age + 1))
-    count = step.decoded.sum(1)
-    state.decoded_sum = state.decoded_sum + count
-    state.decode_steps = state.decode_steps + (count > 0)
