@@ -57,6 +57,9 @@ Block = Annotated[int, typer.Option(min=2, help="tokens of a block")]
 History = Annotated[int, typer.Option(min=0, help="tokens in the cache")]
 Fed = Annotated[float, typer.Option(min=0, max=1, help="share of the block that is fed")]
 Retained = Annotated[float, typer.Option(min=0, max=1, help="share that is retained")]
+NewTokens = Annotated[int, typer.Option(min=1, help="rounded up to whole blocks")]
+Threshold = Annotated[float, typer.Option(min=0, max=1, help="confidence to decode at")]
+Alpha = Annotated[float, typer.Option(min=1, help="budget factor")]
 MaskToken = Annotated[int | None, typer.Option(help="id of the mask token, if nothing tells it")]
 Trusted = Annotated[
     bool,
@@ -230,10 +233,10 @@ def generate(
     path: Source,
     *,
     prompt: Annotated[list[str], typer.Option(help="text to go on from; give several for a batch")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="rounded up to whole blocks")] = 64,
+    max_new_tokens: NewTokens = 64,
     block: Block = 32,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="confidence to decode at")] = 0.9,
-    alpha: Annotated[float, typer.Option(min=1, help="budget factor")] = 1.5,
+    threshold: Threshold = 0.9,
+    alpha: Alpha = 1.5,
     dense: Annotated[bool, typer.Option("--dense", help="without FOCUS")] = False,
     trace: Annotated[Path | None, typer.Option(help="file for `report --trace`")] = None,
     mask_token_id: MaskToken = None,
@@ -281,9 +284,9 @@ def calibrate(
     ] = None,
     batch: Batch = 8,
     block: Block = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="rounded up to whole blocks")] = 64,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="confidence to decode at")] = 0.9,
-    alpha: Annotated[float, typer.Option(min=1, help="budget factor")] = 1.5,
+    max_new_tokens: NewTokens = 64,
+    threshold: Threshold = 0.9,
+    alpha: Alpha = 1.5,
     early_layers: Annotated[int, typer.Option(min=2, help="whose attention is looked at")] = 3,
     use_cache: Annotated[bool, typer.Option(help="off: the model gets the whole canvas")] = True,
     mask_token_id: MaskToken = None,
@@ -294,13 +297,13 @@ def calibrate(
     """Find which signal points at what a model decodes: prompts are decoded densely."""
     with one_line(traceback):
         texts = read_prompts(prompts)
-        words = tokenizer(path, trust_remote_code)
+        text_tokenizer = tokenizer(path, trust_remote_code)
         model, _ = load(path, trust_remote_code)
-        found = calibrate_model(
+        calibration = calibrate_model(
             model,
             texts,
-            words,
-            mask_token_id=mask_token(model, words, mask_token_id),
+            text_tokenizer,
+            mask_token_id=mask_token(model, text_tokenizer, mask_token_id),
             block_length=block,
             max_new_tokens=max_new_tokens,
             confidence_threshold=threshold,
@@ -310,9 +313,10 @@ def calibrate(
             early_layers=early_layers,
             progress=not as_json and sys.stdout.isatty(),
         )
-        typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
+        data = json.dumps(calibration.to_dict(), indent=1)
+        typer.echo(data if as_json else str(calibration))
         if output is not None:  # last: if it cannot be written, the table is there
-            found.save(output)
+            calibration.save(output)
 
 
 class _PathFirst(TyperCommand):
@@ -341,9 +345,9 @@ def bench(
     ] = None,
     batch: Batch = 8,
     block: Block = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="rounded up to whole blocks")] = 64,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="confidence to decode at")] = 0.9,
-    alpha: Annotated[float, typer.Option(min=1, help="budget factor")] = 1.5,
+    max_new_tokens: NewTokens = 64,
+    threshold: Threshold = 0.9,
+    alpha: Alpha = 1.5,
     rounds: Annotated[int, typer.Option(min=1, help="timed runs of each, in turns")] = 3,
     mask_token_id: MaskToken = None,
     trust_remote_code: Trusted = False,
