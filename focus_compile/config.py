@@ -45,7 +45,7 @@ class FocusConfig:
             their evicted tokens computed in the same step (section 11). None: never, as the paper.
         calibration: the file of :func:`focus_compile.calibrate`, or what it returned: sets signal,
             layers, first_step and rescue where they are not given. Another model's is refused at
-            the first masked call. One that says "do not evict" sets ``evict=False``.
+            the first call. One that says "do not evict" sets ``evict=False``.
         evict: False runs the dense program in every call.
         exact: nothing is evicted and nothing delayed: FOCUS's programs compute every token of a
             masked call in every layer, and the logits are the model's own to rounding, in every

@@ -41,8 +41,8 @@ def confidence(logits: Tensor, mask_token_id: int | None) -> Tensor:
     """The largest probability of each row but for the mask token's: ``[N, V]`` -> fp32 ``[N]``."""
     scores = logits.float()
     if mask_token_id is not None:
-        mask = torch.tensor([mask_token_id], device=scores.device)
-        scores = scores.index_fill(1, mask, -torch.inf)
+        scores = scores.clone()
+        scores[:, mask_token_id : mask_token_id + 1] = -torch.inf  # a head may be without it
     return (scores.amax(1) - scores.logsumexp(1)).exp()
 
 

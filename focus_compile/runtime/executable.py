@@ -118,6 +118,7 @@ class Executable:
             session.masked = None  # they were given for this call
         if not ids.numel():
             raise EmptyCall(tuple(ids.shape))
+        self._check_calibration(args, session)
         if session is not None and not session.enabled:
             return self._dense(args, session)
         masked = self._masked(ids, session)
@@ -164,7 +165,6 @@ class Executable:
     def _focus(
         self, args: Sequence[Any], ids: Tensor, masked: Tensor, session: Session | None
     ) -> Any:
-        self._check_calibration(args, session)
         values = self._arguments(args)
         state = self._state(args, values, ids, masked, session)
         exact = is_exact(self.config, session)
@@ -191,6 +191,8 @@ class Executable:
         demand = self._demand(session) if count < fed.tokens.numel() else None
         if demand is not None:
             sure = self._sure(values, masked.shape, kept, session)
+            if sure is None:
+                warning_once(log, NO_LOGITS)
             rescued = rescue_of(sure, masked, kept.keep, demand)
         if rescued is not None:
             again, kept = recompute(
@@ -210,7 +212,8 @@ class Executable:
         if session is not None:
             retained = kept.keep.clone()  # it outlives this call
             state.advance(fed.fed, retained, self._slots(values), delayed)
-            if reads_confidence(ranking(self.config, session)):
+            choice = ranking(self.config, session)
+            if choice == "confidence" or (session.confidences and reads_confidence(choice)):
                 sure = self._sure(values, masked.shape, kept, session)
                 if sure is not None and session.shifted_logits:
                     sure[:, 0] = -1  # judged by logits of another block
@@ -227,6 +230,8 @@ class Executable:
         ValueError: the calibration is of another model, or of other layers.
         """
         calibrated = None if session is None else session.calibration
+        if calibrated is None and self.config.calibration is None:
+            return
         if calibrated is not None:
             layers = calibrated.options.get("layers", self.config.layers)
             if layers != self.config.layers:
@@ -260,7 +265,6 @@ class Executable:
         at = self._logits(session)
         logits = None if at is None else self.halves.own[at]
         if logits is None:
-            warning_once(log, NO_LOGITS)
             return None
         token = self.config.mask_token_id
         if session is not None and session.mask_token_id is not None:

@@ -99,6 +99,8 @@ class Session:
             last mask has gone need not be fed again before.
         shifted_logits: the token at p is predicted by the logits of p - 1 (Dream), so that it may
             be decoded where p - 1 was retained; the first one by the last call before the block.
+        confidences: whether a function as ``signal`` is told those of the steps before: False, for
+            they take a softmax of every step's logits.
         last: with ``shifted_logits``, the logits of the token before the block, ``[B, V]``, by
             which a rescue judges its first token; None: that token has none.
         block: ``(start, stop)``, the positions of the block that is being decoded, where calls get
@@ -142,6 +144,7 @@ class Session:
             raise ValueError(f"first_step={first_step!r}: expected one of {FIRST_STEPS}")
         self.first_step = first_step
         self.rescue = rescue if rescue is None or isinstance(rescue, Demand) else Demand(rescue)
+        self.confidences = False
         self.last: Tensor | None = None
         self.mask_token_id = mask_token_id
         self.alpha = alpha

@@ -32,8 +32,8 @@ class Step:
         index: of the step in its session; ids, masked, fed: of this call.
         confidence: fp32, the largest probability of each token, the mask token's excepted, when its
             logits were last computed in this block; 0 where they never were. age: int64, how many
-            steps ago that was, 0: in the step before; -1: never. None where the compiled program is
-            not known to return logits.
+            steps ago that was, 0: in the step before; -1: never. All as at first unless
+            ``session.confidences`` is set; None where the program is not known to return logits.
     """
 
     index: int

@@ -122,6 +122,10 @@ def test_do_not_evict(model: Any, tmp_path: Path) -> None:
             logits = compiled(model, **found)(**call.kwargs(model)).logits
         assert (focus.stats.steps, focus.stats.dense_calls) == (0, 1)
         torch.testing.assert_close(logits, model(**call.kwargs(model)).logits)
+    torch._dynamo.reset()
+    other = build_model(Sizes(layers=3), seed=1)  # nor does it run another model densely
+    with focus_compile.session(calibration=file), pytest.raises(ValueError, match="names mine"):
+        compiled(other)(**call.kwargs(other))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import focus_compile
 from focus_compile import FocusConfig, Signal, Step
 from focus_compile.ops.selection import select
 from focus_compile.runtime.signals import SIGNALS, check_signal, reads_confidence, signal_of
+from tests.support.harness import Run, Sizes, build_model, eager_logits, random_call
 
 
 def step(masked: Tensor, **values: Tensor) -> Step:
@@ -73,3 +74,56 @@ def test_refused(signal: Any) -> None:
 def test_refused_layers(layers: Any) -> None:
     with pytest.raises(ValueError, match=r"layers=.*0 <= i < j"):
         FocusConfig(layers=layers)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@torch.no_grad()
+def test_a_function_asks_for_confidences(wanted: bool) -> None:
+    """They take a softmax of every step, so they come where they are wanted."""
+    model = build_model(Sizes(layers=3))
+    run, call = Run(model, dynamic=True), random_call(1, model, 3, 9, 7)
+    seen: list[Step] = []
+
+    def watch(given: Step) -> Signal:
+        seen.append(given)
+        return Signal()
+
+    with focus_compile.session(signal=watch) as focus:
+        focus.confidences = wanted
+        for _ in range(2):
+            run.logits(call)
+    confidence = seen[1].confidence
+    assert confidence is not None and bool((confidence > 0).any()) == wanted
+
+
+@torch.no_grad()
+def test_layers() -> None:
+    """Scores are those of the layers that are asked for; with nothing evicted, logits eager's."""
+    model = build_model(Sizes(layers=4))
+    call = random_call(1, model, 3, 9, 7)
+
+    def scores(layers: tuple[int, int], weights: tuple[float, float]) -> Tensor:
+        torch._dynamo.reset()
+        run = Run(model, {"layers": layers, "exact": True}, dynamic=True)
+        with focus_compile.session(signal=weights) as focus:
+            logits = run.logits(call)
+            assert focus.scores is not None
+            torch.testing.assert_close(logits, eager_logits(model, call), atol=1e-4, rtol=1e-4)
+            return focus.scores
+
+    first, third = scores((0, 1), (1.0, 0.0)), scores((1, 2), (0.0, 1.0))
+    delta = scores((0, 2), (-1.0, 1.0))
+    torch.testing.assert_close(delta, third - first)
+    assert not torch.allclose(delta, scores((0, 1), (-1.0, 1.0)), atol=1e-2)
+
+
+@torch.no_grad()
+def test_rescue_needs_logits(caplog: pytest.LogCaptureFixture) -> None:
+    """A part of the model that returns hidden states: rescue is off, and says so."""
+    model = build_model(Sizes(layers=3))
+    run, call = Run(model.model, dynamic=True), random_call(1, model, 3, 9, 7)
+    with focus_compile.session(alpha=1.0, rescue=1.0) as focus:
+        run.compiled(**call.kwargs(model))
+        assert focus.stats.rescued == 0 and focus.retain_mask is not None
+        assert not focus.retain_mask.all()
+    assert "rescue and confidences are off: no output of this program is known" in caplog.text
