@@ -41,7 +41,21 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "a session ends in which masked calls may have run eagerly": (
         "Dynamo compiles only so many graphs of one function",
         "focus_compile.compile, session(alpha=...), or a larger recompile_limit"),
+    "rescue and confidences are off": (
+        "a part of the model is compiled, and its logits are not seen",
+        "compile the outermost module; or do without rescue"),
     # errors of a call
+    "the calibration is of another model": (
+        "the weights, or their dtype, are not those that were calibrated",
+        "run `focus-compile calibrate` on this model"),
+    "the calibration ranks by layers": (
+        "a session cannot change the layers that programs are compiled for", "what it says"),
+    "expected the file of focus-compile calibrate": (
+        "the file, or the object, is something else", "run `focus-compile calibrate`"),
+    "there are no prompts": ("an empty list of prompts", "give 32 or more"),
+    "this program is not known to return logits": (
+        "a part of the model is compiled, and its logits are not seen",
+        "compile the outermost module, or take another signal"),
     "Dynamo ran the model eagerly": (
         "Dynamo compiles only so many graphs of one function",
         "focus_compile.compile, session(alpha=...), or a larger recompile_limit"),

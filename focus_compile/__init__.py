@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from focus_compile import testing
 from focus_compile.backend import focus_backend
+from focus_compile.calibration.calibrate import Calibration, calibrate
 from focus_compile.config import FocusConfig
 from focus_compile.entry import compile, status
 from focus_compile.errors import EvictedTokenDecoded, NotCompiled, UncommittedHistory, Unsupported
@@ -13,13 +14,15 @@ from focus_compile.generation.loop import generate
 from focus_compile.models.masks import block_mask
 from focus_compile.reports.explanation import Explanation, explain
 from focus_compile.runtime.record import Status
-from focus_compile.runtime.session import PackedLogits, Session, Signal, Step, session
+from focus_compile.runtime.session import PackedLogits, Session, session
+from focus_compile.runtime.signals import Signal, Step
 from focus_compile.runtime.statistics import SessionStats
 from focus_compile.views.cost import Cost
 
 __version__ = version("focus-compile")
 
 __all__ = [
+    "Calibration",
     "Candidates",
     "Cost",
     "EvictedTokenDecoded",
@@ -37,6 +40,7 @@ __all__ = [
     "Unsupported",
     "__version__",
     "block_mask",
+    "calibrate",
     "compile",
     "explain",
     "focus_backend",

@@ -18,7 +18,7 @@ from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
 from focus_compile.graph.inputs import Input
 from focus_compile.graph.nodes import graph_inputs, tensor_of
 from focus_compile.passes import rewrite
-from focus_compile.plan.plan import Plan, make_plan
+from focus_compile.plan.plan import SCORED, Plan, make_plan
 from focus_compile.programs.cut import cut
 from focus_compile.programs.halves import Halves
 from focus_compile.programs.layout import Layout, layout_of
@@ -51,40 +51,41 @@ class Analysis:
         return (*self.canonical.inputs, *self.plan.inputs)
 
 
-def analyze(gm: GraphModule, broke: GraphBreak | None = None) -> Analysis:
+def analyze(
+    gm: GraphModule, broke: GraphBreak | None = None, layers: tuple[int, int] = SCORED
+) -> Analysis:
     """Capture, label, plan, rewrite and cut one Dynamo graph; ``broke``: what ended it, if not the
-    end of the function that Dynamo captured.
+    end of the function that Dynamo captured; ``layers``: whose attention ranks tokens.
 
     Raises:
         Unsupported: FOCUS cannot be applied soundly, or the analysis itself fails.
         EmptyCall: there are no token ids.
     """
     try:
-        return _analyze(gm, broke)
+        return _analyze(gm, broke, layers)
     except (Unsupported, EmptyCall):
         raise
     except Exception as error:
-        kind = type(error).__name__
-        raise Unsupported(INTERNAL_ERROR, kind=kind, error=error) from error
+        raise Unsupported(INTERNAL_ERROR, kind=type(error).__name__, error=error) from error
 
 
-def _analyze(gm: GraphModule, broke: GraphBreak | None) -> Analysis:
-    made = capture(gm)
-    captured, written = made.gm, made.written
+def _analyze(gm: GraphModule, broke: GraphBreak | None, layers: tuple[int, int]) -> Analysis:
+    traced = capture(gm)
+    captured, written = traced.gm, traced.written
     entry = find_entry(captured)
     if entry is not None:
         _refuse_small(entry)
     widened, last = widen(grow(label(captured, entry)))
-    canonical = canonicalize(widened, made.held)
-    plan = make_plan(canonical)
+    canonical = canonicalize(widened, traced.held)
+    plan = make_plan(canonical, layers)
     stages = tuple(rewrite(canonical.gm, plan))
-    own = [index for index, node in enumerate(graph_inputs(gm)) if is_module_state(node)]
-    layout = layout_of(canonical, plan, written, own)
-    if {held.argument for held in layout.held} != made.held.keys():
+    module_state = [index for index, node in enumerate(graph_inputs(gm)) if is_module_state(node)]
+    layout = layout_of(canonical, plan, written, module_state)
+    if {held.argument for held in layout.held} != traced.held.keys():
         raise Unsupported(WRITES_INPUT)
     halves = cut(stages[-1][1], plan, last)
-    first = len(halves.own) - len(written)
-    if any(value is not None and value.domain is not None for value in halves.own[first:]):
+    first_written = len(halves.own) - len(written)
+    if any(value is not None and value.domain is not None for value in halves.own[first_written:]):
         raise Unsupported(WRITES_TOKENS)
     if broke is not None:
         _refuse_holes(halves, broke)
@@ -104,6 +105,6 @@ def _refuse_holes(halves: Halves, broke: GraphBreak) -> None:
 
     Logits are the caller's to choose among; layers, norms and heads are not.
     """
-    for index, own in enumerate(halves.own):
-        if own is not None and own.domain is not None and index not in halves.vocabulary:
+    for index, returned in enumerate(halves.own):
+        if returned is not None and returned.domain is not None and index not in halves.vocabulary:
             raise Unsupported(GOES_ON_BEHIND_A_BREAK, broke=broke)

@@ -15,7 +15,7 @@ from focus_compile.capture.capture import has_attention
 from focus_compile.capture.modes import refuse_modes
 from focus_compile.config import FocusConfig
 from focus_compile.errors import NothingToEvict, Unsupported
-from focus_compile.graph.recompute import handed
+from focus_compile.graph.recompute import set_input_values
 from focus_compile.log import warning_once
 from focus_compile.programs.lower import drop_unread, lower, stay
 from focus_compile.programs.program import Inner, make_programs
@@ -71,15 +71,16 @@ def focus_backend(
 
     def compile_half(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if inner is not None:
-            return compile_inner(handed(graph, inputs), inputs)
+            return compile_inner(set_input_values(graph, inputs), inputs)
         captured = config.captures(value.device for value in inputs)
         lowered = lower(graph, captured=captured)
         if not captured:
-            return compile_inner(handed(lowered, inputs), inputs)
+            return compile_inner(set_input_values(lowered, inputs), inputs)
         used = drop_unread(lowered, graph)  # an input on the CPU would keep CUDA graphs away
-        given = [inputs[index] for index in used]
-        fixed = at_fixed_addresses(stay(lowered, given))
-        compiled = compile_inner(handed(lowered, given), given, inner_compile=fixed)
+        read_inputs = [inputs[index] for index in used]
+        fixed = at_fixed_addresses(stay(lowered, read_inputs))
+        read_lowered = set_input_values(lowered, read_inputs)
+        compiled = compile_inner(read_lowered, read_inputs, inner_compile=fixed)
         return lambda *args: compiled(*(args[index] for index in used))
 
     _report_recompile_limit()
@@ -93,7 +94,7 @@ def focus_backend(
             return dense
         refuse_modes(example_inputs)
         with record.compiling():
-            analysis = analyze(copied, broke)
+            analysis = analyze(copied, broke, config.layers)
     except NothingToEvict:
         return Unchanged(dense)
     except Unsupported as refusal:

@@ -25,18 +25,24 @@ from transformers.utils.logging import disable_progress_bar
 from typer.core import TyperCommand
 
 from focus_compile import __version__
+from focus_compile.calibration.calibrate import calibrate as calibrate_model
 from focus_compile.entry import compile as compile_model
-from focus_compile.generation.generated import Generated
 from focus_compile.generation.loop import generate as generate_blocks
 from focus_compile.generation.text import answers, end_tokens, left_padded, prompt_ids
 from focus_compile.models.load import BadInput, denoising_call, load, mask_token, tokenizer
+from focus_compile.reports.commands import (
+    cost_data,
+    print_answers,
+    print_comparison,
+    print_cost,
+    print_figures,
+)
 from focus_compile.reports.contest import Plan, contest, read_prompts
 from focus_compile.reports.counts import ASSUMED, counts_of
 from focus_compile.reports.explanation import Explanation
 from focus_compile.reports.explanation import explain as explain_call
 from focus_compile.reports.failure import one_line
 from focus_compile.reports.page import page
-from focus_compile.reports.terminal import cost_data, evicting, print_cost
 from focus_compile.runtime.session import session
 
 __all__ = ["app"]
@@ -51,6 +57,9 @@ Block = Annotated[int, typer.Option(min=2, help="tokens of a block")]
 History = Annotated[int, typer.Option(min=0, help="tokens in the cache")]
 Fed = Annotated[float, typer.Option(min=0, max=1, help="share of the block that is fed")]
 Retained = Annotated[float, typer.Option(min=0, max=1, help="share that is retained")]
+NewTokens = Annotated[int, typer.Option(min=1, help="rounded up to whole blocks")]
+Threshold = Annotated[float, typer.Option(min=0, max=1, help="confidence to decode at")]
+Alpha = Annotated[float, typer.Option(min=1, help="budget factor")]
 MaskToken = Annotated[int | None, typer.Option(help="id of the mask token, if nothing tells it")]
 Trusted = Annotated[
     bool,
@@ -60,8 +69,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 WithTrace = Annotated[bool, typer.Option("--traceback", help="show where an error came from")]
 
 
-def _tell_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"focus-compile {__version__} (torch {torch.__version__})")
         raise typer.Exit
 
@@ -70,7 +79,7 @@ def _tell_version(wanted: bool) -> None:
 def main(
     *,
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="print it")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it")
     ] = False,
 ) -> None:
     """FOCUS as a compiler pass: see what it makes of a model."""
@@ -98,7 +107,7 @@ def explain(
     """Capture a denoising call, and tell what FOCUS makes of it."""
     with one_line(traceback):
         story = _story(path, batch, block, history, trust_remote_code)
-        _tell(story, as_json)
+        _print_story(story, as_json)
         if save is not None:
             story.save(save)
     raise typer.Exit(0 if story.applied else 1)
@@ -117,30 +126,19 @@ def verify(
     traceback: WithTrace = False,
 ) -> None:
     """Run a denoising call, eager and compiled, evicting and not, and compare the outputs."""
-    with one_line(traceback), _waiting("compiling and running"):
+    with one_line(traceback), _spinner("compiling and running"):
         model, call = load(path, trust_remote_code)
-        mask = mask_token(model, None, mask_token_id)
-        arguments = call or denoising_call(model, batch, block, history, mask)
-        story = explain_call(model, run=True, mask_token_id=mask, **arguments)
-    made = story.measured
+        mask_id = mask_token(model, None, mask_token_id)
+        arguments = call or denoising_call(model, batch, block, history, mask_id)
+        story = explain_call(model, run=True, mask_token_id=mask_id, **arguments)
+    measured = story.measured
     if as_json:
         typer.echo(json.dumps(story.to_dict()["measured"], indent=1))
-    elif made is None:
+    elif measured is None:
         story.print()
     else:
-        told = {
-            "FOCUS with nothing evicted and eager": f"{made.nothing_evicted:.1e}",
-            "FOCUS evicting, compiled and operator by operator": evicting(made.to_dict()),
-            "for comparison: Inductor's dense program and eager": f"{made.dense:.1e}",
-        }
-        for what, found in told.items():
-            typer.echo(f"{what}: {found}")
-        typer.echo(f"the call itself: fed {made.fed} tokens, retained {made.retained}")
-        typer.echo(f"{made.steps} steps compared, in which {made.evicted} tokens were evicted")
-        verdict = "equal" if made.equal else "NOT EQUAL"
-        verdict += "" if made.tested else ", as far as tested,"
-        typer.echo(f"{verdict} within {made.tolerance:.1e}")
-    raise typer.Exit(0 if made is not None and made.equal and made.tested else 1)
+        print_comparison(measured.to_dict())
+    raise typer.Exit(0 if measured is not None and measured.equal and measured.tested else 1)
 
 
 @app.command()
@@ -165,15 +163,15 @@ def cost(
             raise BadInput(f"FOCUS was not applied: {'; '.join(map(str, story.refusals))}")
         _check_shares(fed, retained)
         try:
-            found = costs[0] if layers is None else costs[0].of_layers(layers)
+            total = costs[0] if layers is None else costs[0].of_layers(layers)
         except ValueError as error:
             raise BadInput(str(error)) from error
         tokens = batch * block
         counts = (batch, block, history, round(fed * tokens), round(retained * tokens))
         if as_json:
-            typer.echo(json.dumps(cost_data(found, counts), indent=1))
+            typer.echo(json.dumps(cost_data(total, counts), indent=1))
         else:
-            print_cost(found, counts)
+            print_cost(total, counts)
 
 
 @app.command()
@@ -198,7 +196,7 @@ def report(
     traceback: WithTrace = False,
 ) -> None:
     """Write one HTML file: graphs, funnel, difference, refusals, cost, and a generation's steps."""
-    given = {"batch": batch, "block": block, "history": history, "fed": fed, "retained": retained}
+    options = {"batch": batch, "block": block, "history": history, "fed": fed, "retained": retained}
     with one_line(traceback):
         if fed is not None and retained is not None:
             _check_shares(fed, retained)
@@ -208,7 +206,7 @@ def report(
             path, 2, sizes[0], sizes[1] if history is None else history, trust_remote_code
         )
         try:
-            text = page(
+            html = page(
                 story,
                 path,
                 steps,
@@ -218,10 +216,10 @@ def report(
                 fed=fed,
                 retained=retained,
             )
-            counts = counts_of(given, steps)
+            counts = counts_of(options, steps)
         except ValueError as error:
             raise BadInput(str(error)) from error
-        output.write_text(text)
+        output.write_text(html)
     if as_json:
         data = {"file": str(output), "sizes": counts.to_dict(), "explanation": story.to_dict()}
         typer.echo(json.dumps(data, indent=1))
@@ -235,10 +233,10 @@ def generate(
     path: Source,
     *,
     prompt: Annotated[list[str], typer.Option(help="text to go on from; give several for a batch")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="rounded up to whole blocks")] = 64,
+    max_new_tokens: NewTokens = 64,
     block: Block = 32,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="confidence to decode at")] = 0.9,
-    alpha: Annotated[float, typer.Option(min=1, help="budget factor")] = 1.5,
+    threshold: Threshold = 0.9,
+    alpha: Alpha = 1.5,
     dense: Annotated[bool, typer.Option("--dense", help="without FOCUS")] = False,
     trace: Annotated[Path | None, typer.Option(help="file for `report --trace`")] = None,
     mask_token_id: MaskToken = None,
@@ -250,47 +248,89 @@ def generate(
     with one_line(traceback):
         if not all(prompt):
             raise BadInput("--prompt is empty: give a text to go on from")
-        words = tokenizer(path, trust_remote_code)
+        text_tokenizer = tokenizer(path, trust_remote_code)
         model, _ = load(path, trust_remote_code)
-        mask = mask_token(model, words, mask_token_id)
-        ids, real = left_padded([prompt_ids(words, text) for text in prompt])
-        compiled = compile_model(model, mask_token_id=mask, dynamic=True, strict=True)
-        with session(mask, alpha=alpha, enabled=not dense):
-            made = generate_blocks(
+        mask_id = mask_token(model, text_tokenizer, mask_token_id)
+        ids, attention_mask = left_padded([prompt_ids(text_tokenizer, text) for text in prompt])
+        compiled = compile_model(model, mask_token_id=mask_id, dynamic=True, strict=True)
+        with session(mask_id, alpha=alpha, enabled=not dense):
+            generated = generate_blocks(
                 compiled,
                 ids,
-                real,
+                attention_mask,
                 max_new_tokens=max_new_tokens,
                 block_length=block,
                 confidence_threshold=threshold,
-                mask_token_id=mask,
-                eos_token_id=end_tokens(words, model),
+                mask_token_id=mask_id,
+                eos_token_id=end_tokens(text_tokenizer, model),
                 progress=not as_json and sys.stdout.isatty(),
                 return_dict=True,
             )
-        _tell_answers(answers(words, made.sequences[:, ids.shape[1] :]), made, as_json)
+        texts = answers(text_tokenizer, generated.sequences[:, ids.shape[1] :])
+        print_answers(texts, generated, as_json)
         if trace is not None:  # last: if it cannot be written, the answers are there
-            trace.write_text(json.dumps(made.trace()))
+            trace.write_text(json.dumps(generated.trace()))
         if not as_json:
-            typer.echo(
-                f"{made.forwards} forwards, {made.tokens_per_forward:.2f} tokens each; "
-                f"fed {made.fed_fraction:.0%}, retained {made.retained_fraction:.0%}",
-                err=True,
-            )
+            print_figures(generated)
+
+
+@app.command()
+def calibrate(
+    path: Source,
+    *,
+    prompts: Annotated[Path, typer.Option(help='one a line; in a .jsonl file {"prompt": text}')],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="file for `calibration=`")
+    ] = None,
+    batch: Batch = 8,
+    block: Block = 32,
+    max_new_tokens: NewTokens = 64,
+    threshold: Threshold = 0.9,
+    alpha: Alpha = 1.5,
+    early_layers: Annotated[int, typer.Option(min=2, help="whose attention is looked at")] = 3,
+    use_cache: Annotated[bool, typer.Option(help="off: the model gets the whole canvas")] = True,
+    mask_token_id: MaskToken = None,
+    trust_remote_code: Trusted = False,
+    as_json: AsJson = False,
+    traceback: WithTrace = False,
+) -> None:
+    """Find which signal points at what a model decodes: prompts are decoded densely."""
+    with one_line(traceback):
+        texts = read_prompts(prompts)
+        text_tokenizer = tokenizer(path, trust_remote_code)
+        model, _ = load(path, trust_remote_code)
+        calibration = calibrate_model(
+            model,
+            texts,
+            text_tokenizer,
+            mask_token_id=mask_token(model, text_tokenizer, mask_token_id),
+            block_length=block,
+            max_new_tokens=max_new_tokens,
+            confidence_threshold=threshold,
+            alpha=alpha,
+            batch=batch,
+            use_cache=use_cache,
+            early_layers=early_layers,
+            progress=not as_json and sys.stdout.isatty(),
+        )
+        data = json.dumps(calibration.to_dict(), indent=1)
+        typer.echo(data if as_json else str(calibration))
+        if output is not None:  # last: if it cannot be written, the table is there
+            calibration.save(output)
 
 
 class _PathFirst(TyperCommand):
     """Words that do not begin with PATH are those of another program, and kept as they are."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ours = not args[:1] or not args[0].startswith("-")
-        if ours or "--help" in args or any(word.startswith("--prompts") for word in args):
+        path_first = not args[:1] or not args[0].startswith("-")
+        if path_first or "--help" in args or any(arg.startswith("--prompts") for arg in args):
             return super().parse_args(ctx, args)
-        own = [word for word in args if word == "--traceback"]
-        super().parse_args(ctx, own)
-        rest = [word for word in args if word not in own]
-        ctx.args = rest
-        return rest
+        traceback = [arg for arg in args if arg == "--traceback"]
+        super().parse_args(ctx, traceback)
+        forwarded = [arg for arg in args if arg not in traceback]
+        ctx.args = forwarded
+        return forwarded
 
 
 @app.command(cls=_PathFirst)
@@ -305,9 +345,9 @@ def bench(
     ] = None,
     batch: Batch = 8,
     block: Block = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="rounded up to whole blocks")] = 64,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="confidence to decode at")] = 0.9,
-    alpha: Annotated[float, typer.Option(min=1, help="budget factor")] = 1.5,
+    max_new_tokens: NewTokens = 64,
+    threshold: Threshold = 0.9,
+    alpha: Alpha = 1.5,
     rounds: Annotated[int, typer.Option(min=1, help="timed runs of each, in turns")] = 3,
     mask_token_id: MaskToken = None,
     trust_remote_code: Trusted = False,
@@ -324,11 +364,11 @@ def bench(
             if prompts is None:
                 raise BadInput(f"bench {path} needs --prompts FILE: one prompt a line")
             texts = read_prompts(prompts)
-            words = tokenizer(path, trust_remote_code)
+            text_tokenizer = tokenizer(path, trust_remote_code)
             model, _ = load(path, trust_remote_code)
-            mask = mask_token(model, words, mask_token_id)
+            mask_id = mask_token(model, text_tokenizer, mask_token_id)
             plan = Plan(batch, block, max_new_tokens, threshold, alpha, rounds)
-            result = contest(model, words, mask, texts, plan, quiet=as_json)
+            result = contest(model, text_tokenizer, mask_id, texts, plan, quiet=as_json)
         typer.echo(json.dumps(result.to_dict(), indent=1) if as_json else str(result))
         raise typer.Exit(0)
     with one_line(traceback):
@@ -337,8 +377,7 @@ def bench(
         if importlib.util.find_spec("benchmarks") is None:
             raise BadInput("no benchmarks here: run `focus-compile bench` in a checkout")
     command = [sys.executable, "-m", "benchmarks.throughput", *context.args]
-    made = subprocess.run(command, check=False)
-    raise typer.Exit(made.returncode)
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
 def _story(path: str, batch: int, block: int, history: int, trusted: bool) -> Explanation:
@@ -346,25 +385,11 @@ def _story(path: str, batch: int, block: int, history: int, trusted: bool) -> Ex
     return explain_call(model, **(call or denoising_call(model, batch, block, history)))
 
 
-def _tell(story: Explanation, as_json: bool) -> None:
+def _print_story(story: Explanation, as_json: bool) -> None:
     if as_json:
         typer.echo(story.to_json())
     else:
         story.print()
-
-
-def _tell_answers(texts: list[str], made: Generated, as_json: bool) -> None:
-    figures = {
-        "forwards": made.forwards,
-        "tokens_per_forward": made.tokens_per_forward,
-        "fed_fraction": made.fed_fraction,
-        "retained_fraction": made.retained_fraction,
-    }
-    if as_json:
-        typer.echo(json.dumps({"answers": texts} | figures, indent=1))
-    else:
-        for text in texts:
-            typer.echo(text)
 
 
 def _check_shares(fed: float, retained: float) -> None:
@@ -380,6 +405,6 @@ def _read_trace(path: Path) -> Any:
 
 
 @contextmanager
-def _waiting(what: str) -> Iterator[None]:
-    with Console(stderr=True).status(what):
+def _spinner(activity: str) -> Iterator[None]:
+    with Console(stderr=True).status(activity):
         yield

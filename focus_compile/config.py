@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from focus_compile.calibrated import read
 from focus_compile.torch_private import cudagraphs_by_default, inductor_modes, mode_options
 
-__all__ = ["FocusConfig"]
+__all__ = ["FIRST_STEPS", "FocusConfig", "is_probability"]
 
 _VISIBILITIES = ("written", "prefix")
+FIRST_STEPS = ("auto", "evict", "open")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,20 @@ class FocusConfig:
         delayed_cache: whether a session stops feeding final tokens (section 6).
         stale_kv: whether the keys and values of evicted tokens stay visible in later steps
             (section 5.2); without, only those of this step and of final tokens are.
+        signal: what ranks tokens (section 12): ``"delta"``, ``"importance"``, ``"position"``,
+            ``"confidence"``, or the weights of both importances. Functions go to a session.
+        layers: the two layers whose attention ranks tokens; the second one is cut in two: later
+            layers compute retained tokens alone.
+        first_step: what a session does in the first step of a block (section 10): ``"evict"``,
+            ``"open"``, which evicts nothing there, or ``"auto"``, which opens where a row's last
+            block decoded much in its first step, or is not known. A call without a session, which
+            knows no first step, evicts.
+        rescue: a threshold from 0 to 1: rows in which no retained token has that probability get
+            their evicted tokens computed in the same step (section 11). None: never, as the paper.
+        calibration: the file of :func:`focus_compile.calibrate`, or what it returned: sets signal,
+            layers, first_step and rescue where they are not given. Another model's is refused at
+            the first call. One that says "do not evict" sets ``evict=False``.
+        evict: False runs the dense program in every call.
         exact: nothing is evicted and nothing delayed: FOCUS's programs compute every token of a
             masked call in every layer, and the logits are the model's own to rounding, in every
             step of a session too. For regression tests (:mod:`focus_compile.testing`): it saves
@@ -48,6 +64,12 @@ class FocusConfig:
     visibility: str = "written"
     delayed_cache: bool = True
     stale_kv: bool = True
+    signal: str | tuple[float, float] = "delta"
+    layers: tuple[int, int] = (0, 1)
+    first_step: str = "evict"
+    rescue: float | None = None
+    calibration: Any = None
+    evict: bool = True
     exact: bool = False
     strict: bool = False
     mode: str | None = None
@@ -71,7 +93,19 @@ class FocusConfig:
             self.visibility in _VISIBILITIES,
             f"one of {_VISIBILITIES}",
         )
-        for name in ("delayed_cache", "stale_kv", "exact", "strict"):
+        _expect(
+            "first_step", self.first_step, self.first_step in FIRST_STEPS, f"one of {FIRST_STEPS}"
+        )
+        names = ("delta", "importance", "position", "confidence")
+        valid = self.signal in names if isinstance(self.signal, str) else _is_pair(self.signal)
+        _expect("signal", self.signal, valid, f"one of {names}, or two weights")
+        valid = _is_pair(self.layers) and all(_is_int(layer) for layer in self.layers)
+        valid = valid and 0 <= self.layers[0] < self.layers[1]
+        _expect("layers", self.layers, valid, "two layers, (i, j) with 0 <= i < j")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        valid = self.rescue is None or is_probability(self.rescue)
+        _expect("rescue", self.rescue, valid, "a probability from 0 to 1, or None")
+        for name in ("delayed_cache", "stale_kv", "exact", "evict", "strict"):
             _expect(
                 name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
             )
@@ -107,20 +141,38 @@ class FocusConfig:
                 f"unknown option {unknown[0]!r}: the options of backend 'focus' are "
                 f"{', '.join(names)}"
             )
+        if options.get("calibration") is not None:
+            try:
+                found = read(options["calibration"])
+            except ValueError as error:
+                raise ValueError(f"option {error}") from error
+            options = {"evict": bool(found.options), **found.options, **options}
+            options["calibration"] = found
         return cls(**options)
 
     def captures(self, devices: Iterable[torch.device]) -> bool:
         """Whether Inductor is to record programs on these devices as CUDA graphs."""
         default = cudagraphs_by_default()
-        wanted = bool(self.patches().get("triton.cudagraphs", default))
-        return wanted and any(device.type == "cuda" for device in devices)
+        enabled = bool(self.patches().get("triton.cudagraphs", default))
+        return enabled and any(device.type == "cuda" for device in devices)
 
     def patches(self) -> dict[str, Any]:
         """Inductor config patches of ``mode`` and ``inductor``."""
-        out: dict[str, Any] = {}
+        patches: dict[str, Any] = {}
         if self.mode is not None:
-            out |= mode_options(self.mode)
-        return out | dict(self.inductor)
+            patches |= mode_options(self.mode)
+        return patches | dict(self.inductor)
+
+
+def is_probability(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_pair(value: Any) -> bool:
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    return pair and all(
+        isinstance(number, int | float) and not isinstance(number, bool) for number in value
+    )
 
 
 def _is_int(value: Any) -> bool:

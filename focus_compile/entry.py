@@ -28,8 +28,10 @@ class Backend:
     def __init__(self) -> None:
         self.record = Record()
 
-    def __call__(self, gm: GraphModule, inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
-        return focus_backend(gm, inputs, record=self.record, **given)
+    def __call__(
+        self, gm: GraphModule, inputs: Sequence[Any], **keywords: Any
+    ) -> Callable[..., Any]:
+        return focus_backend(gm, inputs, record=self.record, **keywords)
 
 
 def compile(

@@ -40,8 +40,8 @@ def source_line(node: Node) -> str:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    file, number, text = frames[-1]
-    return f"{file}:{number} `{text.strip()}`"
+    file, number, code = frames[-1]
+    return f"{file}:{number} `{code.strip()}`"
 
 
 def _operator(node: Node) -> str:
@@ -50,22 +50,22 @@ def _operator(node: Node) -> str:
     return f"{target.__module__}.{target.__name__}" if function else str(target)
 
 
-class Told(Exception):
-    """An error whose text is made from what it is given; it survives copy and pickle.
+class Picklable(Exception):
+    """An error whose text is computed from its arguments; it survives copy and pickle.
 
-    Python rebuilds an exception from its text alone, which is not what these are made from.
+    Python rebuilds an exception from its text alone, which these constructors do not take.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, (type(self), self.args), self.__dict__
 
 
-def _rebuilt(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+def _rebuilt(error_class: type[BaseException], args: tuple[Any, ...]) -> BaseException:
     """An error as it was, its text included, without making it anew."""
-    return kind.__new__(kind, *args)
+    return error_class.__new__(error_class, *args)
 
 
-class Unsupported(Told):
+class Unsupported(Picklable):
     """The graph is valid, but FOCUS cannot be applied to it soundly.
 
     Made of an entry of the catalogue (refusals.py), the operator at fault, and a value for every
@@ -89,21 +89,21 @@ class Unsupported(Told):
         self.line = "" if node is None else source_line(node)
         self.op = "" if node is None else _operator(node)
         self.module = "" if node is None else module_path(node)
-        where = f" [op {self.op}" if self.op else ""
-        where += f" in module {self.module}]" if self.module else "]" if where else ""
-        super().__init__(self.reason + where)
+        location = f" [op {self.op}" if self.op else ""
+        location += f" in module {self.module}]" if self.module else "]" if location else ""
+        super().__init__(self.reason + location)
 
     def to_dict(self) -> dict[str, str]:
         """Its attributes and the cure, as plain data."""
-        told = {"reason": self.reason, "op": self.op, "module": self.module, "line": self.line}
-        return told | {"cure": self.cure}
+        data = {"reason": self.reason, "op": self.op, "module": self.module, "line": self.line}
+        return data | {"cure": self.cure}
 
 
 class NothingToEvict(Unsupported):
     """The block is a single token: the dense program is all there is to run."""
 
 
-class NotCompiled(Told, RuntimeError):
+class NotCompiled(Picklable, RuntimeError):
     """The compiler failed at a program of FOCUS's; this call gave no result, the next one retries.
 
     ``program``: ``"prefix"`` or ``"suffix"``; the compiler's own error is the cause.
@@ -117,14 +117,14 @@ class NotCompiled(Told, RuntimeError):
         )
 
 
-class EmptyCall(Told, ValueError):
+class EmptyCall(Picklable, ValueError):
     """There is no row, or no token in a row."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__(f"the token ids have shape {shape}: batch or block is empty")
 
 
-class UncommittedHistory(Told, RuntimeError):
+class UncommittedHistory(Picklable, RuntimeError):
     """The history holds K/V of a masked call, whose later layers have holes."""
 
     def __init__(self, before: int, after: int) -> None:
@@ -138,7 +138,7 @@ class UncommittedHistory(Told, RuntimeError):
         )
 
 
-class EvictedTokenDecoded(Told, RuntimeError):
+class EvictedTokenDecoded(Picklable, RuntimeError):
     """A position was decoded that the last call had evicted: its logits were zeros."""
 
     def __init__(self, row: int, position: int) -> None:

@@ -113,7 +113,7 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         if isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.tokenizer = tokenizer
-        self.ends = end_tokens(tokenizer, model)
+        self.end_ids = end_tokens(tokenizer, model)
         model = model.eval().to(device or "cpu")
         self._device = next(model.parameters()).device
         self.batch_size = _positive("batch_size", 16 if batch_size is None else batch_size)
@@ -146,9 +146,9 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
         Raises:
             ValueError: neither the tokenizer nor the model has one.
         """
-        if not self.ends:
+        if not self.end_ids:
             raise ValueError("neither the tokenizer nor the model names an end of text")
-        return self.ends[0]
+        return self.end_ids[0]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -199,17 +199,17 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
             group_by="gen_kwargs",
             group_fn=lambda args: args[1],
         )
-        found: list[str] = []
+        responses: list[str] = []
         batches = list(sorted_requests.get_batched(n=self.batch_size))
         for batch in track(
             batches, "generate_until", console=Console(stderr=True), disable=disable_tqdm
         ):
             contexts, kwargs = zip(*batch, strict=True)
-            made = self._answer(contexts, kwargs[0])
-            for request, answer in zip(batch, made, strict=True):
+            texts = self._answer(contexts, kwargs[0])
+            for request, answer in zip(batch, texts, strict=True):
                 self.cache_hook.add_partial("generate_until", request, answer)
-            found += made
-        ordered: list[str] = sorted_requests.get_original(found)
+            responses += texts
+        ordered: list[str] = sorted_requests.get_original(responses)
         return ordered
 
     def get_model_info(self) -> dict[str, Any]:
@@ -226,47 +226,49 @@ class FocusLM(TemplateLM):  # type: ignore[misc]
             "retained_fraction": self.ran["retained"] / forwards,
         }
 
-    def _answer(self, contexts: Sequence[str], given: dict[str, Any]) -> list[str]:
+    def _answer(self, contexts: Sequence[str], gen_kwargs: dict[str, Any]) -> list[str]:
         """One batch of prompts that share their ``generation_kwargs``."""
-        kwargs = normalize_gen_kwargs(given, self.max_gen_toks)
-        stops, most = kwargs["until"], kwargs["max_gen_toks"]
-        ids, real = self._encode(contexts, most)
+        kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
+        stops, max_tokens = kwargs["until"], kwargs["max_gen_toks"]
+        ids, attention_mask = self._encode(contexts, max_tokens)
         prompt = ids.shape[1]
         with session(self.mask_token_id, alpha=self.alpha, enabled=self.focus):
-            made = generate(
+            generated = generate(
                 self.model,
                 ids,
-                real,
-                max_new_tokens=most,
+                attention_mask,
+                max_new_tokens=max_tokens,
                 mask_token_id=self.mask_token_id,
-                eos_token_id=self.ends,
+                eos_token_id=self.end_ids,
                 stop_strings=stops,
                 tokenizer=self.tokenizer,
                 return_dict=True,
                 **{name: kwargs[name] for name in GENERATION if name in kwargs},
                 **self.decoding,
             )
-        if self.focus and not made.focus_steps:
+        if self.focus and not generated.focus_steps:
             raise RuntimeError("FOCUS did not run, every step was dense: see the warnings above")
-        self.ran["forwards"] += made.forwards
-        self.ran["focus_forwards"] += made.focus_steps
-        self.ran["fed"] += made.fed_fraction * made.forwards
-        self.ran["retained"] += made.retained_fraction * made.forwards
-        texts = answers(self.tokenizer, made.sequences[:, prompt : prompt + most], stops)
+        self.ran["forwards"] += generated.forwards
+        self.ran["focus_forwards"] += generated.focus_steps
+        self.ran["fed"] += generated.fed_fraction * generated.forwards
+        self.ran["retained"] += generated.retained_fraction * generated.forwards
+        texts = answers(self.tokenizer, generated.sequences[:, prompt : prompt + max_tokens], stops)
         return [postprocess_generated_text(text, stops, None) for text in texts]
 
-    def _encode(self, contexts: Sequence[str], most: int) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask ``[B, P]``, padded on the left, cut to leave room for ``most``."""
-        made = -(-most // self.block_length) * self.block_length
-        room = None if self.max_length is None else self.max_length - made
+    def _encode(self, contexts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask ``[B, P]``, padded on the left, cut to leave room for answers."""
+        new_tokens = -(-max_tokens // self.block_length) * self.block_length
+        room = None if self.max_length is None else self.max_length - new_tokens
         if room is not None and room < 1:
-            raise ValueError(f"max_gen_toks={most}: the model has {self.max_length} positions")
-        ids, real = left_padded([self.tok_encode(context) for context in contexts])
-        ids, real = ids.to(self.device), real.to(self.device)
+            raise ValueError(
+                f"max_gen_toks={max_tokens}: the model has {self.max_length} positions"
+            )
+        ids, attention_mask = left_padded([self.tok_encode(context) for context in contexts])
+        ids, attention_mask = ids.to(self.device), attention_mask.to(self.device)
         if room is not None and ids.shape[1] > room:
             warning_once(log, "prompts of more than %d tokens lose their beginning", room)
-            ids, real = ids[:, -room:], real[:, -room:]
-        return ids, real
+            ids, attention_mask = ids[:, -room:], attention_mask[:, -room:]
+        return ids, attention_mask
 
 
 def _positive(name: str, value: Any) -> int:

@@ -22,8 +22,8 @@ class Refusal:
     @property
     def fields(self) -> frozenset[str]:
         """What the reason leaves open."""
-        parts = Formatter().parse(self.reason)
-        return frozenset(name for _, name, _, _ in parts if name is not None)
+        parsed = Formatter().parse(self.reason)
+        return frozenset(name for _, name, _, _ in parsed if name is not None)
 
     def filled(self, values: dict[str, object]) -> str:
         """The reason with a value for every field.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from focus_compile.models.mask_token import find_mask_token
-from focus_compile.reports.measure import own_code
+from focus_compile.reports.measure import with_fresh_code
+from focus_compile.reports.play import output_tensors
 from focus_compile.rounding import TOLERANCE
 from focus_compile.runtime.session import session
-from focus_compile.torch_private import tree_leaves
 
 __all__ = ["assert_matches_eager"]
 
@@ -57,86 +57,86 @@ def assert_matches_eager(
         Unsupported: a module was given, and FOCUS cannot be applied to it.
         ValueError: no mask token is known, or none is among the ids.
     """
-    plain: Any = eager or getattr(model, "_orig_mod", model)
-    token = find_mask_token(plain) if mask_token_id is None else mask_token_id
+    eager_model: Any = eager or getattr(model, "_orig_mod", model)
+    mask_token = find_mask_token(eager_model) if mask_token_id is None else mask_token_id
     compiled = model
-    if plain is model:
-        compiled = torch.compile(own_code(model), backend="focus", options={"strict": True})
+    if eager_model is model:
+        compiled = torch.compile(with_fresh_code(model), backend="focus", options={"strict": True})
     tokens: Tensor = call[ids]
-    if not bool((tokens == token).any()):
-        raise ValueError(f"no token of {ids} is the mask token {token}: nothing is to be denoised")
-    source = torch.Generator().manual_seed(seed)
-    with session(token, exact=True) as focus:
+    if not bool((tokens == mask_token).any()):
+        raise ValueError(
+            f"no token of {ids} is the mask token {mask_token}: nothing is to be denoised"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    with session(mask_token, exact=True) as focus:
         for step in range(steps + 1):
             name = f"step {step + 1} of {steps}" if step < steps else "the commit"
-            masked = tokens == token
-            given = call | {ids: tokens}
-            expected = plain(**copy.deepcopy(given))
-            made = compiled(**copy.deepcopy(given))
+            masked = tokens == mask_token
+            arguments = call | {ids: tokens}
+            expected = eager_model(**copy.deepcopy(arguments))
+            actual = compiled(**copy.deepcopy(arguments))
             if focus.stats.steps != min(step + 1, steps):
                 raise AssertionError(
                     f"{name}: the dense program ran, and nothing was tested; "
                     "focus_compile.explain(model, ...) tells why FOCUS is not applied"
                 )
-            _compare(name, made, expected, tolerance)
-            best = _best(expected, token, tokens)
-            chosen = _some(masked, steps - step, source) if step < steps else masked
-            tokens = torch.where(chosen, best, tokens)
+            _compare(name, actual, expected, tolerance)
+            likeliest = _most_likely(expected, mask_token, tokens)
+            decoded = _draw_masked(masked, steps - step, generator) if step < steps else masked
+            tokens = torch.where(decoded, likeliest, tokens)
 
 
-def _some(masked: Tensor, left: int, source: torch.Generator) -> Tensor:
-    """Of each row the ``left``-th part of its masks; the batch keeps one while steps are left."""
-    order = torch.rand(masked.shape, generator=source, device="cpu", dtype=torch.float32)
+def _draw_masked(masked: Tensor, steps_left: int, generator: torch.Generator) -> Tensor:
+    """Draw one in ``steps_left`` of the masks of each row; the batch keeps one to the last step."""
+    order = torch.rand(masked.shape, generator=generator, device="cpu", dtype=torch.float32)
     rank = order.to(masked.device).masked_fill(~masked, 2.0).argsort(1).argsort(1)
-    count = (masked.sum(1, keepdim=True) + left - 1) // left
+    count = (masked.sum(1, keepdim=True) + steps_left - 1) // steps_left
     chosen = masked & (rank < count)
-    if left > 1 and bool((chosen == masked).all()):
+    if steps_left > 1 and bool((chosen == masked).all()):
         chosen = chosen.flatten()
         chosen[chosen.nonzero()[-1]] = False
         chosen = chosen.view(masked.shape)
     return chosen
 
 
-def _best(made: Any, token: int, tokens: Tensor) -> Tensor:
+def _most_likely(outputs: Any, mask_token: int, tokens: Tensor) -> Tensor:
     """The most likely token at every position, never the mask token."""
-    for value in [getattr(made, "logits", None), *reversed(_tensors(made))]:
+    for value in [getattr(outputs, "logits", None), *reversed(output_tensors(outputs))]:
         if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == tokens.shape:
             scores = value.float().clone()
-            scores[..., token : token + 1] = -torch.inf
+            scores[..., mask_token : mask_token + 1] = -torch.inf
             return scores.argmax(2)
     raise ValueError("the model returns no logits [batch, token, vocabulary]")
 
 
-def _compare(name: str, made: Any, expected: Any, tolerance: float | None) -> None:
-    ours, theirs = _tensors(made), _tensors(expected)
+def _compare(name: str, actual: Any, expected: Any, tolerance: float | None) -> None:
+    ours, theirs = output_tensors(actual), output_tensors(expected)
     if [value.shape for value in ours] != [value.shape for value in theirs]:
         raise AssertionError(
             f"{name}: FOCUS returns shapes {[tuple(value.shape) for value in ours]}, eager "
             f"{[tuple(value.shape) for value in theirs]}"
         )
     logits = getattr(expected, "logits", None)
-    for index, (one, two) in enumerate(zip(ours, theirs, strict=True)):
-        if not two.numel():
+    for index, (value, reference) in enumerate(zip(ours, theirs, strict=True)):
+        if not reference.numel():
             continue
         allowed = tolerance
         if allowed is None:
-            allowed = TOLERANCE[two.dtype] * max(1.0, two.abs().max().item())
-        difference = (one.double() - two.double()).abs()
-        difference = difference.masked_fill(one.isnan() & two.isnan() | (one == two), 0.0)
+            allowed = TOLERANCE[reference.dtype] * max(1.0, reference.abs().max().item())
+        difference = (value.double() - reference.double()).abs()
+        difference = difference.masked_fill(
+            value.isnan() & reference.isnan() | (value == reference), 0.0
+        )
         difference = difference.nan_to_num(torch.inf, torch.inf)
         largest = difference.max().item()
         if largest > allowed:
-            place = (difference == largest).nonzero()[0].tolist()
-            what = "logits" if two is logits else f"output {index}"
-            axes = zip(("row", "position"), place, strict=False)
-            where = ", ".join([name, *(f"{axis} {at}" for axis, at in axes)])
-            values = f"FOCUS {one[tuple(place)].item():.6g}, eager {two[tuple(place)].item():.6g}"
+            position = (difference == largest).nonzero()[0].tolist()
+            output_name = "logits" if reference is logits else f"output {index}"
+            axes = zip(("row", "position"), position, strict=False)
+            location = ", ".join([name, *(f"{axis} {coordinate}" for axis, coordinate in axes)])
+            ours_there, theirs_there = (x[tuple(position)].item() for x in (value, reference))
+            values = f"FOCUS {ours_there:.6g}, eager {theirs_there:.6g}"
             raise AssertionError(
-                f"{where}: {what} differ by {largest:.3g} ({values}; allowed {allowed:.3g})"
+                f"{location}: {output_name} differ by {largest:.3g} "
+                f"({values}; allowed {allowed:.3g})"
             )
-
-
-def _tensors(made: Any) -> list[Tensor]:
-    """Numbers among a model's outputs; a cache is none of them."""
-    leaves = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
-    return [leaf for leaf in leaves if leaf.dtype in TOLERANCE]

@@ -75,7 +75,7 @@ __all__ = [
     "tree_leaves",
 ]
 
-_WANTED = {"isolate_recompiles": True, "recompile_limit": 64}
+_COMPILE_ARGUMENTS = {"isolate_recompiles": True, "recompile_limit": 64}
 """Arguments of ``torch.compile`` that not every release has."""
 
 
@@ -102,8 +102,8 @@ def recompile_limit() -> int:
 
 def frame_compile_id() -> int | None:
     """Number of the graph that Dynamo compiles now, among those of its function; None outside."""
-    found: Any = CompileContext.current_compile_id()
-    return None if found is None else found.frame_compile_id
+    compile_id: Any = CompileContext.current_compile_id()
+    return None if compile_id is None else compile_id.frame_compile_id
 
 
 def at_fixed_addresses(inputs: Sequence[int]) -> Callable[..., Any]:
@@ -162,8 +162,8 @@ def compile_arguments() -> dict[str, Any]:
 
     Without, all that is compiled of one function counts against one limit of 8 graphs.
     """
-    known = inspect.signature(torch.compile).parameters
-    return {name: value for name, value in _WANTED.items() if name in known}
+    parameters = inspect.signature(torch.compile).parameters
+    return {name: value for name, value in _COMPILE_ARGUMENTS.items() if name in parameters}
 
 
 def recompile_limits_hit() -> int:
@@ -180,8 +180,8 @@ def backend_of(model: Any) -> Any:
         callback = inspect.getclosurevars(model._compiled_call_impl).nonlocals.get("callback")
     else:
         return None
-    found: Any = innermost_backend(callback) if callable(callback) else None
-    return found.compiler_fn if isinstance(found, torch._TorchCompileWrapper) else found
+    backend: Any = innermost_backend(callback) if callable(callback) else None
+    return backend.compiler_fn if isinstance(backend, torch._TorchCompileWrapper) else backend
 
 
 def is_module_state(node: Node) -> bool:
@@ -189,8 +189,10 @@ def is_module_state(node: Node) -> bool:
 
     Numbers that it holds are no tensors, though Dynamo may pass them as such: it guards them.
     """
-    given: Any = node.meta.get("grapharg")
-    if given is None or not given.is_tensor or given.pass_arg_as_tensor:
+    argument: Any = node.meta.get("grapharg")
+    if argument is None or not argument.is_tensor or argument.pass_arg_as_tensor:
         return False
-    kind = given.source.guard_source
-    return bool(kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module())
+    guard_source = argument.source.guard_source
+    return bool(
+        guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module()
+    )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule
 
-from focus_compile.graph.recompute import InvalidGraph, verify
+from focus_compile.graph.recompute import InvalidGraph, check_values
 from focus_compile.passes.narrow import narrow
 from focus_compile.passes.restore import restore
 from focus_compile.passes.retain import retain
@@ -43,7 +43,7 @@ def rewrite(gm: GraphModule, plan: Plan) -> list[tuple[str, GraphModule]]:
         gm = apply(gm, plan)
         stages.append((apply.__name__, gm))
     try:
-        verify(gm)
+        check_values(gm)
     except InvalidGraph:
         _blame(stages)
         raise
@@ -53,6 +53,6 @@ def rewrite(gm: GraphModule, plan: Plan) -> list[tuple[str, GraphModule]]:
 def _blame(stages: list[tuple[str, GraphModule]]) -> None:
     for name, gm in stages:
         try:
-            verify(gm)
+            check_values(gm)
         except InvalidGraph as error:
             raise InvalidGraph(f"after {name}: {error}") from error

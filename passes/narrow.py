@@ -23,7 +23,8 @@ from focus_compile.graph.replay import Replay
 from focus_compile.graph.sizes import Extent, is_generic
 from focus_compile.ops.library import focus
 from focus_compile.plan.controls import Selection
-from focus_compile.plan.plan import Domain, Place, Plan
+from focus_compile.plan.domains import Domain, Place
+from focus_compile.plan.plan import Plan
 from focus_compile.plan.sites import Site
 from focus_compile.plan.writes import Write
 from focus_compile.refusals import ANOTHER_ORDER, FOLDED_TOKENS, UNKNOWN_SIZE, VALUE_PER_ROW
@@ -34,8 +35,8 @@ __all__ = ["narrow"]
 def narrow(gm: GraphModule, plan: Plan) -> GraphModule:
     """Restrict the graph to fed and retained tokens; the output gains the K/V of every layer.
 
-    ``(own outputs, selection)`` becomes ``(own outputs, selection, ((k, v) of layer 0, ...))``; own
-    outputs that carry the token axis are packed. Adds the inputs of :class:`_Narrow`.
+    ``(model outputs, selection)`` becomes ``(model outputs, selection, ((k, v) of layer 0, ...))``;
+    model outputs that carry the token axis are packed. Adds the inputs of :class:`_Narrow`.
     """
     return _Narrow(gm, plan).run()
 
@@ -71,43 +72,43 @@ class _Narrow:
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
                 self.env[node] = self.replay.placeholder(node.name, node.meta["val"], node)
-        self._inputs()
+        self._add_inputs()
         for node in self.gm.graph.nodes:
             if node.op == "get_attr":
                 self.env[node] = self.replay.attribute(node)
             elif node.op == "call_function":
                 self._emit(node)
-        own, selection = fx.map_arg(graph_outputs(self.gm), lambda arg: self.env[arg])
+        outputs, selection = fx.map_arg(graph_outputs(self.gm), lambda arg: self.env[arg])
         kv = tuple((self.kv[site.layer, 0], self.kv[site.layer, 1]) for site in self.plan.sites)
-        gm = self.replay.finish((own, selection, kv))
+        gm = self.replay.finish((outputs, selection, kv))
         gm.graph.eliminate_dead_code()  # expanded key heads: nobody reads them any more
         gm.recompile()
         return gm
 
     # -- inputs ----------------------------------------------------------------------------------
 
-    def _inputs(self) -> None:
-        given, controls, tables = self.replay.given, self.plan.controls, self.plan.tables
+    def _add_inputs(self) -> None:
+        add, controls, tables = self.replay.add_input, self.plan.controls, self.plan.tables
         self.masked, self.fed = (
             self.env[self.nodes[control.name]] for control in (controls.masked, controls.fed)
         )
-        fed_tokens, self.fed_inverse = given(controls.fed_tokens), given(controls.fed_inverse)
-        fed_rows = given(controls.fed_rows)
-        self.tokens = {Domain.FED: fed_tokens, Domain.RETAINED: given(tables.tokens)}
-        self.rows = {Domain.FED: fed_rows, Domain.RETAINED: given(tables.rows)}
-        self.written = (given(controls.written01), given(controls.written))
-        self.prefix = given(controls.prefix_visibility)
-        self.reuse = given(controls.reuse)
-        self.slots = [tuple(map(given, pair)) for pair in self.plan.slots]
+        fed_tokens, self.fed_inverse = add(controls.fed_tokens), add(controls.fed_inverse)
+        fed_rows = add(controls.fed_rows)
+        self.tokens = {Domain.FED: fed_tokens, Domain.RETAINED: add(tables.tokens)}
+        self.rows = {Domain.FED: fed_rows, Domain.RETAINED: add(tables.rows)}
+        self.written = (add(controls.written01), add(controls.written))
+        self.prefix = add(controls.prefix_visibility)
+        self.reuse = add(controls.reuse)
+        self.slots = [tuple(map(add, pair)) for pair in self.plan.slots]
         self.selection: Selection[Node] = Selection(*graph_outputs(self.gm)[1])
 
     def _tables(self, domain: Domain) -> tuple[Node, Node, Node]:
         """(tokens, inverse, keep) of a domain."""
         if domain is Domain.FED:
             return self.tokens[domain], self.fed_inverse, self.fed
-        return self.tokens[domain], self.env[self.selection.inverse], self._retained()
+        return self.tokens[domain], self.env[self.selection.inverse], self._retain_mask()
 
-    def _retained(self) -> Node:
+    def _retain_mask(self) -> Node:
         return self.env[self.selection.retain_mask]
 
     def _is_late(self, layer: int) -> bool:
@@ -128,8 +129,8 @@ class _Narrow:
             if node.name in self.writes:
                 self._write(node, self.env[node])
         else:
-            args = fx.map_arg(node.args, self._canvas)
-            kwargs = fx.map_arg(node.kwargs, self._canvas)
+            args = fx.map_arg(node.args, self._on_canvas)
+            kwargs = fx.map_arg(node.kwargs, self._on_canvas)
             self.env[node] = self.replay.call(node.target, args, kwargs, like=node)
 
     def _packed(self, node: Node, place: Place) -> None:
@@ -141,8 +142,8 @@ class _Narrow:
             return self._in_domain(arg, place, node)
 
         if node is self.nodes[self.plan.embedding]:
-            weight, ids, *rest = node.args
-            args = (self.env[weight], self._in_domain(ids, place, node), *rest)
+            weight, ids, *options = node.args
+            args = (self.env[weight], self._in_domain(ids, place, node), *options)
         else:
             args = fx.map_arg(node.args, operand)
         dims = self.axes.of(node) if isinstance(node.meta["val"], torch.Tensor) else ()
@@ -179,14 +180,14 @@ class _Narrow:
         fed = self.plan.packed[site.query].domain is Domain.FED
         source = self.fed_inverse if fed else inverse
         index = self.replay.once(focus.site_index.default, (source, rows))
-        key, value = (self._canvas(self.nodes[name]) for name in (site.key, site.value))
-        mask = self._mask(site, rows, key)
+        key, value = (self._on_canvas(self.nodes[name]) for name in (site.key, site.value))
+        mask = self._site_mask(site, rows, key)
         lines = self.replay.once(focus.line_index.default, (tokens, inverse, rows))
         args = (self.env[query], key, value, mask, index, lines, site.scale)
         packed = self.replay.call(focus.attend.default, args, like=node, name=f"{node.name}_rows")
         self.env[node] = self.replay.call(aten.transpose.int, (packed, 1, 2), like=node)
 
-    def _mask(self, site: Site, rows: Node, key: Node) -> Node:
+    def _site_mask(self, site: Site, rows: Node, key: Node) -> Node:
         """The mask of retained queries; one for all layers that share the model's own."""
         past = site.writes[0].past
         history: Node | int = 0
@@ -196,28 +197,28 @@ class _Narrow:
                 length = self.replay.size(self.env[self.nodes[past]], site.writes[0].token_dim)
                 self.histories[extent] = length
             history = self.histories[extent]
-        old: Node | None = None
+        mask: Node | None = None
         if site.mask is not None:
-            old = self.env[self.nodes[site.mask]]
-            while tensor_of(old).dim() < 4:
-                old = self.replay.once(aten.unsqueeze.default, (old, 0))
+            mask = self.env[self.nodes[site.mask]]
+            while tensor_of(mask).dim() < 4:
+                mask = self.replay.once(aten.unsqueeze.default, (mask, 0))
         if site.causal:
-            old = self.replay.once(focus.causal.default, (self.masked, key))
-        visible = self._visible(site.layer)
+            mask = self.replay.once(focus.causal.default, (self.masked, key))
+        visible = self._visible_slots(site.layer)
         query = tensor_of(self.nodes[site.query])
         share = query.shape[1] // tensor_of(key).shape[1]
-        args = (old, rows, visible, history, share, query.dtype)
+        args = (mask, rows, visible, history, share, query.dtype)
         return self.replay.once(focus.site_mask.default, args)
 
-    def _visible(self, layer: int) -> Node:
+    def _visible_slots(self, layer: int) -> Node:
         """Visible slots: up to the second scored layer those of every fed token are new.
 
         Before that layer every fed token asks, and from it on every retained one.
         """
-        kept = self.fed if layer < self.plan.scored[1] else self._retained()
-        stored = kept if self._is_late(layer) else self.fed
+        queries = self.fed if layer < self.plan.scored[1] else self._retain_mask()
+        stored = queries if self._is_late(layer) else self.fed
         written = self.written[self._is_late(layer)]
-        return self.replay.once(focus.visible.default, (written, stored, kept, self.prefix))
+        return self.replay.once(focus.visible.default, (written, stored, queries, self.prefix))
 
     def _write(self, node: Node, new: Node) -> None:
         """Join history and block: the block's part is new where computed, stale elsewhere."""
@@ -247,13 +248,13 @@ class _Narrow:
         value = self.env[arg]
         token_dim: int | None
         if self._is_packed(arg):
-            old = self.plan.packed[arg.name]
-            if old.domain is place.domain:
+            source = self.plan.packed[arg.name]
+            if source.domain is place.domain:
                 return value
-            if old.token_dim is None:
+            if source.token_dim is None:
                 raise Unsupported(ANOTHER_ORDER, user)
             return self.replay.once(
-                focus.repack.default, (value, self.fed_inverse, tokens, old.token_dim)
+                focus.repack.default, (value, self.fed_inverse, tokens, source.token_dim)
             )
         dims = self.axes.of(arg)
         batch_dim = self.axes.position(dims, Role.BATCH)
@@ -275,7 +276,7 @@ class _Narrow:
             focus.pack_rows.default, (value, tokens, inverse, batch_dim, token_dim)
         )
 
-    def _canvas(self, arg: Node) -> Node:
+    def _on_canvas(self, arg: Node) -> Node:
         """An operand on the canvas; only the importance reads packed values so."""
         if not self._is_packed(arg):
             return self.env[arg]

@@ -12,7 +12,8 @@ from focus_compile.errors import Unsupported
 from focus_compile.graph.replay import Replay
 from focus_compile.ops.library import focus
 from focus_compile.plan.controls import Selection
-from focus_compile.plan.plan import Domain, Plan
+from focus_compile.plan.domains import Domain
+from focus_compile.plan.plan import Plan
 from focus_compile.refusals import RETURNS_ANOTHER_ORDER
 
 __all__ = ["restore"]
@@ -21,10 +22,10 @@ __all__ = ["restore"]
 def restore(gm: GraphModule, plan: Plan) -> GraphModule:
     """Scatter every packed output of the model back to ``[B, T, ...]``."""
     replay, nodes, outputs = Replay.copy(gm)
-    own, selection, kv = outputs
-    given = plan.controls
+    model_outputs, selection, kv = outputs
+    controls = plan.controls
     tables = {
-        Domain.FED: (nodes[given.fed_tokens.name], nodes[given.fed.name]),
+        Domain.FED: (nodes[controls.fed_tokens.name], nodes[controls.fed.name]),
         Domain.RETAINED: (nodes[plan.tables.tokens.name], Selection(*selection).retain_mask),
     }
 
@@ -39,4 +40,4 @@ def restore(gm: GraphModule, plan: Plan) -> GraphModule:
             focus.restore.default, (node, tokens, keep, place.batch_dim, place.token_dim)
         )
 
-    return replay.finish((map_arg(own, scatter), selection, kv))
+    return replay.finish((map_arg(model_outputs, scatter), selection, kv))

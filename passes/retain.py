@@ -19,20 +19,20 @@ __all__ = ["retain"]
 
 
 def retain(gm: GraphModule, plan: Plan) -> GraphModule:
-    """Insert signal, selection and index tables; the output becomes ``(own outputs, selection)``.
+    """Insert signal, selection and index tables; the output becomes ``(model outputs, selection)``.
 
     The selection holds the values of :class:`~focus_compile.plan.controls.Selection`, in order.
     Adds the inputs ``fed``, ``progress``, ``average``, ``alpha``, ``signal_weights`` and
     ``signal_bias``.
     """
     replay, nodes, outputs = Replay.copy(gm)
-    given = plan.controls
-    masked = nodes[given.masked.name]
+    controls = plan.controls
+    masked = nodes[controls.masked.name]
     fed, progress, average, alpha, weights, bias = map(
-        replay.given,
+        replay.add_input,
         (
-            given.fed, given.progress, given.average, given.alpha, given.signal_weights,
-            given.signal_bias,
+            controls.fed, controls.progress, controls.average, controls.alpha,
+            controls.signal_weights, controls.signal_bias,
         ),
     )  # fmt: skip
     importances = (nodes[f"importance{layer}"] for layer in plan.scored)

@@ -25,7 +25,7 @@ __all__ = ["score"]
 def score(gm: GraphModule, plan: Plan) -> GraphModule:
     """Insert ``focus.importance`` at the scored layers; adds the input ``masked``."""
     replay, nodes, outputs = Replay.copy(gm)
-    masked = replay.given(plan.controls.masked)
+    masked = replay.add_input(plan.controls.masked)
     for site in plan.scored_sites:
         query, key = nodes[site.query], nodes[site.writes[0].new]
         with replay.before(nodes[site.region[0]]):
@@ -44,9 +44,9 @@ def score(gm: GraphModule, plan: Plan) -> GraphModule:
 
 def _sum_ranks(replay: Replay, heads: Group, scored: tuple[int, int]) -> None:
     """Where ranks have some heads each: importances of all heads, the same on every rank."""
-    own = {node.name: node for node in replay.graph.nodes}
-    parts = tuple(own[f"importance{layer}_own"] for layer in scored)
-    args = (*parts, heads.ranks, heads.name)
+    nodes = {node.name: node for node in replay.graph.nodes}
+    per_rank = tuple(nodes[f"importance{layer}_own"] for layer in scored)
+    args = (*per_rank, heads.ranks, heads.name)
     sums = replay.call(focus.sum_ranks.default, args, name="importances")
     for index, layer in enumerate(scored):
         replay.call(operator.getitem, (sums, index), name=f"importance{layer}")

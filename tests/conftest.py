@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from focus_compile.log import text_once
+from tests.support.harness import without_inductor
 from tests.tiers import MARKERS, tier
 
 torch.set_num_threads(1)
@@ -72,14 +73,14 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def no_inductor() -> Iterator[None]:
     """Programs run as the graphs that Inductor would get."""
-    with mock.patch("focus_compile.backend.compile_fx", lambda graph, *_, **__: graph):
+    with without_inductor():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def dense_without_inductor() -> Iterator[None]:
     """Prefix and suffix go through Inductor; dense programs, which are plain Inductor's, do not."""
 

@@ -20,7 +20,7 @@ from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import Size, expr_of, is_count
 from focus_compile.refusals import AXES_MEET, UNEVEN_VIEW, VIEW_OF_OTHER_SIZE
 
-__all__ = ["Axis", "AxisMap", "Dim", "Dims", "Entry", "Meaning", "Role", "Transfer"]
+__all__ = ["Axis", "AxisMap", "Dim", "Dims", "Entry", "Meaning", "Quantity", "Role", "Transfer"]
 
 
 class Role(Enum):
@@ -62,13 +62,23 @@ class Transfer:
     mixed: Dims = ()
 
 
+class Quantity(Enum):
+    """What integers stand for: positions along a dim; or, of a dim that is a sorted list, its ids
+    in order, how often each id occurs, or where the rows of each id end.
+    """
+
+    POSITION = "position"
+    SORTED_ID = "sorted id"
+    COUNT = "count"
+    END = "end"
+
+
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What integers stand for: ``position``: along axes ``of``; ``sorted``: ids, in the order of
-    the list ``of``; ``count``: of each id in that list; ``end``: where its rows end there."""
+    """What the integers of a value stand for, and in which dim."""
 
-    kind: str
-    of: Dim
+    quantity: Quantity
+    dim: Dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +121,17 @@ class AxisMap:
         return axis
 
     def resolve(self, dim: Dim) -> Dim:
-        out: list[Axis] = []
+        factors: list[Axis] = []
         for axis in dim:
             root = self.find(axis)
-            out.extend(self.resolve(root.product) if root.product is not None else (root,))
-        return tuple(out)
+            factors.extend(self.resolve(root.product) if root.product is not None else (root,))
+        return tuple(factors)
 
     def holds(self, dim: Dim, role: Role) -> bool:
         """Whether an axis of ``role`` is a factor of ``dim``, a term of one, or listed by one."""
         return any(
             axis.role is role
-            or (axis.sum is not None and any(self.holds(part, role) for part in axis.sum))
+            or (axis.sum is not None and any(self.holds(term, role) for term in axis.sum))
             or (axis.order is not None and self.holds(axis.order, role))
             for axis in self.resolve(dim)
         )
@@ -170,43 +180,43 @@ class AxisMap:
         if len(left) == len(right) == 1:
             self._merge(left[0], right[0])
         else:
-            parts = self.regroup(left, [self.expr(axis.size) for axis in right])
-            for factors, axis in zip(parts, right, strict=True):
-                part = self.resolve(factors)
-                if len(part) == 1:
-                    self._merge(part[0], axis)
+            groups = self.regroup(left, [self.expr(axis.size) for axis in right])
+            for group, axis in zip(groups, right, strict=True):
+                factors = self.resolve(group)
+                if len(factors) == 1:
+                    self._merge(factors[0], axis)
                 else:
-                    self._define_product(axis, part)
+                    self._define_product(axis, factors)
         return left
 
     def regroup(self, factors: Dim, sizes: Sequence[sympy.Expr]) -> list[Dim]:
         """Distribute ``factors``, in order, over dims of ``sizes``, splitting axes where needed."""
         queue = list(self.resolve(factors))
-        out: list[Dim] = []
+        dims: list[Dim] = []
         for size in sizes:
-            need, taken = self.expr(size), list[Axis]()
-            while need != 1:
+            remaining, group = self.expr(size), list[Axis]()
+            while remaining != 1:
                 if not queue:
                     raise Unsupported(VIEW_OF_OTHER_SIZE, self.current)
                 axis = queue.pop(0)
                 length = self.expr(axis.size)
-                quotient = sympy.cancel(need / length)
+                quotient = sympy.cancel(remaining / length)
                 if is_count(quotient):
-                    taken.append(axis)
-                    need = quotient
+                    group.append(axis)
+                    remaining = quotient
                     continue
-                rest = sympy.cancel(length / need)
-                if not is_count(rest):
+                outer_size = sympy.cancel(length / remaining)
+                if not is_count(outer_size):
                     raise Unsupported(UNEVEN_VIEW, self.current)
-                inner, outer = Axis(need), Axis(rest)
+                inner, outer = Axis(remaining), Axis(outer_size)
                 self._define_product(axis, (inner, outer))
-                taken.append(inner)
+                group.append(inner)
                 queue.insert(0, outer)
-                need = sympy.Integer(1)
-            out.append(tuple(taken))
+                remaining = sympy.Integer(1)
+            dims.append(tuple(group))
         if queue:
             raise Unsupported(VIEW_OF_OTHER_SIZE, self.current)
-        return out
+        return dims
 
     def label(self, dim: Dim, role: Role) -> None:
         for axis in self.resolve(dim):
@@ -228,8 +238,8 @@ class AxisMap:
                 return
             pairs = list(zip(left.sum, right.sum, strict=True))
             left.parent = right
-            for one, two in pairs:
-                self.unify(one, two)
+            for left_term, right_term in pairs:
+                self.unify(left_term, right_term)
             return
         self._equate(left, right)
         if left.order is not None:
@@ -247,13 +257,13 @@ class AxisMap:
 
     def _equate(self, left: Axis, right: Axis) -> None:
         """Note that two sizes are equal, as eager execution would insist."""
-        one, two = self.expr(left.size), self.expr(right.size)
-        if one == two:
+        left_size, right_size = self.expr(left.size), self.expr(right.size)
+        if left_size == right_size:
             return
-        if one.is_Symbol and one not in two.free_symbols:
-            self.equal[one] = two
-        elif two.is_Symbol and two not in one.free_symbols:
-            self.equal[two] = one
+        if left_size.is_Symbol and left_size not in right_size.free_symbols:
+            self.equal[left_size] = right_size
+        elif right_size.is_Symbol and right_size not in left_size.free_symbols:
+            self.equal[right_size] = left_size
         else:
             self._conflict(left, right)
 

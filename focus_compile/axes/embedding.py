@@ -11,7 +11,7 @@ from focus_compile.graph.nodes import aten, operands, tensor_of
 __all__ = ["find_entry"]
 
 
-def _producers(node: Node) -> Node:
+def _producer(node: Node) -> Node:
     """The input that ``node`` is a copy or cast of."""
     while node.op == "call_function" and node.target in (
         aten.to.dtype, aten._to_copy.default, aten.alias.default, aten.clone.default,
@@ -22,10 +22,10 @@ def _producers(node: Node) -> Node:
 
 def find_entry(gm: GraphModule) -> Entry | None:
     """Where a graph's token ids enter; None if it embeds no input."""
-    found: dict[Node, Node] = {}
+    lookups: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in EMBEDDINGS:
-            ids = _producers(operands(node)[1])
+            ids = _producer(operands(node)[1])
             if ids.op == "placeholder" and tensor_of(ids).dim() in (1, 2):
-                found.setdefault(ids, node)
-    return next((Entry(node, ids, len(found) == 1) for ids, node in found.items()), None)
+                lookups.setdefault(ids, node)
+    return next((Entry(node, ids, len(lookups) == 1) for ids, node in lookups.items()), None)

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.axes.axes import AxisMap, Entry, Role
 from focus_compile.axes.embedding import find_entry
-from focus_compile.axes.rules.experts import meaning
+from focus_compile.axes.rules.experts import meaning_of
 from focus_compile.axes.rules.table import RULES, fresh
 
 __all__ = ["Labelled", "label", "propagate"]
@@ -30,8 +30,11 @@ def label(gm: GraphModule, entry: Entry | None = None) -> Labelled:
 
 def _note(node: Node, axes: AxisMap) -> None:
     """Note what the values of a node mean, if anything follows from its operands."""
-    if isinstance(node.meta["val"], torch.Tensor) and (found := meaning(node, axes)) is not None:
-        axes.meaning[node] = found
+    if (
+        isinstance(node.meta["val"], torch.Tensor)
+        and (meaning := meaning_of(node, axes)) is not None
+    ):
+        axes.meaning[node] = meaning
 
 
 def propagate(gm: GraphModule, entry: Entry | None = None) -> AxisMap:
@@ -65,8 +68,8 @@ def propagate(gm: GraphModule, entry: Entry | None = None) -> AxisMap:
                 axes.unruled.add(node)
                 axes.dims[node] = fresh(node, axes)
             else:
-                result = rule(node, axes)
-                axes.dims[node], axes.mixed[node] = result.out, result.mixed
+                transfer = rule(node, axes)
+                axes.dims[node], axes.mixed[node] = transfer.out, transfer.mixed
                 _note(node, axes)
     axes.check()
     return axes

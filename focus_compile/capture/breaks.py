@@ -77,10 +77,10 @@ def graph_break(gm: GraphModule) -> GraphBreak | None:
     if frames:
         last = frames[-1]
         line = f"{last.filename}:{last.lineno} `{last.line}`"
-    told = reason.reason.strip().splitlines()[0] if reason.reason.strip() else "graph break"
-    text = f"{told} {line}".lower()
+    message = reason.reason.strip().splitlines()[0] if reason.reason.strip() else "graph break"
+    text = f"{message} {line}".lower()
     remedies = [cure for signs, cure in REMEDIES if any(sign in text for sign in signs)]
-    return GraphBreak(told, line, remedies[0] if remedies else None)
+    return GraphBreak(message, line, remedies[0] if remedies else None)
 
 
 def refuse_fragment(gm: GraphModule) -> NoReturn:
@@ -90,11 +90,11 @@ def refuse_fragment(gm: GraphModule) -> NoReturn:
         Unsupported: it names the line of the graph break that it begins behind, if any.
     """
     traces = (node.meta.get("stack_trace") or "" for node in gm.graph.nodes)
-    found = next(filter(None, map(_RESUMED.search, traces)), None)
-    if found is None:
+    resumed = next(filter(None, map(_RESUMED.search, traces)), None)
+    if resumed is None:
         raise Unsupported(NO_EMBEDDING)
-    line = linecache.getline(found[1], int(found[2])).strip()
-    place = f"{found[1]}:{found[2]} `{line}`"
+    line = linecache.getline(resumed[1], int(resumed[2])).strip()
+    location = f"{resumed[1]}:{resumed[2]} `{line}`"
     if "rotary" in line or "rope" in line:
-        raise Unsupported(DYNAMIC_ROPE, place=place)
-    raise Unsupported(BEHIND_A_BREAK, place=place)
+        raise Unsupported(DYNAMIC_ROPE, place=location)
+    raise Unsupported(BEHIND_A_BREAK, place=location)

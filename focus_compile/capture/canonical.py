@@ -67,13 +67,13 @@ def canonicalize(captured: Labelled, held: Collection[int] = ()) -> Canonical:
     for position, node in enumerate(graph_inputs(gm)):
         axes.current = node
         if isinstance(node.meta["val"], torch.Tensor):
-            given = _input(node, f"input{len(inputs)}", sizes, histories)
-            given = replace(given, held=position in held)
-            env[node] = sizes.replay.placeholder(given.name, static_tensor(mode, given), node)
-            for dim, extent in enumerate(given.shape):
+            spec = _input_spec(node, f"input{len(inputs)}", sizes, histories)
+            spec = replace(spec, held=position in held)
+            env[node] = sizes.replay.placeholder(spec.name, static_tensor(mode, spec), node)
+            for dim, extent in enumerate(spec.shape):
                 if isinstance(extent, str):
                     sizes.reads.setdefault(extent, (env[node], dim))
-            inputs.append(given)
+            inputs.append(spec)
             arguments.append(position)
     for node in gm.graph.nodes:
         axes.current = node
@@ -99,7 +99,7 @@ def _name_histories(gm: GraphModule, sizes: Sizes) -> set[Axis]:
     """
     axes = sizes.axes
     groups = sizes.histories
-    found: set[Axis] = set()
+    history_axes: set[Axis] = set()
     for node in gm.graph.nodes:
         if node.op != "call_function" or node.target is not aten.cat.default:
             continue
@@ -111,19 +111,19 @@ def _name_histories(gm: GraphModule, sizes: Sizes) -> set[Axis]:
                     name = f"history{len(groups) or ''}"
                     groups[size] = int(size) if size in (0, 1) else name
                 sizes.names[axis] = groups[size]
-                found.add(axis)
-    return found
+                history_axes.add(axis)
+    return history_axes
 
 
-def _input(node: Node, name: str, sizes: Sizes, histories: set[Axis]) -> Input:
+def _input_spec(node: Node, name: str, sizes: Sizes, histories: set[Axis]) -> Input:
     axes, value = sizes.axes, tensor_of(node)
     dims = axes.of(node)
     shape = tuple(sizes.extent(dim) for dim in dims)
-    for old, new in zip(value.shape, shape, strict=True):
-        if isinstance(old, torch.SymInt) and expr_of(old).is_Symbol:
-            known = sizes.meaning.setdefault(expr_of(old), new)
-            if known != new:
-                sizes.meaning[expr_of(old)] = None  # two labels share a symbol
+    for size, extent in zip(value.shape, shape, strict=True):
+        if isinstance(size, torch.SymInt) and expr_of(size).is_Symbol:
+            recorded = sizes.meaning.setdefault(expr_of(size), extent)
+            if recorded != extent:
+                sizes.meaning[expr_of(size)] = None  # two labels share a symbol
     symbolic = not all(isinstance(extent, int) for extent in shape)
     return Input(
         name=name,
@@ -143,7 +143,7 @@ def _emit(node: Node, env: dict[Node, Any], sizes: Sizes) -> None:
         return  # a size computation: rebuilt where it is used
     args: Any = node.args
     kwargs: Any = node.kwargs
-    if (source := _copied(node)) is not None:
+    if (source := _copy_source(node)) is not None:
         env[node] = env[source]
         return
     if node.target in RESHAPES or node.target is aten.expand.default:
@@ -159,7 +159,7 @@ def _emit(node: Node, env: dict[Node, Any], sizes: Sizes) -> None:
             return sizes.expression(expr_of(size), node) if isinstance(size, torch.SymInt) else size
 
         if node.target in ARANGES:
-            start, step = (fx.map_arg(part, argument) for part in progression(args))
+            start, step = (fx.map_arg(operand, argument) for operand in progression(args))
             env[node] = arange(node, start, step, sizes)
             return
         if is_window(node, sizes):
@@ -170,18 +170,18 @@ def _emit(node: Node, env: dict[Node, Any], sizes: Sizes) -> None:
     sizes.check(node, env[node].meta["val"])
 
 
-def _copied(node: Node) -> Node | None:
+def _copy_source(node: Node) -> Node | None:
     """The operand that a node returns unchanged: a cast to the same dtype, a full slice."""
     overwritten = node.target is aten.copy.default
     source = node.args[overwritten] if len(node.args) > overwritten else None
-    values = [part.meta.get("val") for part in (source, node) if isinstance(part, Node)]
+    values = [operand.meta.get("val") for operand in (source, node) if isinstance(operand, Node)]
     if not isinstance(source, Node) or not all(isinstance(v, torch.Tensor) for v in values):
         return None
-    old, new = tensor_of(source), tensor_of(node)
-    same = old.dtype == new.dtype and old.device == new.device
+    before, after = tensor_of(source), tensor_of(node)
+    same_type = before.dtype == after.dtype and before.device == after.device
     if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default):
-        return source if same else None
-    if node.target is aten.slice.Tensor or (overwritten and same):
-        shapes = (tuple(map(expr_of, value.shape)) for value in (old, new))
+        return source if same_type else None
+    if node.target is aten.slice.Tensor or (overwritten and same_type):
+        shapes = (tuple(map(expr_of, value.shape)) for value in (before, after))
         return source if len(set(shapes)) == 1 else None
     return source if node.target is aten.dropout.default and not node.args[2] else None

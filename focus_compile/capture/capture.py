@@ -72,17 +72,17 @@ def capture(gm: GraphModule) -> Captured:
             if str(node.target).startswith("flex_attention"):
                 raise Unsupported(FLEX_ATTENTION, node)
             raise Unsupported(OPERATOR_WITH_A_GRAPH, node)
-    own = [local_value(value) for value in values]
-    modes = [value.fake_mode for value in own if isinstance(value, FakeTensor)]
+    local_values = [local_value(value) for value in values]
+    modes = [value.fake_mode for value in local_values if isinstance(value, FakeTensor)]
     if not modes:
         raise Unsupported(NO_TENSOR_INPUT)
     with modes[0], preserve_node_meta():
-        graph = make_fx(LocalRank(gm, values).run, pre_dispatch=True)(*own)
-    for node, inner in zip(graph_inputs(gm), graph_inputs(graph), strict=True):
+        graph = make_fx(LocalRank(gm, values).run, pre_dispatch=True)(*local_values)
+    for node, traced in zip(graph_inputs(gm), graph_inputs(graph), strict=True):
         if "tensor_dict" in node.meta:
-            inner.meta["tensor_dict"] = node.meta["tensor_dict"]
-        inner.meta.setdefault("val", None)  # of a mesh
-        inner.meta["shard"] = shard_of(node.meta["example_value"])
+            traced.meta["tensor_dict"] = node.meta["tensor_dict"]
+        traced.meta.setdefault("val", None)  # of a mesh
+        traced.meta["shard"] = shard_of(node.meta["example_value"])
     graph.graph.eliminate_dead_code()
     held = hold(graph)
     written = functionalize(graph)
@@ -90,9 +90,9 @@ def capture(gm: GraphModule) -> Captured:
         graph.graph.output_node().args = ((*graph_outputs(graph), *written.values()),)
     name_puts(graph)
     graph.recompile()
-    places = {node: index for index, node in enumerate(graph_inputs(graph))}
+    positions = {node: index for index, node in enumerate(graph_inputs(graph))}
     return Captured(
         graph,
-        tuple(places[node] for node in written),
-        {places[node]: dim for node, dim in held.items()},
+        tuple(positions[node] for node in written),
+        {positions[node]: dim for node, dim in held.items()},
     )

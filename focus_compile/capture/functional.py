@@ -22,7 +22,7 @@ __all__ = ["aliased", "drop_whole_slices", "functionalize", "name_puts"]
 
 aten = torch.ops.aten
 KEPT = (aten.detach_.default,)
-SELF = (
+MAY_RETURN_OPERAND = (
     aten.dropout.default, aten.feature_dropout.default, aten.type_as.default,
     aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default,
 )  # fmt: skip
@@ -42,26 +42,28 @@ def functionalize(gm: GraphModule) -> dict[Node, Node]:
         counterpart = _counterpart(node)
         if counterpart is None:
             continue
-        order = {other: index for index, other in enumerate(graph.nodes)}
+        order = {candidate: index for index, candidate in enumerate(graph.nodes)}
         written = node.args[0]
         if not _only_read_through(written, node, order, graph, set(inputs.values())):
             continue
         with graph.inserting_before(node):
-            made = graph.call_function(counterpart, node.args, node.kwargs)
-            made.meta = dict(node.meta)
+            replacement = graph.call_function(counterpart, node.args, node.kwargs)
+            replacement.meta = dict(node.meta)
             if _may_promote(node):  # what is written takes the dtype of where it goes
-                made = graph.call_function(aten.to.dtype, (made, tensor_of(written).dtype))
-                made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
+                replacement = graph.call_function(
+                    aten.to.dtype, (replacement, tensor_of(written).dtype)
+                )
+                replacement.meta = dict(node.meta)
+        node.replace_all_uses_with(replacement)
         for user in list(written.users):
-            if user is not made and order.get(user, -1) > order[node]:
-                user.replace_input_with(written, made)
+            if user is not replacement and order.get(user, -1) > order[node]:
+                user.replace_input_with(written, replacement)
         graph.erase_node(node)
         if written.op == "placeholder":
-            inputs[written] = made
-        for given, value in inputs.items():
+            inputs[written] = replacement
+        for placeholder, value in inputs.items():
             if value is written:
-                inputs[given] = made
+                inputs[placeholder] = replacement
     gm.recompile()
     return inputs
 
@@ -87,14 +89,14 @@ def _counterpart(node: Node) -> OpOverload | None:
     if not isinstance(target, OpOverload) or target in KEPT or not target._schema.is_mutable:
         return None
     name = target._schema.name.partition("::")[2]
-    first, *others = target._schema.arguments
+    destination, *sources = target._schema.arguments
     if target.namespace != "aten" or not name.endswith("_") or not isinstance(node.args[0], Node):
         return None
-    if not _writes(first) or any(_writes(other) for other in others):
+    if not _writes(destination) or any(_writes(source) for source in sources):
         return None
     packet: Any = getattr(aten, name[:-1], None)
-    found: OpOverload | None = getattr(packet, target._overloadname, None)
-    return found
+    overload: OpOverload | None = getattr(packet, target._overloadname, None)
+    return overload
 
 
 def _writes(argument: Any) -> bool:
@@ -103,11 +105,11 @@ def _writes(argument: Any) -> bool:
 
 def _may_promote(node: Node) -> bool:
     """Whether operands of another dtype, but of the same kind, could make the result another's."""
-    written, *others = (tensor_of(arg) for arg in operands(node))
+    written, *sources = (tensor_of(arg) for arg in operands(node))
     return any(
-        other.dtype not in (written.dtype, torch.bool)
-        and other.is_floating_point() == written.is_floating_point()
-        for other in others
+        source.dtype not in (written.dtype, torch.bool)
+        and source.is_floating_point() == written.is_floating_point()
+        for source in sources
     )
 
 
@@ -126,11 +128,11 @@ def _only_read_through(
     if base is not written and (base.op == "placeholder" or base in inputs):
         return False
     aliases = {base}
-    for other in graph.nodes:  # in order: an alias comes after what it is one of
-        if other is node:
+    for earlier in graph.nodes:  # in order: an alias comes after what it is one of
+        if earlier is node:
             break
-        if aliased(other) in aliases:
-            aliases.add(other)
+        if aliased(earlier) in aliases:
+            aliases.add(earlier)
     return not any(
         order[user] > order[node] for alias in aliases - {written} for user in alias.users
     )
@@ -147,7 +149,7 @@ def aliased(node: Node) -> Node | None:
         return aliased(source) if isinstance(source, Node) else None
     if not isinstance(node.target, OpOverload) or not isinstance(source, Node):
         return None
-    if node.target in SELF:
+    if node.target in MAY_RETURN_OPERAND:
         return source
     shared = any(result.alias_info is not None for result in node.target._schema.returns)
     return source if shared else None
@@ -159,16 +161,16 @@ def name_puts(gm: GraphModule) -> None:
         if node.target is not aten.index_put.default or argument(node, 3, "accumulate", False):
             continue
         x, indices, values = node.args[:3]
-        *none, index = indices
-        if x.op != "placeholder" or any(part is not None for part in none):
+        *leading, index = indices
+        if x.op != "placeholder" or any(position is not None for position in leading):
             continue
         if tensor_of(index).dim() != 1:
             continue
         if tensor_of(index).dtype != torch.int64 or tensor_of(values).dim() != tensor_of(x).dim():
             continue
         with gm.graph.inserting_before(node):
-            args = (x, len(none), index, values)
-            made = gm.graph.call_function(aten.index_copy.default, args)
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
+            args = (x, len(leading), index, values)
+            index_copy = gm.graph.call_function(aten.index_copy.default, args)
+        index_copy.meta = dict(node.meta)
+        node.replace_all_uses_with(index_copy)
         gm.graph.erase_node(node)

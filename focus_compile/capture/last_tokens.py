@@ -52,18 +52,18 @@ def widen(captured: Labelled) -> tuple[Labelled, dict[int, int]]:
     for node in gm.graph.nodes:
         if node.op == "output":
             continue
-        found = {shortened[source] for source in node.all_input_nodes if source in shortened}
+        lengths = {shortened[source] for source in node.all_input_nodes if source in shortened}
         if node in slices:
             env[node] = env[node.args[0]]
             shortened[node] = slices[node]  # 0: all of them, written as `[-0:]`
-        elif found:
-            others = [source for source in operands(node) if source not in shortened]
-            if any(axes.holds(dim, Role.TOKEN) for source in others for dim in axes.of(source)):
+        elif lengths:
+            full = [source for source in operands(node) if source not in shortened]
+            if any(axes.holds(dim, Role.TOKEN) for source in full for dim in axes.of(source)):
                 raise Unsupported(MIXES_TOKENS, node)
-            if len(found) > 1:
+            if len(lengths) > 1:
                 raise Unsupported(LAST_TOKENS, node)
-            env[node] = _widened(node, replay, env, any(found))
-            (shortened[node],) = found
+            env[node] = _widened(node, replay, env, any(lengths))
+            (shortened[node],) = lengths
         else:
             env[node] = replay.graph.node_copy(node, lambda arg: env[arg])
             if node.op == "get_attr":
@@ -77,7 +77,7 @@ def _last_tokens(gm: GraphModule, axes: AxisMap) -> dict[Node, int]:
     """Slices of hidden states that keep the last tokens, and how many."""
     if axes.entry is None:
         return {}
-    found: dict[Node, int] = {}
+    slices: dict[Node, int] = {}
     computed = nx.descendants(data_flow(gm), axes.entry.embedding)
     for node in computed:
         if node.target is not aten.slice.Tensor or not isinstance(node.args[0], Node):
@@ -87,12 +87,12 @@ def _last_tokens(gm: GraphModule, axes: AxisMap) -> dict[Node, int]:
         if source not in computed or axes.position(axes.of(source), Role.TOKEN) != at:
             continue
         shorter = axes.position(axes.of(node), Role.TOKEN) != at
-        if shorter and end in (None, sys.maxsize) and (start := _number(node)) <= 0:
-            found[node] = -start
-    return found
+        if shorter and end in (None, sys.maxsize) and (start := _slice_start(node)) <= 0:
+            slices[node] = -start
+    return slices
 
 
-def _number(node: Node) -> int:
+def _slice_start(node: Node) -> int:
     """Where a slice starts; a number among the model's arguments becomes a constant of the graph.
 
     Dynamo takes up the guard that makes it one.
@@ -106,7 +106,7 @@ def _widened(node: Node, replay: Replay, env: dict[Node, Node], longer: bool) ->
     if longer and (node.target in RESHAPES or node.target is aten.expand.default):
         raise Unsupported(LAST_TOKENS, node)
     args, kwargs = map_arg((node.args, node.kwargs), lambda arg: env[arg])
-    made = replay.call(node.target, args, kwargs, like=node)
-    if isinstance(node.meta["val"], Tensor) and tensor_of(made).dim() != tensor_of(node).dim():
+    replayed = replay.call(node.target, args, kwargs, like=node)
+    if isinstance(node.meta["val"], Tensor) and tensor_of(replayed).dim() != tensor_of(node).dim():
         raise Unsupported(LAST_TOKENS, node)  # a squeeze of one token, which is no longer one
-    return made
+    return replayed

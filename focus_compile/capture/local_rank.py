@@ -29,7 +29,7 @@ __all__ = ["LocalRank", "local_value", "shard_of"]
 
 
 @dataclass(frozen=True)
-class Part:
+class PlacedTensor:
     """A DTensor: its local tensor, how it is placed, and its size along the sharded dim."""
 
     value: Tensor
@@ -41,9 +41,9 @@ class Part:
 def local_value(value: Any) -> Any:
     """What the graph of one rank has for a fake value of Dynamo's: a mesh is no value there."""
     if isinstance(value, DTensor):
-        own = value._local_tensor
-        return torch.nn.Parameter(own, False) if isinstance(value, torch.nn.Parameter) else own
-    return 0 if isinstance(_real(value), DeviceMesh) else value
+        local = value._local_tensor
+        return torch.nn.Parameter(local, False) if isinstance(value, torch.nn.Parameter) else local
+    return 0 if isinstance(_real_object(value), DeviceMesh) else value
 
 
 def shard_of(value: Any) -> Group | None:
@@ -72,70 +72,76 @@ class LocalRank(fx.Interpreter):
         return super().run_node(n)
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value, own = next(self.values), super().placeholder(target, args, kwargs)
+        value, local = next(self.values), super().placeholder(target, args, kwargs)
         if isinstance(value, DTensor):
-            return self._part(own, value.device_mesh, value.placements, value.shape)
-        return value if isinstance(_real(value), DeviceMesh) else own
+            return self._placed(local, value.device_mesh, value.placements, value.shape)
+        return value if isinstance(_real_object(value), DeviceMesh) else local
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is DTensor.from_local:
             value, mesh, placements = args[:3]
-            return self._part(value, mesh, placements, kwargs.get("shape", value.shape))
-        if target is torch.nn.functional.embedding and len(args) > 1 and isinstance(args[1], Part):
+            return self._placed(value, mesh, placements, kwargs.get("shape", value.shape))
+        if (
+            target is torch.nn.functional.embedding
+            and len(args) > 1
+            and isinstance(args[1], PlacedTensor)
+        ):
             return self._embedding(*args, **kwargs)
         if isinstance(target, OpOverload | OpOverloadPacket):
             if "_c10d_functional" in str(target):
                 self._check_collective(str(target), args)
-        self._refuse_parts(args, kwargs)
+        self._refuse_placed(args, kwargs)
         return super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        part = args[0]
-        if isinstance(part, Part):
+        placed = args[0]
+        if isinstance(placed, PlacedTensor):
             if target == "to_local":
-                return part.value
+                return placed.value
             if target == "redistribute":
-                return self._replicated(part, *args[1:], **kwargs)
-        self._refuse_parts(args, kwargs)
+                return self._replicated(placed, *args[1:], **kwargs)
+        self._refuse_placed(args, kwargs)
         return super().call_method(target, args, kwargs)
 
-    def _part(self, value: Tensor, mesh: Any, placements: Any, shape: Any) -> Part:
-        mesh, (placement, *others) = _mesh(mesh), placements
-        if others:
+    def _placed(self, value: Tensor, mesh: Any, placements: Any, shape: Any) -> PlacedTensor:
+        mesh, (placement, *more_placements) = _mesh(mesh), placements
+        if more_placements:
             raise Unsupported(UNKNOWN_SHARDS, self.node)
         size = shape[placement.dim] if placement.is_shard() else 0
-        return Part(value, placement, size, mesh)
+        return PlacedTensor(value, placement, size, mesh)
 
-    def _embedding(self, ids: Any, weight: Part, *options: Any, **named: Any) -> Part:
+    def _embedding(
+        self, ids: Any, weight: PlacedTensor, *options: Any, **named: Any
+    ) -> PlacedTensor:
         """Some rows of the table: a term of a sum over ranks; or some features of all rows.
 
         ``padding_idx`` matters to gradients only.
         """
-        ids = ids.value if isinstance(ids, Part) else ids
+        ids = ids.value if isinstance(ids, PlacedTensor) else ids
         limit = named.get("max_norm", options[1] if len(options) > 1 else None)
         if limit is not None or not weight.placement.is_shard():
             raise Unsupported(UNKNOWN_SHARDS, self.node)
         if weight.placement.is_shard(1):
             features = torch.nn.functional.embedding(ids, weight.value)
-            return Part(features, Shard(ids.dim()), weight.size, weight.mesh)
+            return PlacedTensor(features, Shard(ids.dim()), weight.size, weight.mesh)
         rank, ranks = weight.mesh.get_local_rank(), weight.mesh.size()
         start = min(weight.size, rank * -(-weight.size // ranks))
         rows = focus.embedding_shard(weight.value, ids, start)
-        return Part(rows, Partial(), 0, weight.mesh)
+        return PlacedTensor(rows, Partial(), 0, weight.mesh)
 
-    def _replicated(self, part: Part, **how: Any) -> Part:
+    def _replicated(self, placed: PlacedTensor, **options: Any) -> PlacedTensor:
         """``redistribute(placements=[Replicate()])``."""
-        value, placement, group = part.value, part.placement, _group(part.mesh)
-        if list(how) != ["placements"] or list(how["placements"]) != [Replicate()]:
+        value, placement, group = placed.value, placed.placement, _group(placed.mesh)
+        if list(options) != ["placements"] or list(options["placements"]) != [Replicate()]:
             raise Unsupported(UNKNOWN_SHARDS, self.node)
         if placement.is_partial("sum"):
             reduced = collectives.all_reduce(value, "sum", group.name)
             value = collectives.wait_tensor(reduced)
         elif placement.is_shard() and placement.dim in (-1, value.dim() - 1):  # type: ignore[attr-defined]
-            value = focus.gather_ranks(value, part.size, group.ranks, group.name)
+            value = focus.gather_ranks(value, placed.size, group.ranks, group.name)
         elif not placement.is_replicate():
             raise Unsupported(UNKNOWN_SHARDS, self.node)
-        return Part(value, Replicate(), 0, part.mesh)
+        return PlacedTensor(value, Replicate(), 0, placed.mesh)
 
     def _check_collective(self, name: str, args: Any) -> None:
         """Sums over the group of the weights are understood, and nothing else."""
@@ -144,21 +150,21 @@ class LocalRank(fx.Interpreter):
         if not ("all_reduce" in name and args[1] == "sum" and args[2] in self.groups):
             raise Unsupported(OWN_COLLECTIVES, self.node)
 
-    def _refuse_parts(self, *values: Any) -> None:
+    def _refuse_placed(self, *values: Any) -> None:
         def check(value: Any) -> None:
-            if isinstance(value, Part):
+            if isinstance(value, PlacedTensor):
                 raise Unsupported(UNKNOWN_SHARDS, self.node)
 
         map_aggregate(values, check)
 
 
-def _real(value: Any) -> Any:
+def _real_object(value: Any) -> Any:
     """What a fake script object stands for."""
     return getattr(value, "real_obj", value)
 
 
 def _mesh(value: Any) -> DeviceMesh:
-    mesh: DeviceMesh = _real(value)
+    mesh: DeviceMesh = _real_object(value)
     if mesh.ndim != 1:
         raise Unsupported(UNKNOWN_SHARDS)
     return mesh

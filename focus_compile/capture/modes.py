@@ -22,5 +22,7 @@ def refuse_modes(values: Sequence[Any]) -> None:
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
         raise Unsupported(GRADIENTS)
-    if any(torch.is_autocast_enabled(kind) for kind in {value.device.type for value in tensors}):
+    if any(
+        torch.is_autocast_enabled(device) for device in {value.device.type for value in tensors}
+    ):
         raise Unsupported(AUTOCAST)

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from focus_compile.axes.axes import Axis, AxisMap, Dim, Role
-from focus_compile.capture.own_masks import makes_mask
+from focus_compile.capture.computed_masks import makes_mask
 from focus_compile.errors import Unsupported
 from focus_compile.graph.replay import Replay
 from focus_compile.graph.sizes import Extent, generic
@@ -72,16 +72,16 @@ class Sizes:
             raise Unsupported(FOLDED_INPUT, self.axes.current)
         return named[0]
 
-    def _total(self, parts: tuple[Dim, ...]) -> Extent:
-        extents = tuple(self.extent(part) for part in parts)
-        return sum(extents) if all(isinstance(part, int) for part in extents) else extents  # type: ignore
+    def _total(self, terms: tuple[Dim, ...]) -> Extent:
+        extents = tuple(self.extent(term) for term in terms)
+        return sum(extents) if all(isinstance(extent, int) for extent in extents) else extents  # type: ignore
 
     def argument(self, extent: Extent) -> Node | int:
         """An extent as a graph argument: read off an input."""
         if isinstance(extent, int):
             return extent
         if isinstance(extent, tuple):
-            return self.replay.total(*(self.argument(part) for part in extent))
+            return self.replay.total(*(self.argument(term) for term in extent))
         if extent not in self.reads:
             raise Unsupported(NO_SIZE, self.axes.current, extent=extent)
         return self.replay.size(*self.reads[extent])
@@ -94,20 +94,20 @@ class Sizes:
         if axis.order is not None:
             return self.size(axis.order)
         if axis.sum is not None:
-            return self.replay.total(*(self.size(part) for part in axis.sum))
+            return self.replay.total(*(self.size(term) for term in axis.sum))
         return self.argument(self.name(axis))
 
     def number(self, dim: Dim) -> int:
         """The generic number for the size of a dim."""
-        out = 1
+        product = 1
         for axis in self.axes.resolve(dim):
             if axis.order is not None:
-                out *= self.number(axis.order)
+                product *= self.number(axis.order)
             elif axis.sum is not None:
-                out *= sum(self.number(part) for part in axis.sum)
+                product *= sum(self.number(term) for term in axis.sum)
             else:
-                out *= generic(self.name(axis))
-        return out
+                product *= generic(self.name(axis))
+        return product
 
     def position(self, expr: sympy.Expr, node: Node) -> Node | int:
         """Where something starts, as a graph argument.
@@ -129,16 +129,16 @@ class Sizes:
             if extent is None:
                 raise Unsupported(SIZE_MEANING, node, size=expr)
             return self.argument(extent)
-        parts = [self.expression(part, node) for part in expr.args]
+        operands = [self.expression(operand, node) for operand in expr.args]
         if expr.is_Add:
-            return self.replay.total(*parts)
+            return self.replay.total(*operands)
         if expr.is_Mul:
-            return self.replay.product(*parts)
+            return self.replay.product(*operands)
         raise Unsupported(SIZE_FORM, node, size=expr)
 
-    def check(self, node: Node, made: Any) -> None:
+    def check(self, node: Node, value: Any) -> None:
         """Refuse an operator whose result is not as long as its labels say."""
-        results = [made] if isinstance(made, torch.Tensor) else made
+        results = [value] if isinstance(value, torch.Tensor) else value
         for dims, result in zip(self.axes.dims[node], results, strict=True):
             if [self.number(dim) for dim in dims] != list(result.shape):
                 if makes_mask(node):

@@ -26,13 +26,13 @@ def arange(node: Node, start: Any, step: Any, sizes: Sizes) -> Node:
     kwargs = dict(node.kwargs) | {"dtype": tensor_of(node).dtype}
     # every list of tokens is an axis of its own, even where two are as long
     make = sizes.replay.call if sizes.axes.listed(dim) else sizes.replay.once
-    out = make(aten.arange.default, (sizes.size(dim),), kwargs, like=node)
+    positions = make(aten.arange.default, (sizes.size(dim),), kwargs, like=node)
     if step != 1:
-        out = sizes.replay.once(aten.mul.Tensor, (out, step), like=node)
+        positions = sizes.replay.once(aten.mul.Tensor, (positions, step), like=node)
     if start != 0:
-        out = sizes.replay.once(aten.add.Tensor, (out, start), like=node)
-    sizes.check(node, out.meta["val"])
-    return out
+        positions = sizes.replay.once(aten.add.Tensor, (positions, start), like=node)
+    sizes.check(node, positions.meta["val"])
+    return positions
 
 
 def is_window(node: Node, sizes: Sizes) -> bool:
@@ -64,12 +64,12 @@ def window(node: Node, source: Node, sizes: Sizes) -> Node:
     size = sizes.size(sizes.axes.of(node)[at])
     kwargs = {"device": tensor_of(node).device}
     rows = sizes.replay.once(aten.arange.default, (size,), kwargs, like=node)
-    first = sizes.position(start, node)
-    if first != 0:
-        rows = sizes.replay.once(aten.add.Tensor, (rows, first), like=node)
-    out = sizes.replay.once(aten.index_select.default, (source, at, rows), like=node)
-    sizes.check(node, out.meta["val"])
-    return out
+    offset = sizes.position(start, node)
+    if offset != 0:
+        rows = sizes.replay.once(aten.add.Tensor, (rows, offset), like=node)
+    picked = sizes.replay.once(aten.index_select.default, (source, at, rows), like=node)
+    sizes.check(node, picked.meta["val"])
+    return picked
 
 
 def _operand(node: Node) -> Node:

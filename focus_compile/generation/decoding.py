@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from focus_compile.generation.request import fraction, whole
+from focus_compile.runtime.demand import Demand
 
 __all__ = [
     "STRATEGIES",
@@ -133,6 +134,24 @@ class Decoder:
             )
         if self.count < 1:
             raise ValueError(f"tokens_per_step={self.count}: expected at least 1")
+
+    def demand(self, rescue: float | str | None, around: Demand | None) -> Demand | None:
+        """What ``generate(rescue=...)`` asks of a row; ``around``: the session's around it.
+
+        Raises:
+            ValueError: ``rescue`` is neither a probability, ``"auto"`` nor None.
+        """
+        if rescue == "auto":
+            rescue = self.threshold if self.strategy == "threshold" else None
+        elif rescue is None and around is not None:
+            rescue = around.threshold
+        if rescue is None:
+            return None
+        if isinstance(rescue, str):
+            raise ValueError(f"rescue={rescue!r}: expected a probability, 'auto' or None")
+        if isinstance(self.strategy, str) and self.strategy != "threshold":
+            return Demand(rescue, self.strategy, self.count)
+        return Demand(rescue)
 
     def step(self, scores: Tensor, where: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Positions to decode bool ``[B, T]``, and tokens int64 ``[B, T]`` for them.

@@ -26,6 +26,8 @@ class Generated:
             that ran FOCUS's prefix and suffix.
         retain_masks: bool ``[B, T]`` of each denoising forward that ran FOCUS's prefix and suffix;
             T is that of the block, or, without a cache, of the whole canvas, as in the fractions.
+        rescue_masks: bool ``[B, T]`` of each of them: the retained tokens that were evicted at
+            first, and computed in the same step because none of the others was sure.
         decode_masks: bool ``[B, T]`` of each denoising forward: what was decoded after it.
     """
 
@@ -37,6 +39,7 @@ class Generated:
     retained_fraction: float = 1.0
     fed_per_step: list[int] = field(default_factory=list)
     retain_masks: list[Tensor] = field(default_factory=list)
+    rescue_masks: list[Tensor] = field(default_factory=list)
     decode_masks: list[Tensor] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -53,6 +56,23 @@ class Generated:
         return len(self.retain_masks)
 
     @property
+    def rescued(self) -> int:
+        """Tokens that were rescued, over all rows and steps."""
+        return sum(int(mask.sum()) for mask in self.rescue_masks)
+
+    @property
+    def rescued_rows(self) -> int:
+        """In how many steps of rows tokens were rescued."""
+        return sum(int(mask.any(1).sum()) for mask in self.rescue_masks)
+
+    @property
+    def rescued_and_decoded(self) -> int:
+        """How many of the rescued tokens were decoded in their step: what rescue yields."""
+        masks = self.decode_masks[len(self.decode_masks) - len(self.rescue_masks) :]
+        pairs = zip(self.rescue_masks, masks, strict=True)
+        return sum(int((rescued & decoded).sum()) for rescued, decoded in pairs)
+
+    @property
     def tokens_per_forward(self) -> float:
         """Tokens decoded per denoising forward of the batch."""
         return self.decoded / self.forwards if self.forwards else 0.0
@@ -61,21 +81,23 @@ class Generated:
         """What became of each token of a block at each step, as plain data.
 
         ``{"block_length": T, "rows": B, "history": P, "steps": [...]}``; a step has ``block``, the
-        number of the block, and ``masked``, ``retained`` and ``decoded``, ``[B][T]`` each. All is
-        retained where a dense program ran. P: tokens before the first block; 0 without a cache,
-        where T is the whole canvas.
+        number of the block, and ``masked``, ``retained``, ``rescued`` and ``decoded``, ``[B][T]``
+        each; rescued tokens are retained ones. All is retained where a dense program ran. P: tokens
+        before the first block; 0 without a cache, where T is the whole canvas.
         """
         steps: list[dict[str, Any]] = []
         done = 0
         for block, counts in enumerate(self.steps_per_block):
             forwards = self.decode_masks[done : done + int(counts.max())]
             for index, decoded in enumerate(forwards):
-                retained = torch.ones_like(decoded)
+                retained, rescued = torch.ones_like(decoded), torch.zeros_like(decoded)
                 if self.retain_masks:
                     retained = self.retain_masks[done + index]
+                    rescued = self.rescue_masks[done + index]
                 flags = {
                     "masked": torch.stack(forwards[index:]).any(0),
                     "retained": retained,
+                    "rescued": rescued,
                     "decoded": decoded,
                 }
                 step = {name: flag.tolist() for name, flag in flags.items()}

@@ -109,6 +109,8 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
+    rescue: float | Literal["auto"] | None = None,
+    first_step: str | None = None,
     progress: bool = False,
     return_dict: bool = False,
 ) -> Tensor | Generated:
@@ -142,6 +144,12 @@ def generate(
             text, special tokens included; they need ``tokenizer``.
         shifted_logits: the model predicts the token at p by the logits of p - 1 (Dream): a token
             can be decoded where its left neighbour was retained.
+        rescue: a row in which no retained token has this probability gets its evicted tokens
+            computed in the same step, and decides among all (docs/algorithm.md section 11).
+            ``"auto"``: ``confidence_threshold`` where that is the strategy, and None elsewhere.
+            None: as in the session around it, or in the model's options.
+        first_step: ``"evict"``, ``"open"`` or ``"auto"`` (section 10); None: as in the session
+            around it, or in the model's options.
         use_cache: False for models without a cache (LLaDA, Dream as published): they are called
             with the prompt and all blocks, ``input_ids`` ``[B, P + new]``, and with those of
             these that their forward takes, whether or not prompts are padded: ``attention_mask``,
@@ -190,6 +198,8 @@ def generate(
         streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
     backend = backend_of(model)
     request = _session(mask_token_id, shifted_logits)
+    request.first_step = first_step or request.first_step
+    request.rescue = decoder.demand(rescue, request.rescue)
     with closing(request) as focus, Progress(disable=not progress, transient=True) as bar:
         focus.commits_exactly, focus.owns_kv = use_cache, True
         focus.masked, focus.any_masked = torch.zeros_like(input_ids, dtype=torch.bool), False
@@ -253,13 +263,16 @@ def _denoise(
     """
     steps = torch.zeros_like(rows.active, dtype=torch.int64)
     count, reader = steps.new_zeros(()), Reader(rows.model)
+    focus.last = last
     while bool(masked.any()):
         steps += masked.any(1)
         made = step_scores(partial(_peek, rows, block, focus), masked, focus, reader)
         if made.retained is not None:
             result.retain_masks.append(made.retained)
+            result.rescue_masks.append(_rescued(focus, made.retained))
         elif not focus.enabled:
-            result.retain_masks.clear()  # dense from now on, if not from the start
+            result.retain_masks.clear()
+            result.rescue_masks.clear()  # dense from now on, if not from the start
         if focus.shifted_logits:
             made = made.shifted(last)
         where = masked & (made.row >= 0)
@@ -274,6 +287,11 @@ def _denoise(
     result.decoded += int(count)
     result.steps_per_block.append(steps)
     return block
+
+
+def _rescued(focus: Session, retained: Tensor) -> Tensor:
+    """What the last call rescued, bool ``[B, T]``."""
+    return torch.zeros_like(retained) if focus.rescue_mask is None else focus.rescue_mask
 
 
 def _peek(rows: CachedBatch | CanvasBatch, block: Tensor, focus: Session) -> Tensor:
@@ -326,6 +344,9 @@ def _session(mask_token_id: int, shifted_logits: bool) -> Session:
         enabled=around.enabled,
         shifted_logits=shifted_logits,
         exact=around.exact,
+        first_step=around.first_step,
+        rescue=around.rescue,
+        calibration=around.calibration,
     )
 
 

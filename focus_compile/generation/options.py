@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Required, TypedDict
+from typing import Literal, Required, TypedDict
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
@@ -39,4 +39,6 @@ class Options(TypedDict, total=False):
     tokenizer: PreTrainedTokenizerBase | None
     generator: torch.Generator | None
     seed: int | None
+    rescue: float | Literal["auto"] | None
+    first_step: str | None
     progress: bool

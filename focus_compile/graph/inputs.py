@@ -44,10 +44,10 @@ class Input:
         return not all(isinstance(extent, int) for extent in self.shape)
 
 
-def static_tensor(mode: FakeTensorMode, given: Input) -> torch.Tensor:
+def static_tensor(mode: FakeTensorMode, spec: Input) -> torch.Tensor:
     """The fake tensor that the passes see: every name at its generic number."""
     with mode:
-        shape = [generic(extent) for extent in given.shape]
-        if given.stride is not None:
-            return torch.empty_strided(shape, given.stride, dtype=given.dtype, device=given.device)
-        return torch.empty(shape, dtype=given.dtype, device=given.device)
+        shape = [generic(extent) for extent in spec.shape]
+        if spec.stride is not None:
+            return torch.empty_strided(shape, spec.stride, dtype=spec.dtype, device=spec.device)
+        return torch.empty(shape, dtype=spec.dtype, device=spec.device)

@@ -55,9 +55,9 @@ def expr_of(size: Size) -> sympy.Expr:
     return expr.replace(FloorDiv, _divided) if expr.has(FloorDiv) else expr
 
 
-def _divided(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
-    quotient = sympy.cancel(left / right)
-    return quotient if is_count(quotient) else FloorDiv(left, right)
+def _divided(dividend: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    quotient = sympy.cancel(dividend / divisor)
+    return quotient if is_count(quotient) else FloorDiv(dividend, divisor)
 
 
 def tensor_of(node: Node) -> torch.Tensor:
@@ -116,11 +116,11 @@ def data_flow(gm: GraphModule) -> nx.DiGraph:
     return graph
 
 
-def reachable(start: Node, further: Callable[[Node], Iterable[Node]]) -> set[Node]:
+def reachable(start: Node, neighbours: Callable[[Node], Iterable[Node]]) -> set[Node]:
     """A node, and all that can be reached from it."""
-    found, todo = {start}, [start]
-    while todo:
-        new = [node for node in further(todo.pop()) if node not in found]
-        found.update(new)
-        todo += new
-    return found
+    visited, queue = {start}, [start]
+    while queue:
+        unvisited = [node for node in neighbours(queue.pop()) if node not in visited]
+        visited.update(unvisited)
+        queue += unvisited
+    return visited

@@ -2,7 +2,8 @@
 
 ``graph.lint()`` accepts a stale shape; this does not. Nor does it accept a size that became a
 literal: the numbers that stand for sizes are unmistakable (:mod:`focus_compile.graph.sizes`). Those
-that the passes recorded end here: a compiler gets symbols in their place (:func:`handed`).
+that the passes recorded end here: a compiler gets symbols in their place
+(:func:`set_input_values`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from focus_compile.graph.nodes import fake_mode_of, graph_inputs
-from focus_compile.graph.sizes import stands_in
+from focus_compile.graph.sizes import is_stand_in
 from focus_compile.torch_private import tree_leaves
 
-__all__ = ["InvalidGraph", "handed", "no_constant_sizes", "verify"]
+__all__ = ["InvalidGraph", "check_values", "no_constant_sizes", "set_input_values"]
 
 
 class InvalidGraph(AssertionError):
@@ -30,9 +31,9 @@ class _Recompute(Interpreter):
         value = super().run_node(n)
         if isinstance(value, torch.Tensor) and n.op != "output":
             claimed = n.meta["val"]
-            if _facts(value) != _facts(claimed):
+            if _metadata(value) != _metadata(claimed):
                 raise InvalidGraph(
-                    f"{n.format_node()} claims {_facts(claimed)} but computes {_facts(value)}"
+                    f"{n.format_node()} claims {_metadata(claimed)} but computes {_metadata(value)}"
                 )
         return value
 
@@ -41,7 +42,7 @@ class _Recompute(Interpreter):
         return fake_mode_of(self.module).from_tensor(value)  # type: ignore[arg-type]
 
 
-def _facts(value: torch.Tensor) -> tuple[Any, ...]:
+def _metadata(value: torch.Tensor) -> tuple[Any, ...]:
     return tuple(value.shape), value.dtype, value.device
 
 
@@ -49,7 +50,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def verify(gm: GraphModule) -> None:
+def check_values(gm: GraphModule) -> None:
     """Raise :class:`InvalidGraph` if a recorded shape, dtype or device is not true."""
     gm.graph.lint()
     no_constant_sizes(gm)
@@ -67,11 +68,11 @@ def no_constant_sizes(gm: GraphModule) -> None:
         if node.op == "get_attr":
             constant = operator.attrgetter(str(node.target))(gm)
             leaves = list(constant.shape) if isinstance(constant, torch.Tensor) else []
-        if any(stands_in(leaf) for leaf in leaves if _is_int(leaf)):
+        if any(is_stand_in(leaf) for leaf in leaves if _is_int(leaf)):
             raise InvalidGraph(f"a size became a constant: {node.format_node()}")
 
 
-def handed(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+def set_input_values(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """Make a graph fit for a compiler, in place: its inputs claim what they are compiled for.
 
     The passes' fake tensors have numbers for sizes, and Inductor compiles for what the inputs of a
@@ -80,12 +81,12 @@ def handed(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     Raises:
         InvalidGraph: a number that stands for a size is left in the graph or its inputs.
     """
-    given = iter(inputs)
+    values = iter(inputs)
     for node in gm.graph.nodes:
         node.meta.pop("val", None)
         if node.op == "placeholder":
-            node.meta["val"] = value = next(given)
-            if any(stands_in(size) for size in value.shape if _is_int(size)):
+            node.meta["val"] = value = next(values)
+            if any(is_stand_in(size) for size in value.shape if _is_int(size)):
                 raise InvalidGraph(f"a size became a constant: {node.format_node()}")
     no_constant_sizes(gm)
     return gm

@@ -47,7 +47,7 @@ class Replay:
         self.fake_mode = fake_mode
         self.keep_names = keep_names
         self.attributes: dict[str, Any] = {}
-        self._made: dict[Any, Node] = {}
+        self._emitted: dict[Any, Node] = {}
 
     @classmethod
     def copy(cls, gm: GraphModule) -> tuple[Replay, dict[str, Node], Any]:
@@ -67,14 +67,14 @@ class Replay:
         return self.graph.inserting_before(node)
 
     def placeholder(self, name: str, value: Any, like: Node | None = None) -> Node:
-        after = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
-        with self.graph.inserting_before(after) if after is not None else nullcontext():
+        first_call = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
+        with self.graph.inserting_before(first_call) if first_call is not None else nullcontext():
             node = self.graph.create_node("placeholder", name, name=name)
         return self._finish(node, value, like)
 
-    def given(self, given: Input) -> Node:
+    def add_input(self, spec: Input) -> Node:
         """Add an input that the model's own graph does not have."""
-        return self.placeholder(given.name, static_tensor(self.fake_mode, given))
+        return self.placeholder(spec.name, static_tensor(self.fake_mode, spec))
 
     def attribute(self, like: Node) -> Node:
         """Carry a constant over."""
@@ -107,8 +107,8 @@ class Replay:
                     raise
                 line = str(error).partition("\n")[0]
                 raise Unsupported(OTHER_SIZES, like, error=line) from error
-        wanted = name or (like.name if like is not None and self.keep_names else None)
-        node = self.graph.create_node("call_function", target, args, kwargs, name=wanted)
+        node_name = name or (like.name if like is not None and self.keep_names else None)
+        node = self.graph.create_node("call_function", target, args, kwargs, name=node_name)
         return self._finish(node, value, like)
 
     def once(
@@ -121,9 +121,9 @@ class Replay:
     ) -> Node:
         """As :meth:`call`, but a call that was made before is not made again."""
         key = (target, _frozen(args), _frozen(dict(kwargs or {})))
-        if key not in self._made or not _repeatable(target):
-            self._made[key] = self.call(target, args, kwargs, like=like)
-        return self._made[key]
+        if key not in self._emitted or not _repeatable(target):
+            self._emitted[key] = self.call(target, args, kwargs, like=like)
+        return self._emitted[key]
 
     def size(self, node: Node, dim: int) -> Node:
         """Size of a value along a dim, as a node."""
@@ -142,13 +142,13 @@ class Replay:
         return GraphModule(self.attributes, self.graph)
 
     def _fold(self, op: Callable[..., Any], unit: int, sizes: tuple[Node | int, ...]) -> Node | int:
-        out: Node | int = unit
+        result: Node | int = unit
         for size in sizes:
-            if out == unit:
-                out = size
+            if result == unit:
+                result = size
             elif size != unit:
-                out = self._arithmetic(op, out, size)
-        return out
+                result = self._arithmetic(op, result, size)
+        return result
 
     def _arithmetic(
         self, op: Callable[..., Any], left: Node | int, right: Node | int
@@ -178,5 +178,5 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_frozen, value))
     if isinstance(value, dict):
-        return tuple((name, _frozen(part)) for name, part in value.items())
+        return tuple((name, _frozen(item)) for name, item in value.items())
     return type(value), value

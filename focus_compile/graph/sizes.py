@@ -12,9 +12,9 @@ __all__ = [
     "Numbers",
     "generic",
     "is_generic",
+    "is_stand_in",
     "length",
     "name_of",
-    "stands_in",
 ]
 
 Extent = int | str | tuple[Any, ...]
@@ -33,9 +33,9 @@ GENERIC = {
 """One number per name: pairwise distinct primes that are no size of a model."""
 _COMBINED = {
     number
-    for one in GENERIC.values()
-    for two in GENERIC.values()
-    for number in (one + two, one * two)
+    for first in GENERIC.values()
+    for second in GENERIC.values()
+    for number in (first + second, first * second)
 }
 HINTS = {
     "batch": 13,
@@ -61,8 +61,8 @@ def length(extent: Extent, sizes: Mapping[str, Any]) -> Any:
     if isinstance(extent, str):
         return sizes[extent]
     total: Any = 0
-    for part in extent:
-        total = total + length(part, sizes)
+    for term in extent:
+        total = total + length(term, sizes)
     return total
 
 
@@ -81,7 +81,7 @@ def generic(extent: Extent) -> int:
 
 def name_of(number: int) -> str | None:
     """The name (or the sum ``history + token``) that a number stands for, or None."""
-    names = {stands: name for name, stands in GENERIC.items()}
+    names = {prime: name for name, prime in GENERIC.items()}
     names[GENERIC["history"] + GENERIC["token"]] = "history + token"
     if number in names or not is_generic(number):
         return names.get(number)
@@ -97,6 +97,6 @@ def is_generic(number: int) -> bool:
     )
 
 
-def stands_in(number: int) -> bool:
+def is_stand_in(number: int) -> bool:
     """Whether a number stands for a name, or for the sum or product of two."""
     return number in _COMBINED or is_generic(number) or is_generic(number - GENERIC["token"])

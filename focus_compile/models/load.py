@@ -50,7 +50,7 @@ def load(path: str, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any
         try:
             return _stored_model(path, trust_remote_code).eval(), None
         except (ValueError, OSError, ImportError) as error:
-            raise BadInput(f"{_of(path, error)}{_trusting(error)}") from error
+            raise BadInput(f"{_one_line(path, error)}{_trust_hint(error)}") from error
     module, colon, function = path.partition(":")
     if not colon:
         raise BadInput(
@@ -58,13 +58,13 @@ def load(path: str, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any
             "(owner/name), or module:function"
         )
     try:
-        make = getattr(importlib.import_module(module), function)
+        factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise BadInput(f"{path}: {error}") from error
-    if not callable(make) or _needs_arguments(make):
+    if not callable(factory) or _needs_arguments(factory):
         raise BadInput(f"{path} is no function that can be called without arguments")
-    made = make()
-    model, call = made if isinstance(made, tuple) else (made, None)
+    returned = factory()
+    model, call = returned if isinstance(returned, tuple) else (returned, None)
     if not isinstance(model, nn.Module):
         raise BadInput(f"{path} returned a {type(model).__name__}, not a torch.nn.Module")
     return model.eval(), call
@@ -79,12 +79,12 @@ def tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizer
     if not _is_stored(path):
         raise BadInput(f"no tokenizer: {path} is not a folder, nor the id of a model on the hub")
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code
         )
     except (ValueError, OSError, ImportError) as error:
-        raise BadInput(f"{_of(path, error)}{_trusting(error)}") from error
-    return found
+        raise BadInput(f"{_one_line(path, error)}{_trust_hint(error)}") from error
+    return loaded
 
 
 def _is_stored(path: str) -> bool:
@@ -108,39 +108,41 @@ def _is_stored(path: str) -> bool:
 def _stored_model(path: str, trust_remote_code: bool = False) -> Any:
     """A model as its config says; some name an ``AutoModel`` only, such as Dream."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    own: dict[str, str] = getattr(config, "auto_map", None) or {}
-    base = "AutoModel" in own and "AutoModelForCausalLM" not in own
-    loader: Any = AutoModel if base else AutoModelForCausalLM
+    auto_map: dict[str, str] = getattr(config, "auto_map", None) or {}
+    base_only = "AutoModel" in auto_map and "AutoModelForCausalLM" not in auto_map
+    loader: Any = AutoModel if base_only else AutoModelForCausalLM
     return loader.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def _trusting(error: Exception) -> str:
+def _trust_hint(error: Exception) -> str:
     """What to add where transformers asks for the trust that only the user can give."""
     if "trust_remote_code" not in str(error):
         return ""
     return "; on this command line: --trust-remote-code (docs/security.md)"
 
 
-def mask_token(model: Any, words: PreTrainedTokenizerBase | None, given: int | None) -> int:
+def mask_token(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, mask_token_id: int | None
+) -> int:
     """The id of the mask token: the one that is given, or looked up.
 
     Raises:
         BadInput: nothing tells.
     """
-    if given is not None:
-        return given
+    if mask_token_id is not None:
+        return mask_token_id
     try:
-        return find_mask_token(model, words)
+        return find_mask_token(model, tokenizer)
     except ValueError as error:
         raise BadInput(str(error).replace("mask_token_id=...", "--mask-token-id")) from error
 
 
 def denoising_call(
-    model: Any, batch: int, block: int, history: int, mask: int | None = None
+    model: Any, batch: int, block: int, history: int, mask_token_id: int | None = None
 ) -> dict[str, Any]:
     """Arguments of a denoising call: a block, every token visible, and a cache.
 
-    Ids are zeros, or, where the id ``mask`` is given, random with two thirds of masks.
+    Ids are zeros, or, with ``mask_token_id``, random with two thirds of masks.
 
     Raises:
         BadInput: the model has no config that tells its sizes.
@@ -151,12 +153,12 @@ def denoising_call(
             "keyword arguments of a denoising call"
         )
     ids = torch.zeros(batch, block, dtype=torch.int64)
-    if mask is not None:
+    if mask_token_id is not None:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, model.config.vocab_size, ids.shape, generator=generator)
-        hidden = torch.rand(ids.shape, generator=generator) < 2 / 3
-        hidden[:, block // 2] = True
-        ids = ids.masked_fill(hidden, mask)
+        masked = torch.rand(ids.shape, generator=generator) < 2 / 3
+        masked[:, block // 2] = True
+        ids = ids.masked_fill(masked, mask_token_id)
     visible = torch.ones(batch, 1, block, history + block, dtype=torch.bool)
     arguments: dict[str, Any] = {
         "input_ids": ids,
@@ -192,7 +194,7 @@ def _needs_arguments(function: Callable[..., Any]) -> bool:
     return False
 
 
-def _of(path: str, error: Exception) -> str:
+def _one_line(path: str, error: Exception) -> str:
     """One line that names the path."""
     line = " ".join(str(error).split())
     return line if line.startswith(path) else f"{path}: {line}"

@@ -35,26 +35,26 @@ def find_mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None 
         ValueError: neither tokenizer, config nor family tells.
     """
     config: Any = getattr(model, "config", None)
-    kind = str(getattr(config, "model_type", "")).lower()
-    places = {
+    model_type = str(getattr(config, "model_type", "")).lower()
+    sources = {
         "the tokenizer": getattr(tokenizer, "mask_token_id", None),
         "model.config": getattr(config, "mask_token_id", None),
     }
-    for place, found in places.items():
-        if found is not None:
-            log.info("mask_token_id=%d, from %s", found, place)
-            return int(found)
-    family, architecture = MODEL_TYPES.get(kind, (None, ""))
-    named: list[str] = getattr(config, "architectures", None) or []
-    if not named:  # a config made by hand
-        known_class = isinstance(model, PreTrainedModel)
-        named = [type(model).__name__] if known_class else [architecture]
-    if family is not None and list(named) == [architecture]:
-        known = FAMILIES[family]
-        log.warning("mask_token_id=%d, guessed: the family %r uses it", known, family)
-        return known
+    for source, token in sources.items():
+        if token is not None:
+            log.info("mask_token_id=%d, from %s", token, source)
+            return int(token)
+    family, architecture = MODEL_TYPES.get(model_type, (None, ""))
+    architectures: list[str] = getattr(config, "architectures", None) or []
+    if not architectures:  # a config made by hand
+        is_transformers = isinstance(model, PreTrainedModel)
+        architectures = [type(model).__name__] if is_transformers else [architecture]
+    if family is not None and list(architectures) == [architecture]:
+        token = FAMILIES[family]
+        log.warning("mask_token_id=%d, guessed: the family %r uses it", token, family)
+        return token
     raise ValueError(
         "no mask token: neither the tokenizer nor model.config names one, and model_type "
-        f"{kind!r} of {', '.join(map(str, named)) or 'no architecture'} is no family that we know "
-        f"({', '.join(FAMILIES)}); give mask_token_id=..., see the model's card"
+        f"{model_type!r} of {', '.join(map(str, architectures)) or 'no architecture'} is no family "
+        f"that we know ({', '.join(FAMILIES)}); give mask_token_id=..., see the model's card"
     )

@@ -19,14 +19,16 @@ __all__ = [
 
 def own_arguments(model: nn.Module) -> nn.Module:
     """A model as it was before it was compiled."""
-    own: nn.Module = getattr(model, "_orig_mod", model)
-    return own
+    uncompiled: nn.Module = getattr(model, "_orig_mod", model)
+    return uncompiled
 
 
 def forward_arguments(model: nn.Module) -> tuple[set[str], bool]:
     """Names of the arguments of a model's forward, and whether it takes any others too."""
-    found = inspect.signature(own_arguments(model).forward).parameters
-    return set(found), any(one.kind is one.VAR_KEYWORD for one in found.values())
+    parameters = inspect.signature(own_arguments(model).forward).parameters
+    return set(parameters), any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
 
 
 def _additive(visible: Tensor, model: nn.Module) -> Tensor:
@@ -80,8 +82,8 @@ def block_mask(model: nn.Module, valid: Tensor, tokens: int | None = None) -> Te
     return attention_mask(model, visible)
 
 
-def canvas_arguments(model: nn.Module, seen: Tensor) -> dict[str, Tensor]:
-    """What a model gets beside the ids of a canvas; ``seen`` bool ``[B, L]``: no padding.
+def canvas_arguments(model: nn.Module, valid: Tensor) -> dict[str, Tensor]:
+    """What a model gets beside the ids of a canvas; ``valid`` bool ``[B, L]``: no padding.
 
     By the names of its forward's arguments, whether or not a row is padded: what a row gets never
     depends on its neighbours. ``attention_bias`` (LLaDA, whose 2-D ``attention_mask`` would break
@@ -89,16 +91,16 @@ def canvas_arguments(model: nn.Module, seen: Tensor) -> dict[str, Tensor]:
     whose own mask would be causal; Dream): the mask of :func:`block_mask`. ``position_ids``:
     counted from the first token that is no padding. A model that has none of them gets ids alone.
     """
-    names, others = forward_arguments(model)
-    made: dict[str, Tensor] = {}
+    names, takes_any = forward_arguments(model)
+    arguments: dict[str, Tensor] = {}
     if "attention_bias" in names:
-        visible = seen[:, None, None, :].expand(-1, 1, seen.shape[1], -1)
-        made["attention_bias"] = _additive(visible.contiguous(), model)
-    elif others or "attention_mask" in names:
-        made["attention_mask"] = block_mask(model, seen)
-    if others or "position_ids" in names:
-        made["position_ids"] = (seen.long().cumsum(1) - 1).clamp_min(0)
-    return made
+        visible = valid[:, None, None, :].expand(-1, 1, valid.shape[1], -1)
+        arguments["attention_bias"] = _additive(visible.contiguous(), model)
+    elif takes_any or "attention_mask" in names:
+        arguments["attention_mask"] = block_mask(model, valid)
+    if takes_any or "position_ids" in names:
+        arguments["position_ids"] = (valid.long().cumsum(1) - 1).clamp_min(0)
+    return arguments
 
 
 def cache_keyword(model: nn.Module) -> str:

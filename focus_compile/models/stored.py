@@ -25,11 +25,11 @@ def check_files(folder: Path) -> None:
             raise ValueError(
                 f"{path} is a pointer of git-lfs and not the file itself: run `git lfs pull`"
             )
-        if path.suffix == ".safetensors" and not _whole(path):
+        if path.suffix == ".safetensors" and not _is_complete(path):
             raise ValueError(f"{path} is cut off or damaged: download it again")
 
 
-def _whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     """Whether a file of tensors is as long as its header says."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

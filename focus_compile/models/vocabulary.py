@@ -39,7 +39,9 @@ def check_ids(ids: Tensor, rows: int | None) -> None:
     """
     if rows is None:
         return
-    low, high = (int(each) for each in torch.aminmax(ids))
+    low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or high >= rows:
-        wrong = high if low >= 0 else low
-        raise ValueError(f"input_ids holds {wrong}: the model has {rows} tokens: use its tokenizer")
+        outside = high if low >= 0 else low
+        raise ValueError(
+            f"input_ids holds {outside}: the model has {rows} tokens: use its tokenizer"
+        )

@@ -77,10 +77,10 @@ def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with contiguous results: their layout never depends on that of its operands."""
 
     def kernel(*args: Any) -> Any:
-        made = function(*args)
-        if isinstance(made, Tensor):
-            return made.contiguous()
-        return tuple(value.contiguous() for value in made)
+        result = function(*args)
+        if isinstance(result, Tensor):
+            return result.contiguous()
+        return tuple(value.contiguous() for value in result)
 
     return kernel
 

@@ -28,8 +28,8 @@ def pack(
         return x.index_select(token_dim, tokens % length)
     moved = x.movedim((batch_dim, token_dim), (0, 1))
     picked = moved[tokens // length, tokens % length]
-    at = token_dim - (batch_dim < token_dim)
-    return picked.movedim(0, at).unsqueeze(batch_dim)
+    packed_dim = token_dim - (batch_dim < token_dim)
+    return picked.movedim(0, packed_dim).unsqueeze(batch_dim)
 
 
 def pack_rows(x: Tensor, tokens: Tensor, inverse: Tensor, batch_dim: int, token_dim: int) -> Tensor:
@@ -46,8 +46,8 @@ def unpack(x: Tensor, index: Tensor, batch_dim: int | None, token_dim: int) -> T
     """Packed -> one line per row: ``y[b, ..., r] = x[index[b, r]]``, index int64 ``[B, R]``."""
     if batch_dim is None:
         return x.index_select(token_dim, index.reshape(-1))
-    at = token_dim - (batch_dim < token_dim)
-    line = x.select(batch_dim, 0).movedim(at, 0)[index]
+    packed_dim = token_dim - (batch_dim < token_dim)
+    line = x.select(batch_dim, 0).movedim(packed_dim, 0)[index]
     return line.movedim((0, 1), (batch_dim, token_dim))
 
 

@@ -21,9 +21,9 @@ def embedding_shard(weight: Tensor, ids: Tensor, start: int) -> Tensor:
     """
     if not len(weight):  # more ranks than parts
         return weight.new_zeros((*ids.shape, weight.shape[1]))
-    own = (ids >= start) & (ids < start + weight.shape[0])
-    rows = torch.nn.functional.embedding(torch.where(own, ids - start, 0), weight)
-    return rows.masked_fill(~own.unsqueeze(-1), 0)
+    is_local = (ids >= start) & (ids < start + weight.shape[0])
+    rows = torch.nn.functional.embedding(torch.where(is_local, ids - start, 0), weight)
+    return rows.masked_fill(~is_local.unsqueeze(-1), 0)
 
 
 def gather_ranks(x: Tensor, size: int, ranks: int, group: str) -> Tensor:
@@ -32,8 +32,8 @@ def gather_ranks(x: Tensor, size: int, ranks: int, group: str) -> Tensor:
     Each rank has ``ceil(size / ranks)``, the last ones what is left, as ``torch.chunk`` does it.
     """
     width = -(-size // ranks)
-    own = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
-    return torch.cat(_parts(own, ranks, group), -1)[..., :size]
+    padded = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+    return torch.cat(_gathered(padded, ranks, group), -1)[..., :size]
 
 
 def sum_ranks(
@@ -45,11 +45,11 @@ def sum_ranks(
     retains the same tokens; in one go, so that the collectives of all ranks stand in one order: the
     second importance needs what layer 0 has joined.
     """
-    total = torch.stack(_parts(torch.stack([importance0, importance1]), ranks, group)).sum(0)
+    total = torch.stack(_gathered(torch.stack([importance0, importance1]), ranks, group)).sum(0)
     return total[0].clone(), total[1].clone()
 
 
-def _parts(x: Tensor, ranks: int, group: str) -> list[Tensor]:
+def _gathered(x: Tensor, ranks: int, group: str) -> list[Tensor]:
     """What every rank holds, in the order of ranks."""
     collectives = torch.ops._c10d_functional
     gathered = collectives.all_gather_into_tensor(x.contiguous(), ranks, group)

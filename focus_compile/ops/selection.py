@@ -36,8 +36,8 @@ def target(masked_count: Tensor, average: Tensor, alpha: Tensor) -> Tensor:
     Returns:
         int64 ``[B]``; 0 where m is 0.
     """
-    wanted = torch.ceil(average.clamp_min(1.0) * alpha).clamp_max(2.0**31).to(torch.int64)
-    return torch.minimum(masked_count, wanted.clamp_min(1))
+    budget = torch.ceil(average.clamp_min(1.0) * alpha).clamp_max(2.0**31).to(torch.int64)
+    return torch.minimum(masked_count, budget.clamp_min(1))
 
 
 def select(delta: Tensor, masked: Tensor, count: Tensor) -> Tensor:
@@ -58,9 +58,9 @@ def select(delta: Tensor, masked: Tensor, count: Tensor) -> Tensor:
     spread = torch.where(masked, delta - mean, 0.0).square().sum(-1, keepdim=True) / number
     above = masked & (delta >= mean + spread.sqrt())
     order = torch.sort(delta, dim=1, descending=True, stable=True).indices
-    first = torch.sort(masked.gather(1, order), dim=1, descending=True, stable=True).indices
+    masked_first = torch.sort(masked.gather(1, order), dim=1, descending=True, stable=True).indices
     index = torch.arange(masked.shape[1], device=masked.device).expand_as(order)
-    rank = torch.empty_like(order).scatter(1, order.gather(1, first), index)
+    rank = torch.empty_like(order).scatter(1, order.gather(1, masked_first), index)
     largest = masked & ((rank < count.unsqueeze(1)) | delta.isnan())
     return torch.where(above.sum(-1, keepdim=True) >= count.unsqueeze(1), above, largest)
 
@@ -78,8 +78,8 @@ def enforce(kept: Tensor, masked: Tensor, progress: Tensor) -> Tensor:
         bool ``[B, T]``, a subset of ``masked``.
     """
     index = torch.arange(masked.shape[1], device=masked.device)
-    right = torch.cat([kept[:, 1:], torch.zeros_like(kept[:, :1])], dim=1)
-    kept = kept | (right & masked)
+    right_kept = torch.cat([kept[:, 1:], torch.zeros_like(kept[:, :1])], dim=1)
+    kept = kept | (right_kept & masked)
     kept = torch.where(kept.any(-1, keepdim=True), kept, masked)
     hole = (index > progress.unsqueeze(1)) & (index < last_position(kept).unsqueeze(1))
     return kept | (masked & hole)

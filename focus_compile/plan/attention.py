@@ -20,7 +20,7 @@ from focus_compile.refusals import (
     SCORES_USED,
 )
 
-__all__ = ["Match", "attended", "recognise"]
+__all__ = ["Match", "recognise", "unexpanded"]
 
 _EXPANSIONS = (
     aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default,
@@ -111,7 +111,7 @@ def _match_softmax(node: Node) -> Match | None:
         return None
     if transposed.target is not aten.transpose.int or _swapped(transposed) != {2, 3}:
         return None
-    if any(len(part.users) != 1 for part in (scores, *before)):
+    if any(len(node_before.users) != 1 for node_before in (scores, *before)):
         raise Unsupported(SCORES_USED, node)
     key = transposed.args[0]
     assert isinstance(key, Node)
@@ -131,29 +131,29 @@ def _check_mask(add: Node, mask: Node, scale: float) -> None:
 
 
 def _swapped(transpose: Node) -> set[int]:
-    first: Any = transpose.args[1]
-    second: Any = transpose.args[2]
-    return {first % 4, second % 4}
+    dim0: Any = transpose.args[1]
+    dim1: Any = transpose.args[2]
+    return {dim0 % 4, dim1 % 4}
 
 
-def attended(operand: Node, axes: AxisMap, site: Node) -> Node:
+def unexpanded(operand: Node, axes: AxisMap, site: Node) -> Node:
     """What an operand of a site was before grouped heads were expanded."""
     node, last = operand, operand
     while node.target in _EXPANSIONS and isinstance(node.args[0], Node):
         node = node.args[0]
         dims = axes.of(node)
-        if len(dims) == 4 and _along(axes, dims) == 2:
+        if len(dims) == 4 and _key_dim(axes, dims) == 2:
             last = node
     dims = axes.of(last)
-    if len(dims) != 4 or _along(axes, dims) is None:
+    if len(dims) != 4 or _key_dim(axes, dims) is None:
         raise Unsupported(KEYS_WITHOUT_TOKENS, site)
-    if _along(axes, dims) != 2 or axes.position(dims, Role.BATCH) not in (0, None):
+    if _key_dim(axes, dims) != 2 or axes.position(dims, Role.BATCH) not in (0, None):
         raise Unsupported(KEY_AXES, site)
     _check_groups(operand, last, axes, site)
     return last
 
 
-def _along(axes: AxisMap, dims: Dims) -> int | None:
+def _key_dim(axes: AxisMap, dims: Dims) -> int | None:
     """Index of the dim of keys: block tokens, or the history and them."""
     for index, dim in enumerate(dims):
         if axes.history(dim) is not None:

@@ -38,10 +38,10 @@ def _hides_later(node: Node) -> bool:
         return False
     rows, columns = tensor_of(query).shape, tensor_of(key).shape
     apart = len(rows) > 1 and rows[-1] == 1 and tuple(columns[-2:-1]) in ((), (1,))
-    return apart and _counted(key) and _counted(query)
+    return apart and _is_arange(key) and _is_arange(query)
 
 
-def _counted(node: Node) -> bool:
+def _is_arange(node: Node) -> bool:
     """Whether a value is an ``arange``, shifted or viewed."""
     while node.op == "call_function" and node.target in _MOVED:
         source = node.args[0]

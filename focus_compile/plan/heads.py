@@ -20,17 +20,17 @@ def sharded_heads(gm: GraphModule, queries: Sequence[Node]) -> Group | None:
     Raises:
         Unsupported: some of these sites share them out and some do not.
     """
-    of: dict[Node, Group | None] = {}
+    groups: dict[Node, Group | None] = {}
     joined = (collectives.wait_tensor.default, focus.gather_ranks.default)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            of[node] = node.meta.get("shard")
+            groups[node] = node.meta.get("shard")
         elif node.target in joined:
-            of[node] = None
+            groups[node] = None
         else:
-            of[node] = next((of[arg] for arg in node.all_input_nodes if of[arg]), None)
-    first, *others = (of[query] for query in queries)
-    for query, other in zip(queries[1:], others, strict=True):
-        if other != first:
+            groups[node] = next((groups[arg] for arg in node.all_input_nodes if groups[arg]), None)
+    group, *other_groups = (groups[query] for query in queries)
+    for query, other_group in zip(queries[1:], other_groups, strict=True):
+        if other_group != group:
             raise Unsupported(UNKNOWN_SHARDS, query)
-    return first
+    return group

@@ -1,17 +1,13 @@
 """The plan: what the passes will do to a canonical graph, or why they will not.
 
-Every value lives in one of three domains. *Canvas*: as the caller sees it. *Fed*: packed rows of
-the tokens that are fed in this step. *Retained*: packed rows of the tokens that later layers
-compute. A value is packed if packed tokens reach it: from the embedding of the token ids, through
-token-wise operators and attention sites. K/V writes return to the canvas. The cut lies inside the
-second layer that is scored, after its q, k and v: what they need is fed, what follows is retained.
+The cut lies inside the second layer that is scored, after its q, k and v: what they need is fed,
+what follows is retained (:mod:`focus_compile.plan.domains`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from itertools import takewhile
 from types import MappingProxyType
 
@@ -19,30 +15,23 @@ import networkx as nx
 import torch
 from torch.fx import GraphModule, Node
 
-from focus_compile.axes.axes import AxisMap, Dims, Role
-from focus_compile.axes.rules.experts import GROUPED
-from focus_compile.axes.rules.table import ARANGES
 from focus_compile.capture.breaks import refuse_fragment
 from focus_compile.capture.canonical import Canonical
 from focus_compile.errors import NothingToEvict, Unsupported
 from focus_compile.graph.inputs import Input
-from focus_compile.graph.nodes import data_flow, operands, tensor_of
+from focus_compile.graph.nodes import data_flow, tensor_of
 from focus_compile.graph.sharding import Group
 from focus_compile.graph.sizes import Extent
 from focus_compile.plan.controls import Controls, Tables, declare, slot_name
+from focus_compile.plan.domains import Domain, Place, packed_values
 from focus_compile.plan.heads import sharded_heads
 from focus_compile.plan.sites import Site, find_sites
 from focus_compile.refusals import (
-    EXPERT_COUNTS,
     FEW_SITES,
     LATE_QUERIES,
-    MIXES_TOKENS,
     NO_ATTENTION,
-    NO_RULE,
     ONE_LAYER,
     ONE_TOKEN,
-    READS_HISTORY,
-    REMOVES_TOKENS,
     SITE_NOT_PACKED,
     SITE_ORDER,
     TWO_EMBEDDINGS,
@@ -54,30 +43,6 @@ __all__ = ["SCORED", "Domain", "Place", "Plan", "make_plan"]
 
 SCORED = (0, 1)
 """The paper's two layers, of whose importances the ranking signal is the difference."""
-
-_COUNTS = ("count", "end")
-
-
-class Domain(Enum):
-    """Where a packed value lives."""
-
-    FED = "fed"
-    RETAINED = "retained"
-
-
-@dataclass(frozen=True)
-class Place:
-    """A packed value: its domain, and where its batch and token axes stand.
-
-    ``token_dim`` is None where no dim is the tokens alone: choices of experts, lists sorted by
-    expert, counts per expert. Such a value is only read by others of its domain. ``folded``: the
-    token dim holds the batch axis too; its packed form is the same, but not that on the canvas.
-    """
-
-    domain: Domain
-    batch_dim: int | None
-    token_dim: int | None
-    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,9 +110,9 @@ def make_plan(canonical: Canonical, scored: tuple[int, int] = SCORED) -> Plan:
     if len(sites) <= scored[1]:
         raise Unsupported(FEW_SITES, layer=scored[1])
     nodes = {node.name: node for node in gm.graph.nodes}
-    prefix = _early(gm, sites[scored[1]], nodes)
-    packed = _packed(gm, axes, entry.embedding, sites, prefix)
-    shape = {given.name: given.shape for given in canonical.inputs}[entry.ids.name]
+    prefix = _prefix_nodes(gm, sites[scored[1]], nodes)
+    packed = packed_values(gm, axes, entry.embedding, sites, prefix)
+    shape = {spec.name: spec.shape for spec in canonical.inputs}[entry.ids.name]
     batch = shape[0] if len(shape) == 2 else 1
     controls, tables = declare(tensor_of(entry.ids).device, batch)
     _check_sites(sites, packed, scored, nodes)
@@ -186,7 +151,7 @@ def _check_sites(
 
 def _slots(canonical: Canonical, site: Site, nodes: Mapping[str, Node]) -> tuple[Input, Input]:
     """Inputs for the K/V that a layer had in the step before, history included."""
-    inputs = {given.name: given for given in canonical.inputs}
+    inputs = {spec.name: spec for spec in canonical.inputs}
 
     def slot(part: int) -> Input:
         write = site.writes[part]
@@ -214,90 +179,11 @@ def _refuse_mutation(gm: GraphModule) -> None:
             raise Unsupported(WRITES_INPUT, node)
 
 
-def _early(gm: GraphModule, last: Site, nodes: Mapping[str, Node]) -> set[Node]:
+def _prefix_nodes(gm: GraphModule, last: Site, nodes: Mapping[str, Node]) -> set[Node]:
     """All up to a site's q, k and v; also what else stands there, such as outputs."""
     flow = data_flow(gm)
     ends = [nodes[last.query], *(nodes[write.new] for write in last.writes)]
-    out: set[Node] = set(ends)
+    prefix: set[Node] = set(ends)
     for end in ends:
-        out |= nx.ancestors(flow, end)
-    return out | set(takewhile(lambda node: node.name != last.region[0], gm.graph.nodes))
-
-
-def _packed(
-    gm: GraphModule, axes: AxisMap, embedding: Node, sites: tuple[Site, ...], prefix: set[Node]
-) -> dict[str, Place]:
-    """Packed values by name, each checked: the operator must commute with gathering tokens."""
-    packed: dict[str, Place] = {}
-    regions = {name: site for site in sites for name in site.region}
-    writes = {write.cat for site in sites for write in site.writes if write.cat is not None}
-    merged = {
-        write.new for site in sites for write in site.writes if write.cat is None
-    }  # packed where computed, canvas for whoever reads them
-    for node in gm.graph.nodes:
-        if node.op != "call_function" or not isinstance(
-            node.meta["val"], torch.Tensor | tuple | list
-        ):
-            continue
-        if node.name in regions and node.name != regions[node.name].out:
-            continue
-        if node.name in writes:
-            continue
-        reads = any(arg.name in packed and arg.name not in merged for arg in operands_of(node))
-        lists = node.target in ARANGES and any(axes.listed(dim) for dim in axes.of(node))
-        if not (reads or lists or node is embedding or node.name in regions):
-            continue
-        dims = axes.of(node) if isinstance(node.meta["val"], torch.Tensor) else axes.dims[node][0]
-        if node.name not in regions:
-            _check(node, axes)
-        token_dim = _token_dim(axes, dims)
-        if token_dim is None and not any(axes.holds(dim, Role.TOKEN) for dim in dims):
-            _check_count(node, axes)
-        domain = Domain.FED if node in prefix else Domain.RETAINED
-        folded = token_dim is not None and len(axes.resolve(dims[token_dim])) > 1
-        packed[node.name] = Place(domain, axes.position(dims, Role.BATCH), token_dim, folded)
-    return packed
-
-
-def operands_of(node: Node) -> list[Node]:
-    """Operands that hold tensors, tuples of tensors included."""
-    return [
-        arg
-        for arg in node.all_input_nodes
-        if isinstance(arg.meta["val"], torch.Tensor | tuple | list)
-    ]
-
-
-def _token_dim(axes: AxisMap, dims: Dims) -> int | None:
-    """Index of the dim that holds the token axis, alone or folded with the batch axis."""
-    for index, dim in enumerate(dims):
-        roles = [axis.role for axis in axes.resolve(dim)]
-        if Role.TOKEN in roles and set(roles) <= {Role.TOKEN, Role.BATCH}:
-            return index
-    return None
-
-
-def _check_count(node: Node, axes: AxisMap) -> None:
-    """Refuse a value of all tokens together, but for counts that only tell experts their rows."""
-    known = axes.meaning.get(node)
-    if known is None or known.kind not in _COUNTS:
-        raise Unsupported(REMOVES_TOKENS, node)
-    for user in node.users:
-        counts = axes.meaning.get(user)
-        ends = user.target in GROUPED and operands(user)[2] is node and node not in user.args[:2]
-        if not ends and (counts is None or counts.kind not in _COUNTS):
-            raise Unsupported(EXPERT_COUNTS, user)
-
-
-def _check(node: Node, axes: AxisMap) -> None:
-    """Refuse an operator that gathering tokens does not commute with."""
-    if node in axes.unruled:
-        raise Unsupported(NO_RULE, node)
-    for dim in axes.mixed.get(node, ()):
-        if axes.holds(dim, Role.TOKEN) or axes.holds(dim, Role.BATCH):
-            raise Unsupported(MIXES_TOKENS, node)
-    for operand in operands(node):
-        for dim in axes.of(operand):
-            if axes.resolve(dim) and any(axis.sum is not None for axis in axes.resolve(dim)):
-                if axes.holds(dim, Role.TOKEN):
-                    raise Unsupported(READS_HISTORY, node)
+        prefix |= nx.ancestors(flow, end)
+    return prefix | set(takewhile(lambda node: node.name != last.region[0], gm.graph.nodes))

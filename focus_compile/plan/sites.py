@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from focus_compile.axes.axes import AxisMap, Role
 from focus_compile.errors import Unsupported, module_path
 from focus_compile.graph.nodes import data_flow
-from focus_compile.plan.attention import Match, attended, recognise
+from focus_compile.plan.attention import Match, recognise, unexpanded
 from focus_compile.plan.writes import Write, find_write
 from focus_compile.refusals import BATCH_AXIS, QUERY_AXES, SITES_ABREAST
 
@@ -77,7 +77,7 @@ def _site(layer: int, match: Match, axes: AxisMap, flow: nx.DiGraph) -> Site:
         raise Unsupported(QUERY_AXES, node)
     if axes.position(query, Role.BATCH) not in (0, None):
         raise Unsupported(BATCH_AXIS, node)
-    key, value = (attended(operand, axes, node) for operand in (match.key, match.value))
+    key, value = (unexpanded(operand, axes, node) for operand in (match.key, match.value))
     return Site(
         layer=layer,
         query=match.query.name,
@@ -86,7 +86,7 @@ def _site(layer: int, match: Match, axes: AxisMap, flow: nx.DiGraph) -> Site:
         mask=match.mask.name if match.mask is not None else None,
         causal=match.causal,
         scale=match.scale,
-        region=tuple(part.name for part in match.region),
+        region=tuple(member.name for member in match.region),
         writes=(find_write(key, axes, node, flow), find_write(value, axes, node, flow)),
         module=module_path(node),
     )

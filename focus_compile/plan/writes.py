@@ -46,29 +46,29 @@ def find_write(attended: Node, axes: AxisMap, site: Node, flow: nx.DiGraph) -> W
         dims = axes.of(attended)
         batch_dim = axes.position(dims, Role.BATCH)
         return Write(attended.name, None, None, None, None, batch_dim, 2)
-    found: dict[Node, None] = {}
-    queue, seen = [attended], {attended}
+    cats: dict[Node, None] = {}
+    queue, visited = [attended], {attended}
     while queue:
         node = queue.pop()
         if node.target is aten.cat.default and _joins(node, axes):
-            found[node] = None
+            cats[node] = None
             continue
         for source in operands(node):
-            if source not in seen and _holds_history(source, axes):
-                seen.add(source)
+            if source not in visited and _holds_history(source, axes):
+                visited.add(source)
                 queue.append(source)
-    if len(found) != 1:
+    if len(cats) != 1:
         raise Unsupported(CACHE_WRITE, site)
-    (cat,) = found
+    (cat,) = cats
     for node in nx.descendants(flow, cat) & (nx.ancestors(flow, attended) | {attended}):
-        if node in axes.unruled or any(_is_keys(dim, axes) for dim in axes.mixed.get(node, ())):
+        if node in axes.unruled or any(_is_key_axis(dim, axes) for dim in axes.mixed.get(node, ())):
             raise Unsupported(KEYS_MIXED, node)
     history, new = cat_parts(cat)
     past: Any = history
     index: str | None = None
     if history.target is focus.clear.default:
-        past, places, _ = history.args
-        index = str(places)
+        past, slots, _ = history.args
+        index = str(slots)
     if past.op != "placeholder":
         raise Unsupported(PAST_CHANGED, past)
     dims = axes.of(new)
@@ -80,10 +80,10 @@ def find_write(attended: Node, axes: AxisMap, site: Node, flow: nx.DiGraph) -> W
 
 
 def _holds_history(node: Node, axes: AxisMap) -> bool:
-    return any(_is_keys(dim, axes) for dim in axes.of(node))
+    return any(_is_key_axis(dim, axes) for dim in axes.of(node))
 
 
-def _is_keys(dim: Dim, axes: AxisMap) -> bool:
+def _is_key_axis(dim: Dim, axes: AxisMap) -> bool:
     return axes.history(dim) is not None
 
 

@@ -83,9 +83,9 @@ class Result:
     @property
     def speedups(self) -> list[float]:
         """Tokens per second of FOCUS over those of dense, round by round."""
-        more = self.focus.tokens / self.dense.tokens
+        token_ratio = self.focus.tokens / self.dense.tokens
         pairs = zip(self.dense.seconds, self.focus.seconds, strict=True)
-        return [more * dense / focus for dense, focus in pairs]
+        return [token_ratio * dense / focus for dense, focus in pairs]
 
     def to_dict(self) -> dict[str, Any]:
         speedups = self.speedups
@@ -105,11 +105,11 @@ class Result:
         }
 
     def __str__(self) -> str:
-        found, plan = self.to_dict(), self.plan
-        ratio = found["speedup"]
+        data, plan = self.to_dict(), self.plan
+        ratio = data["speedup"]
         lines = [
             f"{self.prompts} prompts, batches of {plan.batch}, block {plan.block}, threshold "
-            f"{plan.threshold}, alpha {plan.alpha}, {found['threads']} threads, "
+            f"{plan.threshold}, alpha {plan.alpha}, {data['threads']} threads, "
             f"{plan.rounds} rounds"
         ]
         lines += [
@@ -137,22 +137,22 @@ def read_prompts(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} holds no prompts: {error}") from error
-    found = []
+    prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
-            found.append(line.rstrip("\r"))
+            prompts.append(line.rstrip("\r"))
             continue
         try:
-            found.append(json.loads(line)["prompt"])
+            prompts.append(json.loads(line)["prompt"])
         except (ValueError, TypeError, KeyError) as error:
             raise BadInput(f'{path}:{number}: expected {{"prompt": text}}') from error
-        if not isinstance(found[-1], str):
+        if not isinstance(prompts[-1], str):
             raise BadInput(f'{path}:{number}: expected {{"prompt": text}}')
-    if not found:
+    if not prompts:
         raise BadInput(f"{path} holds no prompts: every line is blank")
-    return found
+    return prompts
 
 
 def contest(
@@ -170,30 +170,30 @@ def contest(
         ValueError: a prompt is empty, and the tokenizer has no token that begins a text.
     """
     compiled = compile_model(model, mask_token_id=mask_token_id, dynamic=True, strict=True)
-    order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
-    parts = [order[at : at + plan.batch] for at in range(0, len(order), plan.batch)]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    groups = [order[index : index + plan.batch] for index in range(0, len(order), plan.batch)]
     rows = [prompt_ids(tokenizer, text) for text in prompts]
-    batches = [left_padded([rows[at] for at in part]) for part in parts]
-    ends = end_tokens(tokenizer, model)
+    batches = [left_padded([rows[index] for index in group]) for group in groups]
+    end_ids = end_tokens(tokenizer, model)
 
     def run(enabled: bool, advance: Any) -> tuple[float, list[Generated]]:
-        made, start = [], time.perf_counter()
-        for ids, real in batches:
+        generated, start = [], time.perf_counter()
+        for ids, attention_mask in batches:
             with session(mask_token_id, alpha=plan.alpha, enabled=enabled):
-                out = generate(
+                answer = generate(
                     compiled,
                     ids,
-                    real,
+                    attention_mask,
                     max_new_tokens=plan.max_new_tokens,
                     block_length=plan.block,
                     confidence_threshold=plan.threshold,
                     mask_token_id=mask_token_id,
-                    eos_token_id=ends,
+                    eos_token_id=end_ids,
                     return_dict=True,
                 )
-            made.append(out)
+            generated.append(answer)
             advance()
-        return time.perf_counter() - start, made
+        return time.perf_counter() - start, generated
 
     answers: dict[bool, list[Generated]] = {}
     seconds: dict[bool, list[float]] = {False: [], True: []}
@@ -202,51 +202,58 @@ def contest(
         job = bar.add_task("compiling, then timing", total=total)
         for turn in range(plan.rounds + 1):
             for enabled in (False, True):
-                spent, made = run(enabled, lambda: bar.advance(job))
-                answers[enabled] = made
+                spent, generated = run(enabled, lambda: bar.advance(job))
+                answers[enabled] = generated
                 if turn:
                     seconds[enabled].append(spent)
     pairs = [
-        (_answer(one, ends), _answer(two, ends))
+        (_up_to_end(dense_ids, end_ids), _up_to_end(focus_ids, end_ids))
         for dense, focus, (ids, _) in zip(answers[False], answers[True], batches, strict=True)
-        for one, two in zip(
+        for dense_ids, focus_ids in zip(
             dense.sequences[:, ids.shape[1] :].tolist(),
             focus.sequences[:, ids.shape[1] :].tolist(),
             strict=True,
         )
     ]
-    same = sum(one == two for left, right in pairs for one, two in zip(left, right, strict=False))
+    same_answers = sum(dense_ids == focus_ids for dense_ids, focus_ids in pairs)
+    same_tokens = sum(
+        dense_token == focus_token
+        for dense_ids, focus_ids in pairs
+        for dense_token, focus_token in zip(dense_ids, focus_ids, strict=False)
+    )
     return Result(
         plan,
         len(prompts),
         _side(seconds[False], answers[False]),
         _side(seconds[True], answers[True]),
-        sum(one == two for one, two in pairs) / len(pairs),
-        same / sum(max(len(one), len(two)) for one, two in pairs),
+        same_answers / len(pairs),
+        same_tokens / sum(max(map(len, pair)) for pair in pairs),
     )
 
 
-def _answer(ids: list[int], ends: list[int]) -> list[int]:
+def _up_to_end(ids: list[int], end_ids: list[int]) -> list[int]:
     """An answer's tokens, its end of text with them."""
-    places = [place for place, token in enumerate(ids) if token in ends]
-    return ids[: places[0] + 1] if places else ids
+    end_positions = [position for position, token in enumerate(ids) if token in end_ids]
+    return ids[: end_positions[0] + 1] if end_positions else ids
 
 
-def _side(seconds: list[float], made: list[Generated]) -> Side:
-    forwards = sum(out.forwards for out in made)
+def _side(seconds: list[float], generated: list[Generated]) -> Side:
+    forwards = sum(answer.forwards for answer in generated)
     return Side(
         seconds=tuple(seconds),
-        tokens=sum(out.decoded for out in made),
+        tokens=sum(answer.decoded for answer in generated),
         forwards=forwards,
-        focus_steps=sum(out.focus_steps for out in made),
-        fed=_mean([(out.fed_fraction, _canvas(out)) for out in made]),
-        retained=_mean([(out.retained_fraction, _canvas(out)) for out in made]),
+        focus_steps=sum(answer.focus_steps for answer in generated),
+        fed=_mean([(answer.fed_fraction, _canvas_tokens(answer)) for answer in generated]),
+        retained=_mean(
+            [(answer.retained_fraction, _canvas_tokens(answer)) for answer in generated]
+        ),
     )
 
 
-def _canvas(out: Generated) -> int:
+def _canvas_tokens(answer: Generated) -> int:
     """Tokens of the canvas, over all forwards."""
-    return out.decode_masks[0].numel() * out.forwards
+    return answer.decode_masks[0].numel() * answer.forwards
 
 
 def _mean(weighed: list[tuple[float, int]]) -> float:

@@ -15,7 +15,7 @@ ASSUMED: Mapping[str, float] = {
     "fed": 1.0,
     "retained": 0.15,
 }
-"""What is told of a step that nobody has told or traced; ``fed`` and ``retained`` are shares."""
+"""Sizes that neither options nor a trace say; ``fed`` and ``retained`` are shares."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,26 @@ class Counts:
         }
 
 
-def counts_of(given: Mapping[str, float | None], trace: Mapping[str, Any] | None) -> Counts:
-    """What is given, or else what a trace shows, or else :data:`ASSUMED`.
+def counts_of(options: Mapping[str, float | None], trace: Mapping[str, Any] | None) -> Counts:
+    """What ``options`` say, or else what a trace shows, or else :data:`ASSUMED`.
 
     Args:
-        given: by the names of :data:`ASSUMED`, None where it is not; trace: one that
+        options: by the names of :data:`ASSUMED`, None where it is not; trace: one that
             :func:`focus_compile.reports.heatmap.grids` accepts.
 
     Raises:
         ValueError: more is retained than fed.
     """
-    seen = {} if trace is None else dict(_seen(trace))
+    traced = {} if trace is None else dict(_traced(trace))
     values, origins = dict[str, float](), dict[str, str]()
     for name, default in ASSUMED.items():
         assumed = min(default, values["fed"]) if name == "retained" else default
-        places = (
-            ("given", given[name]),
-            ("from the trace", seen.get(name)),
+        candidates = (
+            ("given", options[name]),
+            ("from the trace", traced.get(name)),
             ("assumed", assumed),
         )
-        for origin, value in reversed(places):
+        for origin, value in reversed(candidates):
             if value is not None:
                 origins[name], values[name] = origin, value
     fed, retained = values["fed"], values["retained"]
@@ -79,7 +79,7 @@ def counts_of(given: Mapping[str, float | None], trace: Mapping[str, Any] | None
     return Counts(batch, block, history, round(fed * tokens), round(retained * tokens), origins)
 
 
-def _seen(trace: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _traced(trace: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Means over the steps of a trace; masked tokens are fed, and what is retained is."""
     rows, length, steps = trace["rows"], trace["block_length"], trace["steps"]
     yield "batch", rows

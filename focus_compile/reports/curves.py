@@ -20,14 +20,14 @@ _INK, _LINE, _GRID = _COLORS
 
 @dataclass(frozen=True)
 class Curve:
-    """Ratio of dense over focus FLOPs against ``x``; ``own`` is the point that the page is about.
+    """Ratio of dense over focus FLOPs against ``x``; points in order of x.
 
-    Points in order of x, the own one among them.
+    ``marked``: the one among them that the page is about.
     """
 
     x: str
     points: tuple[tuple[float, float], ...]
-    own: tuple[float, float]
+    marked: tuple[float, float]
     doubling: bool = False
     """Whether x goes by powers of two."""
 
@@ -43,17 +43,17 @@ def curves(
 
     shares = sorted({fed * step / _STEPS for step in range(_STEPS + 1)} | {retained})
     lengths = sorted({*_LENGTHS, block})
-    own = ratio(block, retained)
+    marked = ratio(block, retained)
     return (
         Curve(
             "share of the block that is retained",
             tuple((share, ratio(block, share)) for share in shares),
-            (retained, own),
+            (retained, marked),
         ),
         Curve(
             "tokens of a block",
             tuple((length, ratio(length, retained)) for length in lengths),
-            (block, own),
+            (block, marked),
             doubling=True,
         ),
     )
@@ -76,9 +76,9 @@ def svg(drawn: Sequence[Curve]) -> str | None:
         ):
             x, y = zip(*curve.points, strict=True)
             axes.plot(x, y, color=_LINE, linewidth=2)
-            axes.plot(*curve.own, "o", color=_LINE)
+            axes.plot(*curve.marked, "o", color=_LINE)
             axes.annotate(
-                f"{curve.own[1]:.2f}", curve.own, xytext=(6, 6), textcoords="offset points"
+                f"{curve.marked[1]:.2f}", curve.marked, xytext=(6, 6), textcoords="offset points"
             )
             axes.axhline(1, color=_GRID, linewidth=1)
             if curve.doubling:
@@ -87,9 +87,9 @@ def svg(drawn: Sequence[Curve]) -> str | None:
                 axes.minorticks_off()
             axes.set(xlabel=curve.x, ylabel="dense / focus FLOPs", ylim=(0, None))
             axes.spines[["top", "right"]].set_visible(False)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    drawing = text.getvalue()
-    for told, wanted in _COLORS.items():
-        drawing = drawing.replace(told, wanted)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    drawing = buffer.getvalue()
+    for placeholder, css in _COLORS.items():
+        drawing = drawing.replace(placeholder, css)
     return drawing[drawing.index("<svg") :]

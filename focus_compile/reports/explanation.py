@@ -21,7 +21,7 @@ from focus_compile.capture.capture import has_attention
 from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import graph_outputs
 from focus_compile.models.mask_token import find_mask_token
-from focus_compile.reports.measure import Measured, measure, own_code
+from focus_compile.reports.measure import Measured, measure, with_fresh_code
 from focus_compile.reports.terminal import render
 from focus_compile.views.cost import Cost, cost_of
 from focus_compile.views.describe import describe
@@ -41,7 +41,7 @@ class GraphReport:
         analysis: the graph at every stage, where FOCUS was applied.
         cost: FLOPs and bytes per step as formulas, likewise.
         broke: why Dynamo ended the graph before the model's own end, or None.
-        told: :meth:`to_dict` of the report that this one was pickled from, else None. Graphs are
+        pickled: :meth:`to_dict` of the report that this one was pickled from, else None. Graphs are
             left out of a pickle: ``graph`` is empty then, and ``analysis`` None.
     """
 
@@ -52,16 +52,16 @@ class GraphReport:
     analysis: Analysis | None = None
     cost: Cost | None = None
     broke: GraphBreak | None = None
-    told: Mapping[str, Any] | None = None
+    pickled: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
-        found = "applied" if self.analysis is not None else self.refusal or "no attention"
-        return f"<GraphReport: {self.nodes} nodes; {found}>"
+        outcome = "applied" if self.analysis is not None else self.refusal or "no attention"
+        return f"<GraphReport: {self.nodes} nodes; {outcome}>"
 
     @property
     def nodes(self) -> int:
         """Nodes of Dynamo's graph."""
-        return len(self.graph.graph.nodes) if self.told is None else int(self.told["nodes"])
+        return len(self.graph.graph.nodes) if self.pickled is None else int(self.pickled["nodes"])
 
     @property
     def applied(self) -> bool:
@@ -69,7 +69,7 @@ class GraphReport:
         return self.cost is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"graph": None, "analysis": None, "told": self.to_dict()}
+        return self.__dict__ | {"graph": None, "analysis": None, "pickled": self.to_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, graph=GraphModule(nn.Module(), Graph()))
@@ -84,8 +84,8 @@ class GraphReport:
         """Plain data; ``flops`` and ``bytes`` are formulas in the symbols of
         :mod:`focus_compile.views.cost`.
         """
-        if self.told is not None:
-            return copy.deepcopy(dict(self.told))
+        if self.pickled is not None:
+            return copy.deepcopy(dict(self.pickled))
         refusal, broke, cost = self.refusal, self.broke, self.cost
         flops = moved = None
         if cost is not None:
@@ -135,9 +135,9 @@ class Explanation:
         return [graph.broke for graph in self.graphs if graph.broke is not None]
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        render(Console(width=100, file=text, color_system=None), self.to_dict())
-        return text.getvalue()
+        buffer = io.StringIO()
+        render(Console(width=100, file=buffer, color_system=None), self.to_dict())
+        return buffer.getvalue()
 
     def print(self) -> None:
         """Print to the terminal."""
@@ -164,7 +164,7 @@ class Explanation:
         for index, graph in enumerate(self.graphs):
             if graph.analysis is not None:
                 save_analysis(graph.analysis, root, f"graph{index}")
-            elif graph.refusal is not None and graph.told is None:
+            elif graph.refusal is not None and graph.pickled is None:
                 save_refusal(graph.graph, graph.refusal, root, f"graph{index}")
         return root
 
@@ -205,7 +205,7 @@ def explain(
         if not isinstance(model, nn.Module):
             raise ValueError("give mask_token_id=...: the model is a function")
         mask_token_id = find_mask_token(model)
-    compiled = torch.compile(own_code(model), backend=record)
+    compiled = torch.compile(with_fresh_code(model), backend=record)
     with torch.no_grad():
         compiled(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     if run and story.applied:
@@ -236,8 +236,8 @@ def _report(
 def _sizes(analysis: Analysis, example_inputs: Sequence[Any]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     canonical = analysis.canonical
-    for given, argument in zip(canonical.inputs, canonical.arguments, strict=True):
-        for extent, size in zip(given.shape, example_inputs[argument].shape, strict=True):
+    for spec, argument in zip(canonical.inputs, canonical.arguments, strict=True):
+        for extent, size in zip(spec.shape, example_inputs[argument].shape, strict=True):
             if isinstance(extent, str):
                 sizes[extent] = int(size)
     return sizes

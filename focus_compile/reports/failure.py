@@ -29,12 +29,12 @@ def one_line(traceback: bool) -> Iterator[None]:
     except Exception as error:  # the one place: whatever went wrong is told
         if traceback:
             raise
-        code, told = _told(error)
-        typer.echo(f"focus-compile: {told}", err=True)
+        code, message = _code_and_message(error)
+        typer.echo(f"focus-compile: {message}", err=True)
         raise typer.Exit(code) from error
 
 
-def _told(error: Exception) -> tuple[int, str]:
+def _code_and_message(error: Exception) -> tuple[int, str]:
     cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
     if isinstance(cause, Unsupported):
         return 1, f"refused: {cause}; {cause.cure}"

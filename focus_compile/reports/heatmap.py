@@ -11,6 +11,7 @@ __all__ = ["CELLS", "Grid", "grids"]
 CELLS = {
     "decoded": "decoded in this step",
     "retained": "masked and retained: every layer computes it",
+    "rescued": "masked, evicted at first, and computed in the same step after all",
     "evicted": "masked and evicted: layers 0 and 1 only",
     "again": "decoded before, fed once more",
     "done": "decoded before, not fed",
@@ -34,21 +35,22 @@ def grids(trace: Mapping[str, Any]) -> list[Grid]:
 
     Args:
         trace: plain data: ``block_length`` T, ``rows`` B, and ``steps``, a list of mappings with
-            ``block``, an index, and ``masked``, ``retained``, ``decoded``, bool ``[B][T]``.
+            ``block``, an index, and ``masked``, ``retained``, ``decoded``, bool ``[B][T]``; and
+            ``rescued``, if any token was.
 
     Raises:
         ValueError: it is none; one sentence that says where.
     """
-    rows, length, steps = _checked(trace)
+    rows, length, steps = _header(trace)
     for number, step in enumerate(steps):
-        _check(number, step, rows, length)
+        _check_step(number, step, rows, length)
     blocks = dict.fromkeys(step["block"] for step in steps)
     return [
         Grid(
             row,
             block,
             tuple(
-                tuple(map(_cell, *(step[part][row] for part in _PARTS)))
+                tuple(map(_cell, *(lines[row] for lines in _canvases(step, rows, length))))
                 for step in steps
                 if step["block"] == block
             ),
@@ -58,15 +60,20 @@ def grids(trace: Mapping[str, Any]) -> list[Grid]:
     ]
 
 
-def _cell(masked: bool, retained: bool, decoded: bool) -> str:
+def _canvases(step: Mapping[str, Any], rows: int, length: int) -> list[Any]:
+    none = [[False] * length] * rows
+    return [*(step[part] for part in _PARTS), step.get("rescued", none)]
+
+
+def _cell(masked: bool, retained: bool, decoded: bool, rescued: bool) -> str:
     if decoded:
         return "decoded"
     if masked:
-        return "retained" if retained else "evicted"
+        return "rescued" if rescued else "retained" if retained else "evicted"
     return "again" if retained else "done"
 
 
-def _checked(trace: Mapping[str, Any]) -> tuple[int, int, list[Any]]:
+def _header(trace: Mapping[str, Any]) -> tuple[int, int, list[Any]]:
     if not isinstance(trace, Mapping):
         raise ValueError(f"trace: expected an object, got {type(trace).__name__}")
     for name in ("block_length", "rows", "steps"):
@@ -81,20 +88,20 @@ def _checked(trace: Mapping[str, Any]) -> tuple[int, int, list[Any]]:
     return rows, length, steps
 
 
-def _check(number: int, step: Any, rows: int, length: int) -> None:
-    where = f"trace: step {number}"
+def _check_step(number: int, step: Any, rows: int, length: int) -> None:
+    location = f"trace: step {number}"
     if not isinstance(step, Mapping):
-        raise ValueError(f"{where} is a {type(step).__name__}, expected an object")
+        raise ValueError(f"{location} is a {type(step).__name__}, expected an object")
     for name in ("block", *_PARTS):
         if name not in step:
-            raise ValueError(f"{where}: {name} is missing")
+            raise ValueError(f"{location}: {name} is missing")
     if type(step["block"]) is not int or step["block"] < 0:
-        raise ValueError(f"{where}: block is {step['block']!r}, expected an index")
-    for name in _PARTS:
+        raise ValueError(f"{location}: block is {step['block']!r}, expected an index")
+    for name in (*_PARTS, *(["rescued"] if "rescued" in step else [])):
         if not _is_canvas(step[name], rows, length):
-            raise ValueError(f"{where}: {name} is not {rows} lists of {length} booleans")
-    for row, position in _wrong(step):
-        raise ValueError(f"{where}: row {row} decodes position {position}, which is not masked")
+            raise ValueError(f"{location}: {name} is not {rows} lists of {length} booleans")
+    for row, position in _unmasked_decodes(step):
+        raise ValueError(f"{location}: row {row} decodes position {position}, which is not masked")
 
 
 def _is_canvas(value: Any, rows: int, length: int) -> bool:
@@ -106,8 +113,8 @@ def _is_canvas(value: Any, rows: int, length: int) -> bool:
     )
 
 
-def _wrong(step: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+def _unmasked_decodes(step: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     for row, (masked, decoded) in enumerate(zip(step["masked"], step["decoded"], strict=True)):
-        for position, (before, now) in enumerate(zip(masked, decoded, strict=True)):
-            if now and not before:
+        for position, (was_masked, is_decoded) in enumerate(zip(masked, decoded, strict=True)):
+            if is_decoded and not was_masked:
                 yield row, position

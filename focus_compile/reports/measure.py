@@ -16,18 +16,18 @@ from focus_compile.programs.program import Inner
 from focus_compile.reports.play import (
     Call,
     PlayedStep,
-    apart,
+    default_signal,
     difference,
+    distance,
     left_first,
-    own_signal,
+    output_tensors,
     play,
-    tensors,
 )
 from focus_compile.rounding import TOLERANCE
 from focus_compile.runtime.executable import Executable
 from focus_compile.runtime.session import session
 
-__all__ = ["Measured", "measure", "own_code"]
+__all__ = ["Measured", "measure", "with_fresh_code"]
 
 _NOTHING_EVICTED = 1e9
 _TIMES_DENSE = 4
@@ -76,14 +76,14 @@ class Measured:
     @property
     def equal(self) -> bool:
         """Whether FOCUS's differences are within the tolerance."""
-        found = (self.nothing_evicted, self.evicting)
-        return all(value is not None and value <= self.tolerance for value in found)
+        differences = (self.nothing_evicted, self.evicting)
+        return all(value is not None and value <= self.tolerance for value in differences)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"equal": self.equal, "tested": self.tested}
 
 
-def own_code(model: Callable[..., Any]) -> Callable[..., Any]:
+def with_fresh_code(model: Callable[..., Any]) -> Callable[..., Any]:
     """A function that calls ``model``, with a code object of its own.
 
     Dynamo keeps captures, and counts them, by code object.
@@ -109,33 +109,33 @@ def measure(
     Returns:
         None where FOCUS is not applied to the call, or no token of it is masked.
     """
-    compiled, by_operator = _Compiled(model, None), _Compiled(model, _as_it_is)
-    given = Call(args, kwargs, mask_token_id)
-    own: list[PlayedStep] = []
+    compiled, by_operator = _Compiled(model, None), _Compiled(model, _uncompiled)
+    call = Call(args, kwargs, mask_token_id)
+    default_steps: list[PlayedStep] = []
     steps: list[PlayedStep] = []
     evicting = 0.0
-    for budget, signal in ((alpha, own_signal), (1.0, left_first)):
-        made = play(compiled.call, given, budget, signal)
-        if not made:
+    for budget, signal in ((alpha, default_signal), (1.0, left_first)):
+        played = play(compiled.call, call, budget, signal)
+        if not played:
             return None
-        again = play(by_operator.call, given, budget, signal)
-        own, steps = own or made, steps + made
-        evicting = max(evicting, apart(made, again))
+        played_eagerly = play(by_operator.call, call, budget, signal)
+        default_steps, steps = default_steps or played, steps + played
+        evicting = max(evicting, distance(played, played_eagerly))
     largest = nothing_evicted = 0.0
-    for step in own:
-        expected = tensors(step.call.run(model))
+    for step in default_steps:
+        expected = output_tensors(step.call.run(model))
         largest = max([largest, *(value.abs().max().item() for value in expected if value.numel())])
         with session(mask_token_id, alpha=_NOTHING_EVICTED):
-            whole = tensors(step.call.run(compiled.call))
-        nothing_evicted = max(nothing_evicted, difference(expected, whole))
-    expected = tensors(given.run(model))
+            compiled_outputs = output_tensors(step.call.run(compiled.call))
+        nothing_evicted = max(nothing_evicted, difference(expected, compiled_outputs))
+    expected = output_tensors(call.run(model))
     with session(mask_token_id, enabled=False):
-        rounding = difference(expected, tensors(given.run(compiled.call)))
+        rounding = difference(expected, output_tensors(call.run(compiled.call)))
     allowed = max(TOLERANCE[value.dtype] for value in expected) * max(1.0, largest)
     return Measured(
-        fed=own[0].fed,
-        retained=own[0].retained,
-        retained_row=int(own[0].kept.sum(1).max()),
+        fed=default_steps[0].fed,
+        retained=default_steps[0].retained,
+        retained_row=int(default_steps[0].retain_mask.sum(1).max()),
         steps=len(steps),
         evicted=sum(step.fed - step.retained for step in steps),
         largest=largest,
@@ -147,7 +147,7 @@ def measure(
     )
 
 
-def _as_it_is(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+def _uncompiled(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
     return graph
 
 
@@ -158,7 +158,7 @@ class _Compiled:
         self.inner = inner
         self.dense: list[str] = []
         self.executables: list[Executable] = []
-        self.call = torch.compile(own_code(model), backend=self._backend)
+        self.call = torch.compile(with_fresh_code(model), backend=self._backend)
 
     def _backend(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         with output_files() as files:
@@ -170,6 +170,6 @@ class _Compiled:
 
     def files(self) -> dict[str, list[str]]:
         """Inductor's output code, by program."""
-        prefixes = [path for made in self.executables for path in made.prefix.files]
-        suffixes = [path for made in self.executables for path in made.suffix.files]
+        prefixes = [path for executable in self.executables for path in executable.prefix.files]
+        suffixes = [path for executable in self.executables for path in executable.suffix.files]
         return {"dense": self.dense, "prefix": prefixes, "suffix": suffixes}

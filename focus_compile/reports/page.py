@@ -53,7 +53,7 @@ class Applied:
     None where FLOPs depend on sizes that the page is not told.
     """
 
-    found: dict[str, Any]
+    description: dict[str, Any]
     funnel: tuple[Stage, ...]
     before: str
     after: str
@@ -96,8 +96,8 @@ def page(
         ValueError: the trace is malformed, or more is retained than fed.
     """
     heat = None if trace is None else grids(trace)
-    given = {"batch": batch, "block": block, "history": history, "fed": fed, "retained": retained}
-    counts = counts_of(given, trace)
+    options = {"batch": batch, "block": block, "history": history, "fed": fed, "retained": retained}
+    counts = counts_of(options, trace)
     environment = Environment(
         loader=PackageLoader("focus_compile.reports", "assets"),
         autoescape=True,
@@ -124,18 +124,18 @@ def _asset(name: str) -> str:
 
 
 def _sections(explanation: Explanation, counts: Counts) -> Iterator[Section]:
-    first = True
+    unsuffixed = True
     for index, report in enumerate(explanation.graphs):
         applied = None
         if report.analysis is not None and report.cost is not None:
             applied = _applied(report.analysis, report.cost, counts)
-        yield Section(index, "" if applied and first else f"-{index}", report, applied)
-        first = first and applied is None
+        yield Section(index, "" if applied and unsuffixed else f"-{index}", report, applied)
+        unsuffixed = unsuffixed and applied is None
 
 
 def _applied(analysis: Analysis, cost: Cost, counts: Counts) -> Applied:
     return Applied(
-        found=describe(analysis),
+        description=describe(analysis),
         funnel=tuple(_funnel(len(analysis.plan.sites), counts)),
         before=dot(analysis, after=False),
         after=dot(analysis, after=True),

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from focus_compile.rounding import TOLERANCE
-from focus_compile.runtime.session import Signal, Step, session
+from focus_compile.runtime.session import session
+from focus_compile.runtime.signals import Signal, Step
 from focus_compile.torch_private import tree_leaves
 
 __all__ = [
     "Call",
     "PlayedStep",
-    "apart",
+    "default_signal",
     "difference",
+    "distance",
     "left_first",
-    "own_signal",
+    "output_tensors",
     "play",
-    "tensors",
 ]
 
 _STEPS = 3
@@ -31,15 +32,15 @@ _FAR = 1e3
 """A bias per position that no importance outweighs."""
 
 
-def own_signal(_: Step) -> Signal:
+def default_signal(_: Step) -> Signal:
     """The model's own."""
     return Signal()
 
 
 def left_first(step: Step) -> Signal:
     """One that ranks masks from left to right."""
-    places = torch.arange(step.ids.shape[1], dtype=torch.float32)
-    return Signal(bias=-_FAR * places.expand(step.ids.shape))
+    positions = torch.arange(step.ids.shape[1], dtype=torch.float32)
+    return Signal(bias=-_FAR * positions.expand(step.ids.shape))
 
 
 @dataclass(frozen=True)
@@ -50,30 +51,30 @@ class Call:
     kwargs: dict[str, Any]
     mask_token_id: int
 
-    def run(self, of: Callable[..., Any]) -> Any:
-        return of(*copy.deepcopy(self.args), **copy.deepcopy(self.kwargs))
+    def run(self, model: Callable[..., Any]) -> Any:
+        return model(*copy.deepcopy(self.args), **copy.deepcopy(self.kwargs))
 
-    def next(self, ids: Tensor, kept: Tensor) -> Call | None:
-        """The call after a step: of each row's masks the leftmost that was kept is decoded.
+    def next(self, ids: Tensor, retain_mask: Tensor) -> Call | None:
+        """The call after a step: of each row's masks the leftmost that was retained is decoded.
 
-        ``ids``, ``kept``: of the step, ``[B, T]``. None where nothing can be decoded, or where no
-        argument holds the ids as they are.
+        ``ids``, ``retain_mask``: of the step, ``[B, T]``. None where nothing can be decoded, or
+        where no argument holds the ids as they are.
         """
-        masked = (ids == self.mask_token_id) & kept
-        first = masked & (masked.cumsum(1) == 1)
-        after = ids.masked_fill(first, 1 if self.mask_token_id == 0 else 0)
+        masked = (ids == self.mask_token_id) & retain_mask
+        leftmost = masked & (masked.cumsum(1) == 1)
+        next_ids = ids.masked_fill(leftmost, 1 if self.mask_token_id == 0 else 0)
 
         def changed(value: Any) -> Any:
-            same = isinstance(value, Tensor) and value.numel() == ids.numel()
-            if not same or not torch.equal(value.reshape(ids.shape), ids):
+            same_size = isinstance(value, Tensor) and value.numel() == ids.numel()
+            if not same_size or not torch.equal(value.reshape(ids.shape), ids):
                 return value
-            return after.reshape(value.shape)
+            return next_ids.reshape(value.shape)
 
         args = [changed(value) for value in self.args]
         kwargs = {name: changed(value) for name, value in self.kwargs.items()}
-        before, now = (*self.args, *self.kwargs.values()), (*args, *kwargs.values())
-        found = any(one is not two for one, two in zip(before, now, strict=True))
-        return Call(args, kwargs, self.mask_token_id) if found and bool(first.any()) else None
+        before, after = (*self.args, *self.kwargs.values()), (*args, *kwargs.values())
+        replaced = any(old is not new for old, new in zip(before, after, strict=True))
+        return Call(args, kwargs, self.mask_token_id) if replaced and bool(leftmost.any()) else None
 
 
 @dataclass(frozen=True)
@@ -82,50 +83,52 @@ class PlayedStep:
 
     call: Call
     outputs: list[Tensor]
-    kept: Tensor
+    retain_mask: Tensor
     fed: int
     retained: int
 
 
 def play(
-    of: Callable[..., Any], call: Call, alpha: float, signal: Callable[[Step], Signal]
+    model: Callable[..., Any], call: Call, alpha: float, signal: Callable[[Step], Signal]
 ) -> list[PlayedStep]:
     """The first steps of a block; none where FOCUS does not run."""
     steps: list[PlayedStep] = []
-    seen: list[Tensor] = []
+    step_ids: list[Tensor] = []
 
     def listen(step: Step) -> Signal:
-        seen.append(step.ids)
+        step_ids.append(step.ids)
         return signal(step)
 
-    now: Call | None = call
+    current: Call | None = call
     with session(call.mask_token_id, alpha=alpha, signal=listen) as focus:
-        while now is not None and len(steps) < _STEPS:
-            outputs = tensors(now.run(of))
+        while current is not None and len(steps) < _STEPS:
+            outputs = output_tensors(current.run(model))
             if focus.stats.steps == len(steps):  # no masks are left, or it is refused
                 break
             assert focus.retain_mask is not None
             fed, retained = focus.stats.fed_per_step[-1], focus.stats.retained_per_step[-1]
-            steps.append(PlayedStep(now, outputs, focus.retain_mask, fed, retained))
-            now = now.next(seen[-1], focus.retain_mask)
+            steps.append(PlayedStep(current, outputs, focus.retain_mask, fed, retained))
+            current = current.next(step_ids[-1], focus.retain_mask)
     return steps
 
 
-def apart(made: Sequence[PlayedStep], again: Sequence[PlayedStep]) -> float:
+def distance(steps: Sequence[PlayedStep], others: Sequence[PlayedStep]) -> float:
     """How far two plays are from each other; infinite where they retained other tokens."""
-    pairs = list(zip(made, again, strict=False))
-    if len(made) != len(again) or not all(torch.equal(a.kept, b.kept) for a, b in pairs):
+    pairs = list(zip(steps, others, strict=False))
+    if len(steps) != len(others) or not all(
+        torch.equal(a.retain_mask, b.retain_mask) for a, b in pairs
+    ):
         return math.inf
     return max(difference(a.outputs, b.outputs) for a, b in pairs)
 
 
-def tensors(made: Any) -> list[Tensor]:
+def output_tensors(outputs: Any) -> list[Tensor]:
     """Numbers among a model's outputs; a cache is none of them."""
-    leaves = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return [leaf for leaf in leaves if leaf.dtype in TOLERANCE]
 
 
 def difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     pairs = zip(left, right, strict=True)
-    found = [(a.double() - b.double()).abs().max().item() for a, b in pairs if a.numel()]
-    return max(found, default=0.0)
+    largest = [(a.double() - b.double()).abs().max().item() for a, b in pairs if a.numel()]
+    return max(largest, default=0.0)

@@ -24,13 +24,15 @@ class History:
 
     ``length``: keys before the block. ``mark``: the last of them in the last layer, ``[B, ...]``,
     or None without a cache or with an empty one. ``keys``: keys that the cache holds; ``places``:
-    the slots that the block takes in a cache of fixed length, int64 ``[T]``, else None.
+    the slots that the block takes in a cache of fixed length, int64 ``[T]``, else None;
+    ``before``: the key that stands where the last one stood a call ago, or None.
     """
 
     length: int
     mark: Tensor | None
     keys: int = 0
     places: Tensor | None = None
+    before: Tensor | None = None
 
     def same_slots(self, other: History) -> bool:
         """Whether the block stands where it stood, among as many keys."""
@@ -46,9 +48,7 @@ class History:
             return False
         if self.mark is None or other.mark is None:
             return self.mark is other.mark
-        if self.mark.shape != other.mark.shape or self.mark.dtype != other.mark.dtype:
-            return False
-        return (self.mark == other.mark).flatten(1).all(1)
+        return _equal_rows(self.mark, other.mark)
 
 
 class BlockState:
@@ -60,9 +60,13 @@ class BlockState:
         final: bool, tokens that are no longer fed.
         written01, written: bool, slots that hold K/V in layers 0 and 1, and in later layers.
         progress: int64 ``[B]``; decoded_sum, decode_steps: int64 ``[B]``.
+        calls: int64 ``[B]``, masked calls of the block so far; first_decoded: int64 ``[B]``, tokens
+            decoded in the first step of the row's last block with masks, -1: not known.
         settled: bool ``[B]``, rows without masks that were fed whole once.
         slots: K/V of history and block by input name, as the last call returned them.
         goes_on: whether every row is in the block that it was in before the last call.
+        confidence: fp32, the largest probability of each token when its logits were last computed,
+            0: never; age: int64, calls since, -1: never; has_confidence: whether that is known.
         committed: whether a dense call ran since the last masked one.
         weights: tells the model that made the slots from what it is after a change.
     """
@@ -79,9 +83,11 @@ class BlockState:
         count = torch.zeros(batch, dtype=torch.int64, device=masked.device)
         self.ids, self.masked, self.history = _copy(ids), _copy(masked), history
         self.retained, self.final, self.written01, self.written = none, none, none, none
-        self.warm = none[:, 0]
         self.settled = none[:, 0]
+        self.calls, self.first_decoded = count, count - 1
         self.progress, self.decoded_sum, self.decode_steps = count - 1, count, count
+        self.confidence, self.age = none.float(), none.long() - 1
+        self.has_confidence = True
         self.slots: dict[str, Tensor] = {}
         self.goes_on = False
         self.committed = False
@@ -135,12 +141,15 @@ class BlockState:
             raise EvictedTokenDecoded(row, position)
         count = decoded.sum(1)
         line = ~fresh.unsqueeze(1)
+        self._note_first(decoded, masked, fresh, self._follows(ids, masked, history))
         self.decoded_sum = torch.where(fresh, 0, self.decoded_sum + count)
         self.decode_steps = torch.where(fresh, 0, self.decode_steps + (count > 0))
         self.progress = torch.where(fresh, -1, self.progress)
         self.final, self.retained = self.final & line, self.retained & line
         self.written01, self.written = self.written01 & line, self.written & line
-        self.warm, self.settled = self.warm & ~fresh, self.settled & ~fresh
+        self.confidence = torch.where(line, self.confidence, 0.0)
+        self.age = torch.where(line, self.age, -1)
+        self.calls, self.settled = torch.where(fresh, 0, self.calls), self.settled & ~fresh
         if not history.same_slots(before):
             self.slots = {}
         self.ids, self.masked, self.history = _copy(ids), _copy(masked), history
@@ -161,6 +170,51 @@ class BlockState:
         return torch.where(some, listed, ~settled)
 
     @property
+    def warm(self) -> Tensor:
+        """bool ``[B]``: rows of which this block was called before."""
+        return self.calls > 0
+
+    def opens(self, budget: Tensor) -> Tensor:
+        """Rows in whose first step nothing is evicted by ``first_step="auto"``, bool ``[B]``.
+
+        Section 10. ``budget``: that of an average of 1, a scalar.
+        """
+        return (self.first_decoded < 0) | (self.first_decoded > budget)
+
+    def computed(self, sure: Tensor | None) -> None:
+        """Note confidences fp32 ``[B, T]`` of a call, -1 where none was computed; None: unknown."""
+        self.has_confidence = sure is not None
+        if sure is not None:
+            new = sure >= 0
+            self.confidence = torch.where(new, sure, self.confidence)
+            self.age = torch.where(new, 0, torch.where(self.age < 0, -1, self.age + 1))
+
+    def _follows(self, ids: Tensor, masked: Tensor, history: History) -> Tensor:
+        """bool ``[B]``: rows whose next block this is, if it is another one.
+
+        The history grew by the block, and what was its last key stands where it stood; or, without
+        a history, the masks of the block have gone and nothing else has changed.
+        """
+        before = self.history
+        if before.mark is None and history.mark is None:
+            kept = (self.masked | (ids == self.ids)).all(1)
+            return kept & ~(self.masked & masked).any(1)
+        none = torch.zeros_like(self.settled)
+        if not self.committed or history.length != before.length + ids.shape[-1]:
+            return none
+        if before.mark is None:
+            return ~none
+        return none if history.before is None else _equal_rows(history.before, before.mark)
+
+    def _note_first(self, decoded: Tensor, masked: Tensor, fresh: Tensor, follows: Tensor) -> None:
+        """Section 10: how many tokens a block's first step decoded, once that is known."""
+        ended = fresh & follows  # all that was left of it was decoded since
+        count = torch.where(ended, self.masked.sum(1), decoded.sum(1))
+        known = (self.calls == 1) & self.masked.any(1) & (~fresh | ended)
+        self.first_decoded = torch.where(known, count, self.first_decoded)
+        self.first_decoded = torch.where(fresh & ~follows, -1, self.first_decoded)
+
+    @property
     def average(self) -> Tensor:
         """Tokens decoded per decoding step of this block, fp32 ``[B]``; 1 before the first."""
         average = self.decoded_sum.float() / self.decode_steps.float()  # whatever the default dtype
@@ -175,10 +229,17 @@ class BlockState:
         if delayed_cache:
             self.final = self.final | (fed & ~self.masked & right)
         self.settled = self.settled | ~self.masked.any(1)
-        self.warm = torch.ones_like(self.warm)
+        self.calls = self.calls + 1
         self.written01, self.written = self.written01 | fed, self.written | retained
         self.progress = torch.maximum(self.progress, last_position(retained))
         self.retained, self.slots = retained, slots
+
+
+def _equal_rows(key: Tensor, other: Tensor) -> Tensor:
+    """bool ``[B]``: which rows of two keys are the same."""
+    if key.shape != other.shape or key.dtype != other.dtype:
+        return torch.zeros(len(key), dtype=torch.bool, device=key.device)
+    return (key == other).flatten(1).all(1)
 
 
 def _right_of(flags: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from focus_compile.graph.sizes import length
 from focus_compile.ops.tables import Feed
 from focus_compile.plan.controls import Controls
 from focus_compile.runtime.block import BlockState
-from focus_compile.runtime.session import Session, Signal, Step
+from focus_compile.runtime.session import Session
+from focus_compile.runtime.signals import Choice, Step, check_signal, signal_of
 
-__all__ = ["Constants", "controls", "empty_slots", "is_exact"]
+__all__ = ["Constants", "controls", "empty_slots", "is_exact", "ranking"]
 
 
 class Constants:
@@ -38,6 +39,12 @@ def is_exact(config: FocusConfig, session: Session | None) -> bool:
     return config.exact if session is None or session.exact is None else session.exact
 
 
+def ranking(config: FocusConfig, session: Session | None) -> Choice:
+    """The session's signal before that of the options."""
+    chosen = None if session is None else session.signal
+    return check_signal(config.signal if chosen is None else chosen)
+
+
 def controls(
     config: FocusConfig,
     session: Session | None,
@@ -56,13 +63,24 @@ def controls(
         ValueError: the session's signal has a bias of another shape than ``[B, T]``.
     """
     device = state.masked.device
-    alpha, visibility, signal = config.alpha, config.visibility, Signal()
+    alpha, visibility = config.alpha, config.visibility
     if session is not None:
         alpha = alpha if session.alpha is None else session.alpha
         visibility = session.visibility or visibility
-        signal = session.signal_of(Step(session.stats.steps, state.ids, state.masked, fed.fed))
     if is_exact(config, session):
         alpha = torch.inf
+    factor = constants.get("alpha", alpha, torch.float32, device)
+    average = state.average
+    first_step = "evict" if session is None else session.first_step or config.first_step
+    if first_step != "evict":
+        opening = ~state.warm
+        if first_step == "auto":
+            opening = opening & state.opens(factor.ceil())
+        average = torch.where(opening, torch.inf, average)  # a budget for all of them
+    index = 0 if session is None else session.stats.steps
+    seen = (state.confidence, state.age) if state.has_confidence else (None, None)
+    step = Step(index, state.ids, state.masked, fed.fed, *seen)
+    signal = signal_of(ranking(config, session), step)
     bias = signal.bias
     if bias is None:
         bias = torch.zeros(state.masked.shape, dtype=torch.float32, device=device)
@@ -74,8 +92,8 @@ def controls(
         masked=state.masked,
         fed=fed.fed,
         progress=state.progress,
-        average=state.average,
-        alpha=constants.get("alpha", alpha, torch.float32, device),
+        average=average,
+        alpha=factor,
         signal_weights=constants.get("weights", signal.weights, torch.float32, device),
         signal_bias=bias.to(device, torch.float32).contiguous(),
         fed_tokens=fed.tokens,

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from focus_compile.calibrated import Calibrated
 from focus_compile.config import FocusConfig
 from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHistory
 from focus_compile.graph.sharding import local
@@ -23,12 +25,15 @@ from focus_compile.programs.layout import Layout
 from focus_compile.programs.program import Program
 from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.block import BlockState, History
-from focus_compile.runtime.controls import Constants, controls, empty_slots, is_exact
+from focus_compile.runtime.controls import Constants, controls, empty_slots, is_exact, ranking
+from focus_compile.runtime.demand import Demand, confidence, rescue_of
 from focus_compile.runtime.identity import model_key, overlap, weights_of
 from focus_compile.runtime.outputs import Packed, packed_logits, returned
 from focus_compile.runtime.reader import MaskedCall, Outputs, outermost
 from focus_compile.runtime.record import Record
+from focus_compile.runtime.rescue import recompute
 from focus_compile.runtime.session import Session, warn_outside
+from focus_compile.runtime.signals import reads_confidence
 
 __all__ = ["CAUSAL", "Executable"]
 
@@ -57,6 +62,10 @@ HELD = (
     "them; an own loop takes a cache that grows, or transformers' StaticCache"
 )
 
+NO_LOGITS = (
+    "rescue and confidences are off: no output of this program is known to hold the logits, which "
+    "tell whether a retained token is sure. Compile the outermost module, and remove graph breaks"
+)
 OVERLAP = (
     "backend 'focus' runs the dense program: the model writes into an input whose memory another "
     "input shares"
@@ -100,6 +109,7 @@ class Executable:
         self.constants = Constants()
         self.stored = {halves.slots[held.slot] for held in layout.held}
         self.read_as = Outputs()
+        self.checked: set[tuple[Calibrated, tuple[int, ...]]] = set()
 
     @property
     def returns_logits(self) -> bool:
@@ -118,12 +128,16 @@ class Executable:
             session.masked = None  # they were given for this call
         if not ids.numel():
             raise EmptyCall(tuple(ids.shape))
+        self._check_calibration(args, session)
         if session is not None and not session.enabled:
             return self._dense(args, session)
         masked = self._masked(ids, session)
         known = None if session is None else session.take_any_masked()
         if masked is None or ids.shape[-1] == 1 or not (masked.any() if known is None else known):
             return self._dense(args, session)
+        if not self.config.evict:
+            self.record.dense_call("evict=False")
+            return self._dense(args, session, masked=True)
         owns = session is not None and session.owns_kv
         if self.layout.held and not owns:
             warning_once(log, HELD)
@@ -195,10 +209,20 @@ class Executable:
             selection.order, selection.places, count, most, self.config.buckets
         )
         values |= self.suffix(values | vars(Tables(tokens=tokens, rows=rows)))
-        domains = {
-            Domain.FED: Packed(fed.tokens, fed.fed),
-            Domain.RETAINED: Packed(tokens[:count], selection.retain_mask),
-        }
+        kept, rescued = Packed(tokens[:count], selection.retain_mask), None
+        demand = self._demand(session) if count < fed.tokens.numel() else None
+        if demand is not None:
+            sure = self._sure(values, masked.shape, kept, session)
+            if sure is None:
+                warning_once(log, NO_LOGITS)
+            rescued = rescue_of(sure, masked, kept.keep, demand)
+        if rescued is not None:
+            again, kept = recompute(
+                self.suffix, self.halves, values, fed.fed, kept, rescued, self.config.buckets,
+                stored=self.stored, overwrites=self.captured,
+            )  # fmt: skip
+            values |= again
+        domains = {Domain.FED: Packed(fed.tokens, fed.fed), Domain.RETAINED: kept}
         packed = None if session is None else self._packed(session)
         if session is not None and packed is not None and (own := self.halves.own[packed]):
             session.logits = packed_logits(own, values, domains[Domain.RETAINED])
@@ -208,13 +232,82 @@ class Executable:
             args[argument].copy_(value)
         self.record.focus_call()
         if session is not None:
-            retained = selection.retain_mask.clone()  # it outlives this call
+            retained = kept.keep.clone()  # it outlives this call
             state.advance(fed.fed, retained, self._slots(values), delayed)
-            session.retain_mask = retained
-            session.stats.record(masked.numel(), fed.tokens.numel(), count)
+            choice = ranking(self.config, session)
+            if choice == "confidence" or (session.confidences and reads_confidence(choice)):
+                sure = self._sure(values, masked.shape, kept, session)
+                if sure is not None and session.shifted_logits:
+                    sure[:, 0] = -1  # judged by logits of another block
+                state.computed(sure)
+            session.retain_mask, session.rescue_mask = retained, rescued
+            session.scores = selection.delta.clone()
+            session.stats.record(masked.numel(), fed.tokens.numel(), len(kept.tokens), rescued)
             self._tell(session, made, retained, packed)
             session.keep(model_key(args), state)  # last: a call that is interrupted has no state
         return made[:count_own]
+
+    def _check_calibration(self, args: Sequence[Any], session: Session | None) -> None:
+        """Raises:
+        ValueError: the calibration is of another model, or of other layers.
+        """
+        calibrated = None if session is None else session.calibration
+        if calibrated is None and self.config.calibration is None:
+            return
+        if calibrated is not None:
+            layers = calibrated.options.get("layers", self.config.layers)
+            if layers != self.config.layers:
+                raise ValueError(
+                    f"the calibration ranks by layers {layers}, and the model is compiled for "
+                    f"{self.config.layers}: compile it with options={{'layers': {layers}}}"
+                )
+        key = model_key(args)
+        for each in (calibrated, self.config.calibration):
+            if each is not None and (each, key) not in self.checked:
+                each.check(arg for arg in args if isinstance(arg, Parameter))
+                self.checked.add((each, key))
+
+    def _demand(self, session: Session | None) -> Demand | None:
+        """When rows are rescued: by the session's setting, or the option."""
+        if session is not None and session.rescue is not None:
+            return session.rescue
+        return None if self.config.rescue is None else Demand(self.config.rescue)
+
+    def _sure(
+        self,
+        values: Mapping[str, Tensor],
+        shape: torch.Size,
+        retained: Packed,
+        session: Session | None,
+    ) -> Tensor | None:
+        """With which confidence each token could be decoded, fp32 ``[B, T]``; -1: it cannot.
+
+        None where it is not known which output are the logits.
+        """
+        at = self._logits(session)
+        logits = None if at is None else self.halves.own[at]
+        if logits is None:
+            return None
+        token = self.config.mask_token_id
+        if session is not None and session.mask_token_id is not None:
+            token = session.mask_token_id
+        packed = packed_logits(logits, values, retained)
+        sure = torch.full(shape, -1.0, device=packed.values.device)
+        sure.view(-1)[retained.tokens] = confidence(packed.values, token)
+        if session is None or not session.shifted_logits:
+            return sure
+        last = session.last
+        first = torch.full_like(sure[:, 0], -1.0) if last is None else confidence(last, token)
+        return torch.cat([first.unsqueeze(1), sure[:, :-1]], 1)
+
+    def _logits(self, session: Session | None) -> int | None:
+        """Which output the caller reads as logits, if that is known."""
+        seen = None
+        if session is not None and session.reader is not None:
+            seen = self.read_as.get(session.reader.model)
+        if seen is None and len(self.halves.vocabulary) == 1:
+            return self.halves.vocabulary[0]
+        return seen
 
     def _packed(self, session: Session) -> int | None:
         """Which output stays packed: one that is known to be what the caller reads as logits."""
@@ -259,6 +352,8 @@ class Executable:
         if session is None:
             return BlockState(ids, masked, History(0, None))
         history = History(0, None)
+        key = model_key(args)
+        state = session.state(key) if key else None
         if self.layout.past is not None:
             past = values[self.layout.past]
             dim = self.layout.past_dim
@@ -269,10 +364,10 @@ class Executable:
                 places = places.remainder(keys)
                 length = int(places.min())
             mark = past.select(dim, length - 1).clone() if length else None
-            history = History(length, mark, keys, places)
-        key = model_key(args)
+            last = state.history.length - 1 if state is not None else -1
+            before = past.select(dim, last) if 0 <= last < length else None
+            history = History(length, mark, keys, places, before)
         weights = weights_of(args, self.layout.buffers, self.layout.key_program)
-        state = session.state(key) if key else None
         session.forget(key)  # until this call is through
         if state is None:
             return BlockState(ids, masked, history, weights)

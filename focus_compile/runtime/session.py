@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from focus_compile.calibrated import read
+from focus_compile.config import FIRST_STEPS
 from focus_compile.log import warning_once
 from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
 from focus_compile.runtime.block import BlockState
+from focus_compile.runtime.demand import Demand
 from focus_compile.runtime.reader import Reader
+from focus_compile.runtime.signals import Choice, check_signal
 from focus_compile.runtime.statistics import SessionStats
 from focus_compile.torch_private import recompile_limits_hit
 
@@ -22,8 +27,6 @@ __all__ = [
     "PackedLogits",
     "Session",
     "SessionStats",
-    "Signal",
-    "Step",
     "current_session",
     "session",
     "warn_outside",
@@ -59,28 +62,6 @@ _THREAD = _Thread()
 
 
 @dataclass(frozen=True)
-class Signal:
-    """The ranking signal, ``weights[0] * importance0 + weights[1] * importance1 + bias``.
-
-    The default is FOCUS's: importance at layer 1 minus importance at layer 0. ``bias`` is fp32
-    ``[B, T]`` or None.
-    """
-
-    weights: tuple[float, float] = (-1.0, 1.0)
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a signal hook may look at; ``ids``, ``masked`` and ``fed`` are ``[B, T]``."""
-
-    index: int
-    ids: Tensor
-    masked: Tensor
-    fed: Tensor
-
-
-@dataclass(frozen=True)
 class PackedLogits:
     """Logits of the retained tokens of a call.
 
@@ -98,8 +79,12 @@ class Session:
 
     Attributes:
         mask_token_id, alpha, visibility, exact: override the model's options where not None.
-        signal: replaces the ranking signal: a :class:`Signal`, or a function of the
-            :class:`Step` that returns one. For ablations and benchmarks.
+        calibration: what set them, or None.
+        first_step, rescue: override the model's options where not None; ``rescue`` is a
+            :class:`~focus_compile.runtime.demand.Demand`.
+        signal: overrides the model's option where not None: a name, the weights of both
+            importances, a :class:`~focus_compile.runtime.signals.Signal`, or a function of the
+            :class:`~focus_compile.runtime.signals.Step` that returns one.
         enabled: whether masked calls run FOCUS's programs, or the dense one like all others.
         packed: where the compiled program is the whole model and has one output as wide as the
             vocabulary, masked calls return no logits on the canvas but one zero, expanded, and
@@ -107,13 +92,19 @@ class Session:
             return logits on the canvas, and ``logits`` is None.
         reader: sees what a model returns, and so decides what is packed; None in an own loop.
         stats: counts so far.
-        retain_mask: bool ``[B, T]``, what the last masked call retained; None before it.
+        retain_mask: bool ``[B, T]``, what the last masked call retained, rescued tokens included;
+            None before it. rescue_mask: those that it rescued, None: none. scores: fp32 ``[B, T]``,
+            what ranked its masked tokens.
         any_masked: whether the masks of the next call hold one, as its caller knows; taken by that
             call. None: it waits for the device to tell.
         commits_exactly: the caller commits every block with a mask-free call, so that a row whose
             last mask has gone need not be fed again before.
         shifted_logits: the token at p is predicted by the logits of p - 1 (Dream), so that it may
             be decoded where p - 1 was retained; the first one by the last call before the block.
+        confidences: whether a function as ``signal`` is told those of the steps before: False, for
+            they take a softmax of every step's logits.
+        last: with ``shifted_logits``, the logits of the token before the block, ``[B, V]``, by
+            which a rescue judges its first token; None: that token has none.
         block: ``(start, stop)``, the positions of the block that is being decoded, where calls get
             the whole canvas: masks outside are no candidates, and count as decoded. None: all.
         owns_kv: the caller drops the keys and values that a masked call returns, so that the next
@@ -129,25 +120,43 @@ class Session:
         mask_token_id: int | None = None,
         alpha: float | None = None,
         visibility: str | None = None,
-        signal: Signal | Callable[[Step], Signal] | None = None,
+        signal: Choice | None = None,
         logits: str = "canvas",
         enabled: bool = True,
         shifted_logits: bool = False,
         exact: bool | None = None,
+        first_step: str | None = None,
+        rescue: float | Demand | None = None,
+        calibration: Any = None,
     ) -> None:
+        self.calibration = None if calibration is None else read(calibration)
+        if self.calibration is not None:
+            found = self.calibration.in_session
+            signal = found.get("signal") if signal is None else signal
+            first_step = first_step or found.get("first_step")
+            rescue = found.get("rescue") if rescue is None else rescue
+            enabled = enabled and bool(found)
         if alpha is not None and not alpha >= 1:
             raise ValueError(f"alpha={alpha!r}: expected a number >= 1")
         if visibility not in (None, "written", "prefix"):
             raise ValueError(f"visibility={visibility!r}: expected 'written' or 'prefix'")
         if logits not in ("canvas", "packed"):
             raise ValueError(f"logits={logits!r}: expected 'canvas' or 'packed'")
+        if first_step is not None and first_step not in FIRST_STEPS:
+            raise ValueError(f"first_step={first_step!r}: expected one of {FIRST_STEPS}")
+        self.first_step = first_step
+        self.rescue = rescue if rescue is None or isinstance(rescue, Demand) else Demand(rescue)
+        self.confidences = False
+        self.last: Tensor | None = None
         self.mask_token_id = mask_token_id
         self.alpha = alpha
         self.visibility = visibility
         self.exact = exact
-        self.signal = signal
+        self.signal = None if signal is None else check_signal(signal)
         self.stats = SessionStats()
         self.retain_mask: Tensor | None = None
+        self.rescue_mask: Tensor | None = None
+        self.scores: Tensor | None = None
         self.enabled = enabled
         self.shifted_logits = shifted_logits
         self.block: tuple[int, int] | None = None
@@ -182,7 +191,7 @@ class Session:
         """Forget every block: the next call of each model starts anew."""
         self._states.clear()
         self._masked = None
-        self.retain_mask = None
+        self.retain_mask = self.rescue_mask = self.scores = None
         self.logits = None
 
     close = reset  # for contextlib.closing
@@ -190,8 +199,10 @@ class Session:
     @property
     def is_plain(self) -> bool:
         """Whether it changes nothing of what a generation does."""
-        settings = (self.alpha, self.visibility, self.signal, self.exact)
-        return self.enabled and settings == (None, None, None, None)
+        settings = (
+            self.alpha, self.visibility, self.signal, self.exact, self.first_step, self.rescue
+        )  # fmt: skip
+        return self.enabled and all(setting is None for setting in settings)
 
     def report(self) -> None:
         """At its end: warn if FOCUS had nothing to do, or was never asked."""
@@ -292,11 +303,6 @@ class Session:
         others = [other for other in self._states if other != key]
         return [other for other in others if not set(key).isdisjoint(other)] if others else []
 
-    def signal_of(self, step: Step) -> Signal:
-        if self.signal is None or isinstance(self.signal, Signal):
-            return self.signal or Signal()
-        return self.signal(step)
-
 
 def warn_outside() -> None:
     """Warn if a session is open elsewhere in the process; for a masked call that is in none."""
@@ -309,11 +315,14 @@ def session(
     mask_token_id: int | None = None,
     alpha: float | None = None,
     visibility: str | None = None,
-    signal: Signal | Callable[[Step], Signal] | None = None,
+    signal: Choice | None = None,
     logits: str = "canvas",
     enabled: bool = True,
     shifted_logits: bool = False,
     exact: bool | None = None,
+    first_step: str | None = None,
+    rescue: float | None = None,
+    calibration: Any = None,
 ) -> Iterator[Session]:
     """Scope of one generation: K/V slots, averages and progress live until it ends.
 
@@ -333,13 +342,20 @@ def session(
         exact: True evicts nothing and feeds every token in every step: logits of FOCUS's programs
             equal eager's to rounding throughout. A large alpha alone does not: the delayed cache
             stops feeding final tokens, and keeps their keys and values as they were.
+        first_step: ``"evict"``, ``"open"`` or ``"auto"``: see :class:`FocusConfig`. rescue: a
+            probability: a row whose retained tokens all have less gets its evicted tokens computed
+            in the same step, and decides among all. Give it the threshold of your own loop.
+        calibration: the file of :func:`focus_compile.calibrate`, or what it returned: sets signal,
+            first_step and rescue where they are not given, and enabled to False where it says "do
+            not evict". The model must be compiled for its layers.
 
     Raises:
         ValueError: a value is out of range.
     """
     opened = Session(
-        mask_token_id, alpha, visibility, signal, logits, enabled, shifted_logits, exact
-    )
+        mask_token_id, alpha, visibility, signal, logits, enabled, shifted_logits, exact,
+        first_step, rescue, calibration,
+    )  # fmt: skip
     scope = Scope(opened)
     scope.enter()
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 __all__ = ["SessionStats"]
 
 
@@ -19,7 +21,10 @@ class SessionStats:
             your own sees no call that never reaches the backend.
         canvas: tokens of the blocks as the caller sees them, summed over steps; fed: tokens that
             layers 0 and 1 computed; retained: tokens that later layers computed.
-        fed_per_step, retained_per_step: the same, one entry per step.
+            rescued tokens included; rescued: those of them that a second pass computed, because
+            the first had retained none that was sure; rescued_rows: rows and steps in which that
+            was so.
+        fed_per_step, retained_per_step, rescued_per_step: the same, one entry per step.
     """
 
     steps: int = 0
@@ -28,6 +33,8 @@ class SessionStats:
     canvas: int = 0
     fed_per_step: list[int] = field(default_factory=list)
     retained_per_step: list[int] = field(default_factory=list)
+    rescued_per_step: list[int] = field(default_factory=list)
+    rescued_rows: int = 0
 
     @property
     def fed(self) -> int:
@@ -36,6 +43,10 @@ class SessionStats:
     @property
     def retained(self) -> int:
         return sum(self.retained_per_step)
+
+    @property
+    def rescued(self) -> int:
+        return sum(self.rescued_per_step)
 
     @property
     def fed_fraction(self) -> float:
@@ -47,8 +58,11 @@ class SessionStats:
         """Retained tokens over canvas tokens; 0 before the first step."""
         return self.retained / self.canvas if self.canvas else 0.0
 
-    def record(self, canvas: int, fed: int, retained: int) -> None:
+    def record(self, canvas: int, fed: int, retained: int, rescued: Tensor | None) -> None:
+        """A step; ``rescued``: bool ``[B, T]``, or None."""
         self.steps += 1
         self.canvas += canvas
         self.fed_per_step.append(fed)
         self.retained_per_step.append(retained)
+        self.rescued_per_step.append(0 if rescued is None else int(rescued.sum()))
+        self.rescued_rows += 0 if rescued is None else int(rescued.any(1).sum())

@@ -21,7 +21,8 @@ from focus_compile.axes.rules.experts import GROUPED
 from focus_compile.capture.canonical import Canonical
 from focus_compile.graph.nodes import aten, graph_inputs, operands, tensor_of
 from focus_compile.graph.sizes import Extent
-from focus_compile.plan.plan import Domain, Place, Plan
+from focus_compile.plan.domains import Domain, Place
+from focus_compile.plan.plan import Plan
 from focus_compile.plan.sites import Site
 
 __all__ = ["BATCH", "FED", "HISTORY", "RETAINED", "TOKENS", "Cost", "cost_of"]
@@ -92,12 +93,12 @@ class Cost:
         """
         if self.layer is None:
             raise ValueError("the model has no layer after layer 1: nothing tells what one costs")
-        more = layers - self.layers
+        added = layers - self.layers
         return Cost(
-            sympy.expand(self.dense + more * self.layer.dense),
-            sympy.expand(self.focus + more * self.layer.focus),
-            sympy.expand(self.dense_bytes + more * self.layer.dense_bytes),
-            sympy.expand(self.focus_bytes + more * self.layer.focus_bytes),
+            sympy.expand(self.dense + added * self.layer.dense),
+            sympy.expand(self.focus + added * self.layer.focus),
+            sympy.expand(self.dense_bytes + added * self.layer.dense_bytes),
+            sympy.expand(self.focus_bytes + added * self.layer.focus_bytes),
         )
 
     def limit_of_long_blocks(self, fed: sympy.Expr, retained: sympy.Expr) -> sympy.Expr:
@@ -121,20 +122,20 @@ class Cost:
 
 def cost_of(canonical: Canonical, plan: Plan) -> Cost:
     """Cost of a canonical graph and of what the passes make of it."""
-    count = _Counter(canonical, plan)
-    dense, focus = count.by_layer({}), count.by_layer(plan.packed)
+    counter = _Counter(canonical, plan)
+    dense, focus = counter.by_layer({}), counter.by_layer(plan.packed)
     layers = len(plan.sites)
     later = None
     if layers > 2:
         later = _cost(dense[2:layers], focus[2:layers], sympy.Rational(1, layers - 2))
-    whole = _cost(dense, [*focus, count.importance()])
-    return replace(whole, layers=layers, layer=later)
+    cost = _cost(dense, [*focus, counter.importance()])
+    return replace(cost, layers=layers, layer=later)
 
 
 def _cost(dense: Sequence[_Work], focus: Sequence[_Work], share: sympy.Expr = _ONE) -> Cost:
     total, ours = (sum(parts, _Work()) for parts in (dense, focus))
-    found = (total.flops, ours.flops, total.bytes, ours.bytes)
-    return Cost(*(sympy.expand(share * value) for value in found))
+    sums = (total.flops, ours.flops, total.bytes, ours.bytes)
+    return Cost(*(sympy.expand(share * value) for value in sums))
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,8 @@ class _Counter:
         work = [_Work()] * (len(self.sites) + 1)
         passed: dict[Node, int] = {}
         for node in self.nodes.values():
-            found = (passed[arg] + (arg.name in outs) for arg in node.all_input_nodes)
-            passed[node] = max(found, default=0)
+            sites_passed = (passed[arg] + (arg.name in outs) for arg in node.all_input_nodes)
+            passed[node] = max(sites_passed, default=0)
             if node.target in _PRODUCTS and node.name not in inside:
                 work[passed[node]] += self._product(node, packed)
         for site in self.sites:
@@ -227,27 +228,29 @@ def _numbers(dense: sympy.Expr, focus: sympy.Expr, batch: int, *counts: int) -> 
 
 def _names(canonical: Canonical) -> dict[Axis, Extent]:
     names: dict[Axis, Extent] = {}
-    for node, given in zip(graph_inputs(canonical.gm), canonical.inputs, strict=True):
-        for dim, extent in zip(canonical.axes.of(node), given.shape, strict=True):
+    for node, spec in zip(graph_inputs(canonical.gm), canonical.inputs, strict=True):
+        for dim, extent in zip(canonical.axes.of(node), spec.shape, strict=True):
             if isinstance(extent, str) and len(dim) == 1:
                 names[dim[0]] = extent
     return names
 
 
 def _size(axes: AxisMap, names: dict[Axis, Extent], dim: Dim, domain: Domain | None) -> sympy.Expr:
-    out: sympy.Expr = _ONE
+    product: sympy.Expr = _ONE
     for axis in axes.resolve(dim):
         if axis.role is Role.BATCH:
-            out *= 1 if domain else BATCH
+            product *= 1 if domain else BATCH
         elif axis.role is Role.TOKEN:
-            out *= _COUNTS[domain] if domain else TOKENS
+            product *= _COUNTS[domain] if domain else TOKENS
         elif axis.order is not None:
-            out *= _size(axes, names, axis.order, domain)
+            product *= _size(axes, names, axis.order, domain)
         elif axis.sum is not None:
-            out *= sympy.Add(*(_size(axes, names, part, domain) for part in axis.sum))
+            product *= sympy.Add(*(_size(axes, names, term, domain) for term in axis.sum))
         elif axis in names:
             name = str(names[axis])
-            out *= HISTORY if name == "history" else sympy.Symbol(name, positive=True, integer=True)
+            product *= (
+                HISTORY if name == "history" else sympy.Symbol(name, positive=True, integer=True)
+            )
         else:
-            out *= axis.size
-    return out
+            product *= axis.size
+    return product

@@ -13,7 +13,8 @@ from focus_compile.axes.axes import AxisMap, Dim
 from focus_compile.graph.nodes import graph_inputs
 from focus_compile.graph.sizes import Extent, is_generic, name_of
 from focus_compile.plan.causal import is_causal
-from focus_compile.plan.plan import Place, Plan
+from focus_compile.plan.domains import Place
+from focus_compile.plan.plan import Plan
 from focus_compile.plan.sites import Site
 from focus_compile.programs.halves import Half
 
@@ -58,7 +59,7 @@ def describe(analysis: Analysis) -> dict[str, Any]:
             if node.op == "call_function" and node in canonical.axes.dims
         },
         "ranks": 1 if plan.heads is None else plan.heads.ranks,
-        "live": {name: _place(plan, name) for name in live},
+        "live": {name: _domain(plan, name) for name in live},
         "shapes": {
             "prefix": _shapes(analysis, halves.prefix),
             "suffix": _shapes(analysis, halves.suffix),
@@ -72,9 +73,9 @@ def describe(analysis: Analysis) -> dict[str, Any]:
 
 
 def _shapes(analysis: Analysis, half: Half) -> dict[str, str]:
-    known = {given.name: given for given in analysis.inputs}
-    found = [known[name] for name in half.inputs if name in known]
-    return {given.name: _shape(given.shape) for given in found if given.symbolic}
+    specs = {spec.name: spec for spec in analysis.inputs}
+    listed = [specs[name] for name in half.inputs if name in specs]
+    return {spec.name: _shape(spec.shape) for spec in listed if spec.symbolic}
 
 
 def _shape(extents: tuple[Extent, ...]) -> str:
@@ -102,14 +103,14 @@ def difference(analysis: Analysis) -> str:
 
 def legend(text: str) -> str:
     """What the numbers that stand for sizes mean, for the head of a file that holds ``text``."""
-    numbers = sorted({int(word) for word in re.findall(r"\b\d{5}\b", text)})
-    known = [(number, name_of(number)) for number in numbers]
-    told = [f"#   {number}  {name}\n" for number, name in known if name is not None]
-    if not told:
+    numbers = sorted({int(digits) for digits in re.findall(r"\b\d{5}\b", text)})
+    named = [(number, name_of(number)) for number in numbers]
+    lines = [f"#   {number}  {name}\n" for number, name in named if name is not None]
+    if not lines:
         return ""
     return (
         "# Sizes that vary from call to call are written as numbers that stand for them,\n"
-        "# their sums and products likewise:\n" + "".join(told)
+        "# their sums and products likewise:\n" + "".join(lines)
     )
 
 
@@ -119,15 +120,15 @@ def labels(axes: AxisMap, node: Node) -> str:
 
 
 def _dim(axes: AxisMap, dim: Dim) -> str:
-    parts = []
+    names = []
     for axis in axes.resolve(dim):
         if axis.role is not None:
-            parts.append(axis.role.value)
+            names.append(axis.role.value)
         elif axis.sum is not None and axes.history(dim) is not None:
-            parts.append("history+token")
+            names.append("history+token")
         else:
-            parts.append("history" if is_generic(int(axis.size)) else str(axis.size))
-    return "*".join(parts) or "1"
+            names.append("history" if is_generic(int(axis.size)) else str(axis.size))
+    return "*".join(names) or "1"
 
 
 def _operators(gm: GraphModule) -> int:
@@ -140,6 +141,6 @@ def _write(site: Site) -> str:
     return "replaces slots" if site.writes[0].index else "cat with the history"
 
 
-def _place(plan: Plan, name: str) -> str:
+def _domain(plan: Plan, name: str) -> str:
     place: Place | None = plan.packed.get(name)
     return place.domain.value if place is not None else "canvas"

@@ -7,22 +7,20 @@ picture of a deep model is as large as that of four layers.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from focus_compile.analysis import Analysis
 from focus_compile.axes.axes import AxisMap, Role
 from focus_compile.errors import module_path
 from focus_compile.graph.sizes import GENERIC, is_generic
-from focus_compile.plan.plan import Domain, Plan
-from focus_compile.plan.sites import Site
+from focus_compile.plan.domains import Domain
+from focus_compile.plan.plan import Plan
 from focus_compile.torch_private import OpOverload
 from focus_compile.views.describe import labels
+from focus_compile.views.drawn import flow_of, folded, layer_modules, module_stack, origins
 
 if TYPE_CHECKING:
     import pydot  # needed where a graph is drawn, nowhere else
@@ -67,11 +65,11 @@ def dot(analysis: Analysis, after: bool) -> str:
     import pydot
 
     gm = analysis.stages[-1][1] if after else analysis.canonical.gm
-    weights = {given.name for given in analysis.canonical.inputs if not given.symbolic}
-    flow = _flow(gm, weights)
-    inside = _folded(gm, flow, analysis.plan)
-    returned = set(_origins(gm.graph.output_node(), flow))
-    modules = _layers(gm, analysis.plan.sites)
+    weights = {spec.name for spec in analysis.canonical.inputs if not spec.symbolic}
+    flow = flow_of(gm, weights)
+    inside = folded(gm, flow, analysis.plan)
+    returned = set(origins(gm.graph.output_node(), flow))
+    modules = layer_modules(gm, analysis.plan.sites)
 
     graph = pydot.Dot("focus", graph_type="digraph", bgcolor="transparent", ranksep="0.3")
     graph.set_node_defaults(
@@ -87,90 +85,31 @@ def dot(analysis: Analysis, after: bool) -> str:
     for node in flow:
         if node in inside:
             continue
-        layer = next((modules[path] for path in _stack(node) if path in modules), None)
+        layer = next((modules[path] for path in module_stack(node) if path in modules), None)
         owner = graph if layer is None else clusters[layer]
-        kind = _after(node, analysis.plan) if after else _before(node, analysis.canonical.axes)
+        css_class = (
+            _class_after(node, analysis.plan)
+            if after
+            else _class_before(node, analysis.canonical.axes)
+        )
         shape = _shape(node, None if after else analysis.canonical.axes)
-        kind += " entry" if node.name == analysis.plan.embedding else ""
-        owner.add_node(_node(node, kind, shape, node in returned))
+        css_class += " entry" if node.name == analysis.plan.embedding else ""
+        owner.add_node(_node(node, css_class, shape, node in returned))
     for cluster in clusters.values():
         if cluster.get_nodes():
             graph.add_subgraph(cluster)
     if inside:
-        graph.add_node(_box(len(inside), len(analysis.plan.sites) - 1))
-    name = {node: _FOLDED if node in inside else node.name for node in flow}
-    for source, target in dict.fromkeys((name[one], name[two]) for one, two in flow.edges):
+        graph.add_node(_folded_box(len(inside), len(analysis.plan.sites) - 1))
+    drawn_name = {node: _FOLDED if node in inside else node.name for node in flow}
+    for source, target in dict.fromkeys(
+        (drawn_name[tail], drawn_name[head]) for tail, head in flow.edges
+    ):
         if source != target:
             graph.add_edge(pydot.Edge(source, target))
     return str(graph.to_string())
 
 
-# -- which nodes ---------------------------------------------------------------------------------
-
-
-def _flow(gm: GraphModule, weights: set[str]) -> nx.DiGraph:
-    """What is drawn, with edges along which values pass, also through ``getitem``."""
-    flow: nx.DiGraph = nx.DiGraph()
-    flow.add_nodes_from(node for node in gm.graph.nodes if _drawn(node, weights))
-    flow.add_edges_from((source, node) for node in list(flow) for source in _origins(node, flow))
-    returned = set(_origins(gm.graph.output_node(), flow))
-    idle = [node for node in flow if node.op == "placeholder" and not flow.out_degree(node)]
-    flow.remove_nodes_from(set(idle) - returned)  # only their sizes are read
-    return flow
-
-
-def _drawn(node: Node, weights: set[str]) -> bool:
-    if node.op == "placeholder":
-        return node.name not in weights
-    tensors = node.op == "call_function" and isinstance(
-        node.meta["val"], torch.Tensor | tuple | list
-    )
-    return tensors and node.target is not operator.getitem
-
-
-def _origins(node: Node, flow: nx.DiGraph) -> Iterator[Node]:
-    for source in node.all_input_nodes:
-        if source in flow:
-            yield source
-        elif source.target is operator.getitem:
-            yield from _origins(source, flow)
-
-
-def _folded(gm: GraphModule, flow: nx.DiGraph, plan: Plan) -> set[Node]:
-    """What stands after the first site of retained tokens, up to the last; inputs of it alone.
-
-    It stands together in a topological order, so that no path leaves the box and comes back.
-    """
-    late = plan.sites[plan.scored[1] + 1 :]
-    if len(late) < 2:
-        return set()
-    order = [node.name for node in gm.graph.nodes]
-    first, last = order.index(late[0].out), order.index(late[-1].out)
-    names = set(order[first + 1 : last + 1])
-    inside = {node for node in flow if node.name in names}
-    alone = (node for node in flow if node.op == "placeholder" and flow.out_degree(node))
-    return inside | {node for node in alone if inside.issuperset(flow.successors(node))}
-
-
-def _layers(gm: GraphModule, sites: tuple[Site, ...]) -> dict[str, int]:
-    """Layer by the path of its module: where the modules around the sites begin to differ."""
-    nodes = {node.name: node for node in gm.graph.nodes}
-    stacks = [_stack(nodes[site.out]) for site in sites]
-    for paths in zip(*stacks, strict=False):
-        if len(set(paths)) == len(paths):
-            return {path: layer for layer, path in enumerate(paths)}
-    return {}
-
-
-def _stack(node: Node) -> list[str]:
-    """Paths of the modules that a node was called in, outermost first."""
-    return [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
-
-
-# -- what they look like -------------------------------------------------------------------------
-
-
-def _node(node: Node, kind: str, shape: str, returned: bool) -> pydot.Node:
+def _node(node: Node, css_class: str, shape: str, returned: bool) -> pydot.Node:
     import pydot
 
     name, target = node.name, node.target
@@ -178,16 +117,16 @@ def _node(node: Node, kind: str, shape: str, returned: bool) -> pydot.Node:
     if isinstance(target, OpOverload):
         space, _, name = str(target._schema.name).partition("::")
         if space == "focus":
-            kind += " focus"
+            css_class += " focus"
             style |= {"penwidth": "2.5", "color": "#a3195b"}
         name = name if space == "aten" else f"{space}::{name}"
-    told = node.format_node() or node.name
-    told = told if len(told) <= _TOOLTIP else f"{told[:_TOOLTIP]}…"
+    tooltip = node.format_node() or node.name
+    tooltip = tooltip if len(tooltip) <= _TOOLTIP else f"{tooltip[:_TOOLTIP]}…"
     style |= {
         "label": _quoted(f"{name}\n{shape}" if shape else name),
-        "tooltip": _quoted("\n".join(filter(None, (told, module_path(node))))),
-        "class": _quoted(kind),
-        "fillcolor": _quoted(_FILLS[kind.split(maxsplit=1)[0]]),
+        "tooltip": _quoted("\n".join(filter(None, (tooltip, module_path(node))))),
+        "class": _quoted(css_class),
+        "fillcolor": _quoted(_FILLS[css_class.split(maxsplit=1)[0]]),
     }
     if node.op == "placeholder":
         style["shape"] = "ellipse"
@@ -196,7 +135,7 @@ def _node(node: Node, kind: str, shape: str, returned: bool) -> pydot.Node:
     return pydot.Node(node.name, **style)
 
 
-def _box(count: int, last: int) -> pydot.Node:
+def _folded_box(count: int, last: int) -> pydot.Node:
     import pydot
 
     layers = "layer 3" if last == 3 else f"layers 3 to {last}"
@@ -213,12 +152,12 @@ def _box(count: int, last: int) -> pydot.Node:
 
 def _quoted(text: str) -> str:
     """A DOT string of exactly this text: no markup, no entities, no escapes of its own."""
-    for old, new in (("\\", "\\\\"), ('"', '\\"'), ("&", "&amp;"), ("\n", "\\n")):
-        text = text.replace(old, new)
+    for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("&", "&amp;"), ("\n", "\\n")):
+        text = text.replace(character, escape)
     return f'"{text}"'
 
 
-def _before(node: Node, axes: AxisMap) -> str:
+def _class_before(node: Node, axes: AxisMap) -> str:
     if not isinstance(node.meta["val"], torch.Tensor):
         return "token"
     dims = [dim for dim in axes.of(node) if dim]
@@ -228,7 +167,7 @@ def _before(node: Node, axes: AxisMap) -> str:
     return "token" if any(axes.holds(dim, role) for dim in dims for role in Role) else "other"
 
 
-def _after(node: Node, plan: Plan) -> str:
+def _class_after(node: Node, plan: Plan) -> str:
     """Domain of a value: the plan's, or that of the rows that its shape counts."""
     if (place := plan.packed.get(node.name)) is not None:
         return place.domain.value

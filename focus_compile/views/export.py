@@ -30,6 +30,8 @@ def exported(program: Program) -> ExportedProgram:
         for shape in shapes
     ]
     graph = GraphModule(program.half.gm, copy.deepcopy(program.half.gm.graph))
-    made = torch.export.export(graph, tuple(inputs), dynamic_shapes=tuple(dynamic), strict=False)
-    made.example_inputs = None
-    return made
+    exported_program = torch.export.export(
+        graph, tuple(inputs), dynamic_shapes=tuple(dynamic), strict=False
+    )
+    exported_program.example_inputs = None
+    return exported_program

@@ -56,19 +56,19 @@ def script(gm: GraphModule, refusal: Unsupported, name: str) -> str | None:
     """
     if any(node.op in ("get_attr", "call_module") for node in gm.graph.nodes):
         return None
-    whole, gm = gm, smallest(gm, refusal.reason)
+    original, gm = gm, smallest(gm, refusal.reason)
     if _reason(gm) != refusal.reason:
         return None
-    made = gm.graph.python_code("self")
+    python = gm.graph.python_code("self")
     lines = [_input(node.meta["example_value"]) for node in graph_inputs(gm)]
     return _TEXT.format(
         reason=str(refusal).replace("\\", "/").replace('"""', "'''"),
         cure=refusal.cure,
         kept=len(gm.graph.nodes),
-        whole=len(whole.graph.nodes),
+        whole=len(original.graph.nodes),
         name=name,
-        imports=import_block(made.globals),
-        forward="\n".join(f"    {line}".rstrip() for line in made.src.strip().splitlines()),
+        imports=import_block(python.globals),
+        forward="\n".join(f"    {line}".rstrip() for line in python.src.strip().splitlines()),
         inputs="\n".join(f"    {line}," for line in lines),
     )
 
@@ -80,15 +80,15 @@ def smallest(gm: GraphModule, reason: str) -> GraphModule:
     so that it may not be the very smallest one, but the reason is the same.
     """
     calls = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
-    found, low, high = gm, 0, len(calls) - 1
+    best, low, high = gm, 0, len(calls) - 1
     while low < high:
         middle = (low + high) // 2
-        tried = _up_to(gm, calls[middle])
-        if _reason(tried) == reason:
-            found, high = tried, middle
+        candidate = _up_to(gm, calls[middle])
+        if _reason(candidate) == reason:
+            best, high = candidate, middle
         else:
             low = middle + 1
-    return found
+    return best
 
 
 def _up_to(gm: GraphModule, last: Node) -> GraphModule:

@@ -32,8 +32,8 @@ def trace_refusal(refusal: Unsupported) -> None:
 
 
 def _code(gm: GraphModule) -> str:
-    text = code(gm)
-    return legend(text) + text
+    python = code(gm)
+    return legend(python) + python
 
 
 def _artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:

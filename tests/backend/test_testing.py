@@ -100,7 +100,7 @@ def test_no_logits(run: Run) -> None:
         return SimpleNamespace(loss=run.model(**kwargs).logits)
 
     with pytest.raises(ValueError, match=r"the model returns no logits \[batch, token"):
-        testing._best(forward(**call(run)), MASK, call(run)["input_ids"])
+        testing._most_likely(forward(**call(run)), MASK, call(run)["input_ids"])
 
 
 def test_a_module_is_compiled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

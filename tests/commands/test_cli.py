@@ -114,8 +114,10 @@ def test_cost() -> None:
 
 
 @pytest.mark.parametrize("name", ["factory", "canvas_factory", "moe_factory"])
-def test_verify(name: str) -> None:
+def test_verify(name: str, request: pytest.FixtureRequest) -> None:
     """Eager and FOCUS, evicting and not; fewer tokens retained than fed."""
+    if name != "factory":  # one goes through Inductor
+        request.getfixturevalue("no_inductor")
     words = ["verify", f"tests.commands.test_cli:{name}", "--block", "9", "--history", "5"]
     made = run(*words, "--mask-token-id", str(MASK), "--json")
     assert made.exit_code == 0, made.output
@@ -124,6 +126,7 @@ def test_verify(name: str) -> None:
     assert max(data["nothing_evicted"], data["evicting"]) <= data["tolerance"]
 
 
+@pytest.mark.usefixtures("no_inductor")
 def test_verify_in_words() -> None:
     made = run("verify", str(CHECKPOINT), "--block", "8")
     assert made.exit_code == 0, made.output
@@ -141,6 +144,7 @@ def test_what_is_refused_is_exit_code_1(tmp_path: Path) -> None:
     assert made.exit_code == 1 and "mixes tokens outside attention" in output.read_text()
 
 
+@pytest.mark.usefixtures("no_inductor")
 def test_generate_and_report(tmp_path: Path) -> None:
     """Answers as the function gives them; the page shows the steps of the trace."""
     prompts = ["total:a3b4c5d6=", "total:a1b2c3d4e5="]

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,13 +22,19 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 import focus_compile
 from focus_compile.lm_eval import FocusLM
 from focus_compile.models.load import BadInput
+from tests.support.harness import without_inductor
 from tests.support.paths import TINY
 
-pytestmark = pytest.mark.usefixtures("no_inductor")
 FOLDER = TINY
 ALIGNED = FOLDER / "aligned_checkpoint"
 ITEMS, BLOCK, NEW, TASK = 50, 32, 96, "order"
 Own = tuple[list[Any], list[Any], dict[str, Any]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_graphs() -> Iterator[None]:
+    with without_inductor():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ def compare_importance(draw: random.Random, where: Where) -> dict[str, Any]:
     given, sizes = importance_case(draw, where)
     made, expected = launch_importance(*given), importance(*given)
     assert not expected.isnan().any()
-    again = launch_importance(*given) if draw.randrange(20) == 0 else made
+    again = launch_importance(*given) if draw.randrange(6) == 0 else made
     return sizes | {
         "masked": int(given[2].sum()),
         "error": float(((made - expected).abs() / (1 + expected.abs())).max()),

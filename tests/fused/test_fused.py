@@ -26,7 +26,7 @@ from focus_compile.ops.triton import operators as fused
 from tests.fused.cubins import signatures, usage
 from tests.support.paths import ROOT
 
-CASES = 200
+CASES = 100
 
 
 @functools.cache

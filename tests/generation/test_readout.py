@@ -19,7 +19,7 @@ import focus_compile
 from focus_compile.backend import focus_backend
 from focus_compile.errors import Unsupported
 from focus_compile.generation.scores import step_scores
-from focus_compile.graph.recompute import InvalidGraph, handed
+from focus_compile.graph.recompute import InvalidGraph, set_input_values
 from focus_compile.graph.sizes import GENERIC
 from focus_compile.reports.explanation import explain
 from focus_compile.runtime.executable import Executable
@@ -325,4 +325,4 @@ def test_no_number_of_the_analysis_reaches_a_compiler() -> None:
         x = graph.placeholder("x")
         graph.output((graph.call_function(torch.add, (x, number)),))
         with pytest.raises(InvalidGraph, match="a size became a constant: "):
-            handed(GraphModule(nn.Module(), graph), [torch.empty(shape, device="meta")])
+            set_input_values(GraphModule(nn.Module(), graph), [torch.empty(shape, device="meta")])

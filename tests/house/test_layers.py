@@ -13,6 +13,7 @@ from tests.support.paths import ROOT
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "lm_eval", "testing"),
     ("reports",),
+    ("calibration",),
     ("generation",),
     ("entry",),
     ("backend",),
@@ -24,7 +25,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("capture",),
     ("axes",),
     ("graph", "ops", "models"),
-    ("errors", "config", "log", "rounding"),
+    ("config",),
+    ("errors", "log", "rounding", "calibrated"),
     ("torch_private",),
     ("refusals",),
 )

@@ -111,6 +111,7 @@ def test_options_are_checked_at_once() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("no_inductor")
 def test_it_runs_focus() -> None:
     model = build_model(Sizes(layers=2))
     compiled = focus_compile.compile(model, tokenizer(MASK), strict=True, alpha=1.0)

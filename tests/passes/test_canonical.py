@@ -11,7 +11,7 @@ from focus_compile.axes.propagate import label
 from focus_compile.capture.canonical import Canonical, canonicalize
 from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import graph_inputs
-from focus_compile.graph.recompute import verify
+from focus_compile.graph.recompute import check_values
 from tests.passes.reading import Subject, missing, snapshot
 from tests.passes.tiny import GROUPS, LAYERS, SIZE, Symbolic, Values, call, captured, dense, model
 
@@ -71,7 +71,7 @@ def test_other_sizes_and_a_strided_cache_have_one_form(shallow: Subject) -> None
 @torch.no_grad()
 def test_numbers_at_other_sizes(tiny: Subject) -> None:
     """One graph, captured at one size, computes all."""
-    verify(tiny.canonical.gm)
+    check_values(tiny.canonical.gm)
     for sizes in ((4, 7, 5), (8, 9, 11), (1, 2, 3), (5, 3, 0)):
         values = call(*sizes)
         out = tiny.run(tiny.canonical.gm, values)["output"]

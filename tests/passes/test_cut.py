@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from focus_compile.errors import Unsupported
 from focus_compile.passes import PASSES
-from focus_compile.plan.plan import Domain
+from focus_compile.plan.domains import Domain
 from focus_compile.programs.cut import cut
 from focus_compile.programs.halves import Half, Halves, Returned
 from tests.passes.reading import Subject, snapshot, subject

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from focus_compile.graph.recompute import InvalidGraph, verify
+from focus_compile.graph.recompute import InvalidGraph, check_values
 from focus_compile.graph.replay import Replay
 from focus_compile.graph.sizes import GENERIC
 from focus_compile.passes import PASSES, Pass, rewrite
@@ -27,7 +27,7 @@ def test_the_graph_after_each_pass(tiny: Subject, stages: dict[str, GraphModule]
     made = rewrite(tiny.canonical.gm, tiny.plan)
     assert [name for name, _ in made] == ORDER[1:]
     for name, gm in made:
-        verify(gm)
+        check_values(gm)
         assert gm.code == stages[name].code
 
 
@@ -96,5 +96,5 @@ def test_narrow_computes_every_value_anew(
     monkeypatch.setitem(rewrite.__globals__, "PASSES", (score, shape, dtype, *rest))
     made = dict(rewrite(shallow.canonical.gm, shallow.plan))
     with pytest.raises(InvalidGraph):
-        verify(made["shape"])
+        check_values(made["shape"])
     assert made["restore"].code == expected.code

@@ -112,9 +112,10 @@ def test_generation_pads_and_decodes_the_same() -> None:
     assert torch.equal(generated({"buckets": list(BUCKETS)}), plain)
 
 
+@pytest.mark.usefixtures("dense_without_inductor")
 def test_programs_to_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor compiles them without the host's scalar; slots are copied; tokens are the same."""
-    plain = generated({}, None)
+    plain = generated({})
     monkeypatch.setattr(FocusConfig, "captures", lambda *_: True)
     assert torch.equal(generated({"mode": "reduce-overhead", "buckets": [16, 33]}, None), plain)
 

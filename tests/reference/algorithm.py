@@ -8,7 +8,7 @@ nearest quantity is from flipping it, so that a test can recognise a near tie.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -126,11 +126,12 @@ def evict(
     avg: float,
     alpha: float,
     progress: int,
+    choose: Callable[[Tensor, int], Choice] = select,
 ) -> Eviction:
     """Sections 2-4: target, selection and enforcement over the fed positions of one row."""
     masked = [p for p, flag in zip(fed, mask_flags, strict=True) if flag]
     k = target(len(masked), avg, alpha)
-    choice = select(delta, k)
+    choice = choose(delta, k)
     kept_masked = enforce(masked, {masked[j] for j in choice.indices}, progress)
     decoded = [p for p, flag in zip(fed, mask_flags, strict=True) if not flag]
     kept = sorted([*kept_masked, *decoded])

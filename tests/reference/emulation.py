@@ -4,10 +4,14 @@ Everything but attention treats tokens one by one, so what evicted tokens comput
 long as nobody reads it. The model runs on the whole block, unchanged; its attention calls are
 replaced by ones in which keys and values of tokens that would not have been computed are those of
 earlier steps, or hidden. The logits of retained tokens are then those of FOCUS.
+
+For a rescue the model runs once more: kept tokens attend as before, evicted ones of the rows in
+need to what both passes wrote.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from tests.reference import algorithm
+from tests.reference import algorithm, trust
 from tests.reference.state import Config, RowState
+from tests.reference.trust import Judge, Need
 from tests.support.models import parts
 
 
@@ -32,6 +37,10 @@ class Emulated:
     retained: Tensor
     margin: float
     """The least of the rows': how near the deltas are to another selection."""
+    rescued: Tensor
+    """Bool ``[B, T]``: part of ``retained``."""
+    need_margin: float
+    """The least of the rows': how near c* is to tau."""
 
 
 @dataclass
@@ -39,14 +48,27 @@ class Emulation:
     """States of the rows of a batch over the steps of one block."""
 
     config: Config = field(default_factory=Config)
+    judge: Judge | None = None
+    """What section 11 must know of decoding; needed for rescue and the signal "confidence"."""
+    session: bool = True
+    """False: section 10's call without one, always ``first_step="evict"``."""
     rows: list[RowState] = field(default_factory=list)
     slots: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def step(
-        self, call: Callable[[], Tensor], ids: Tensor, masked: Tensor, history: int
+        self,
+        call: Callable[[], Tensor],
+        ids: Tensor,
+        masked: Tensor,
+        history: int,
+        before: Tensor | None = None,
     ) -> Emulated:
-        """Run a model; ``call`` returns its logits ``[B, T, V]``; ``history``: keys before them."""
+        """Run a model; ``call`` returns its logits ``[B, T, V]``; ``history``: keys before them.
+
+        With rescue ``call`` may run twice, and must do the same both times. ``before``: logits
+        ``[B, V]`` of the row before the block, if they are shifted.
+        """
         batch, tokens = masked.shape
         if not self.rows:
             none = [False] * tokens
@@ -57,18 +79,54 @@ class Emulation:
             for row, row_ids, row_flags in zip(self.rows, ids, flags, strict=True)
         ]
         one = _Step(self, flags, fed, history)
-        with one, mock.patch.object(parts, "softmax_attention", one.softmax_attention):
-            logits = call()
+        logits = one.run(call)
+        needs = [self._need(one, logits, b, before) for b in range(batch)]
+        rescued = [need.evicted if need.flag else [] for need in needs]
+        if any(rescued):
+            one.rescued = rescued
+            logits = torch.where(_flags(rescued, tokens)[..., None], one.run(call), logits)
+        retained = [sorted(kept + more) for kept, more in zip(one.kept, rescued, strict=True)]
         for b, row in enumerate(self.rows):
             if not fed[b]:
                 continue
             row.mark(row.written01, fed[b])
-            row.mark(row.written, one.kept[b])
-            row.progress, row.warm = one.progress[b], True
+            row.mark(row.written, retained[b])
+            row.progress, row.warm = max([one.progress[b], *rescued[b]]), True
+            row.had_masks = row.had_masks or any(flags[b])
+            if self.judge is not None:
+                confidence = {p: self._sureness(logits[b, p]) for p in retained[b]}
+                row.memory = trust.remember(
+                    row.memory, row.steps, confidence, tokens, self.judge.shifted
+                )
+            row.steps += 1
             row.settled = None if any(flags[b]) else ids[b].tolist()
             if self.config.delayed_cache:
                 row.final = algorithm.finalise(flags[b], fed[b], row.final)
-        return Emulated(logits, _flags(fed, tokens), _flags(one.kept, tokens), one.margin)
+        return Emulated(
+            logits,
+            _flags(fed, tokens),
+            _flags(retained, tokens),
+            one.margin,
+            _flags(rescued, tokens),
+            min(need.margin for need in needs),
+        )
+
+    def _need(self, one: _Step, logits: Tensor, b: int, before: Tensor | None) -> Need:
+        if self.config.rescue is None:
+            return Need([], math.nan, False, math.inf)
+        assert self.judge is not None
+        return trust.need(
+            [p for p in one.fed[b] if one.flags[b][p]],
+            one.kept[b],
+            {p: self._sureness(logits[b, p]) for p in one.kept[b]},
+            self.config.rescue,
+            self.judge,
+            None if before is None else self._sureness(before[b]),
+        )
+
+    def _sureness(self, logits_V: Tensor) -> float:
+        assert self.judge is not None
+        return trust.sureness(logits_V, self.judge.mask_id)
 
 
 class _Step(TorchFunctionMode):
@@ -87,6 +145,13 @@ class _Step(TorchFunctionMode):
         self.kept: list[list[int]] = []
         self.progress: list[int] = []
         self.margin = float("inf")
+        self.rescued: list[list[int]] | None = None
+        """Not None: the second pass."""
+
+    def run(self, call: Callable[[], Tensor]) -> Tensor:
+        self.layer = 0
+        with self, mock.patch.object(parts, "softmax_attention", self.softmax_attention):
+            return call()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -118,10 +183,8 @@ class _Step(TorchFunctionMode):
         tokens, keys = query.shape[2], key.shape[2]
         block = slice(self.history, self.history + tokens)
         layer, self.layer = self.layer, self.layer + 1
-        if layer < 2:
+        if layer < 2 and self.rescued is None:
             self._score(query, key[:, :, block], scale, layer)
-        stored = self.fed if layer < 2 else self.kept
-        key, value, written = self._merge(layer, stored, key, value, block)
         bias = torch.zeros(query.shape[0], 1, tokens, keys)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             bias = bias.masked_fill(~attn_mask, float("-inf"))
@@ -129,17 +192,27 @@ class _Step(TorchFunctionMode):
             bias = bias + attn_mask
         if is_causal:
             bias = bias.masked_fill(~torch.ones(tokens, keys).tril().bool(), float("-inf"))
-        bounds = self.fed if layer == 0 else self.kept
-        for b, row in enumerate(written):
-            last = tokens
-            if self.emulation.config.visibility == "prefix":
+
+        def attend(stored: Sequence[list[int]], bounds: Sequence[list[int]]) -> Tensor:
+            merged_key, merged_value, written = self._merge(layer, stored, key, value, block)
+            seen = bias.clone()
+            for b, row in enumerate(written):
                 last = max(bounds[b], default=-1)
-            seen = [flag and p <= last for p, flag in enumerate(row)]
-            hidden = torch.zeros(keys, dtype=torch.bool)
-            hidden[block] = torch.tensor([not flag for flag in seen])
-            bias[b] = bias[b].masked_fill(hidden, float("-inf"))
-        scores = query.float() @ key.float().transpose(2, 3) * scale + bias
-        return (torch.softmax(scores, -1).nan_to_num() @ value.float()).to(query.dtype)
+                bound = last if self.emulation.config.visibility == "prefix" else None
+                hidden = torch.zeros(keys, dtype=torch.bool)
+                hidden[block] = ~torch.tensor(trust.visible_slots(row, bound))
+                seen[b] = seen[b].masked_fill(hidden, float("-inf"))
+            scores = query.float() @ merged_key.float().transpose(2, 3) * scale + seen
+            weights = torch.softmax(scores, -1).nan_to_num()
+            return (weights @ merged_value.float()).to(query.dtype)
+
+        # This order: the second pass writes what the first one must not see.
+        first = attend(self.fed if layer < 2 else self.kept, self.kept if layer else self.fed)
+        if self.rescued is None or layer == 0:
+            return first
+        union = [kept + more for kept, more in zip(self.kept, self.rescued, strict=True)]
+        second = attend(self.fed if layer < 2 else union, self.fed)
+        return torch.where(_flags(self.rescued, tokens)[:, None, :, None], second, first)
 
     def _score(self, query: Tensor, key: Tensor, scale: float, layer: int) -> None:
         for b, row in enumerate(self.emulation.rows):
@@ -157,18 +230,16 @@ class _Step(TorchFunctionMode):
                 self.kept.append([])
                 self.progress.append(row.progress)
                 continue
-            made = algorithm.evict(
+            _, made = row.decide(
+                self.emulation.config,
                 self.fed[b],
-                [self.flags[b][p] for p in self.fed[b]],
-                found - self.first[b],
-                row.avg,
-                self.emulation.config.alpha,
-                row.progress,
+                self.flags[b],
+                (self.first[b], found),
+                session=self.emulation.session,
             )
             self.kept.append(made.kept)
             self.progress.append(made.progress)
-            if len(masked) > 2:
-                self.margin = min(self.margin, made.margin)
+            self.margin = min(self.margin, made.margin)
 
     def _merge(
         self, layer: int, stored: Sequence[list[int]], key: Tensor, value: Tensor, block: slice

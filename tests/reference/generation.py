@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +17,17 @@ from transformers import Qwen3ForCausalLM
 from tests.reference import algorithm, qwen3
 from tests.reference.state import Config, RowState, StepResult
 from tests.reference.system import Signal, focus_step
+from tests.reference.trust import Judge, Strategy
 
-Strategy = Literal["threshold", "fixed", "sequential"]
+__all__ = [
+    "Decoding",
+    "Generated",
+    "StepTrace",
+    "Strategy",
+    "decode",
+    "generate_batch",
+    "generate_row",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,10 @@ class Decoding:
     shifted: bool = False
     """The token at p is predicted by row p - 1: of the block, or of what stands before it."""
 
+    def judge(self, mask_id: int) -> Judge:
+        """What rescue must know of it; the mask token is left out there in any case."""
+        return Judge(mask_id, self.strategy, self.tokens_per_step, self.shifted)
+
 
 @dataclass(frozen=True)
 class StepTrace:
@@ -55,11 +67,18 @@ class StepTrace:
     selection_margin: float
     confidence_margin: float
     argmax_margin: float
+    rescued: list[int]
+    """Part of `retained`."""
+    c_star: float
+    need_margin: float
+    importances: tuple[Tensor, Tensor] = field(repr=False)
 
     @property
     def margin(self) -> float:
         """Mixed units (delta, probability, logit): only good for `is it about zero`."""
-        return min(self.selection_margin, self.confidence_margin, self.argmax_margin)
+        return min(
+            self.selection_margin, self.confidence_margin, self.argmax_margin, self.need_margin
+        )
 
 
 @dataclass
@@ -117,6 +136,10 @@ def decode(
         selection_margin=result.margin,
         confidence_margin=choice.margin,
         argmax_margin=min(guesses[j].margin for j in choice.indices),
+        rescued=result.rescued,
+        c_star=result.c_star,
+        need_margin=result.need_margin,
+        importances=(result.importance0, result.importance1),
     )
 
 
@@ -133,7 +156,7 @@ def generate_row(
     signal: Signal | None = None,
 ) -> Generated:
     """Prefill the prompt in one dense forward (all of it visible to all of it), then the blocks."""
-    decoding = decoding or Decoding()
+    config, decoding, opens = config or Config(), decoding or Decoding(), True
     prompt = torch.tensor([int(i) for i in prompt_ids], dtype=torch.long)
     generated = Generated(history=qwen3.no_history(model))
     before_V = torch.zeros(model.config.vocab_size)
@@ -147,7 +170,7 @@ def generate_row(
         ids = torch.full((block_length,), mask_id)
         masked = [True] * block_length
         position_ids = len(prompt) + block * block_length + torch.arange(block_length)
-        state = RowState.fresh(model, block_length)
+        state = RowState.fresh(model, block_length, opens)
         steps = 0
         while any(masked):
             result = focus_step(
@@ -159,6 +182,8 @@ def generate_row(
                 position_ids,
                 config=config,
                 signal=signal,
+                judge=decoding.judge(mask_id),
+                before_V=before_V if len(prompt) or block else None,
             )
             trace = decode(result, masked, mask_id, decoding, block, before_V)
             for p, token in trace.decoded.items():
@@ -166,6 +191,7 @@ def generate_row(
             state.record(len(trace.decoded))
             generated.steps.append(trace)
             steps += 1
+        opens = state.opens_next(config.alpha)
         logits, stored = qwen3.dense_forward(model, ids, generated.history, position_ids)
         before_V = logits[-1]
         generated.history = qwen3.extend(generated.history, stored)

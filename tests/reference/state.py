@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from tests.reference import algorithm, qwen3
+from tests.reference import algorithm, qwen3, trust
 from tests.reference.qwen3 import History
 
 Visibility = Literal["written", "prefix"]
@@ -17,13 +19,20 @@ Visibility = Literal["written", "prefix"]
 
 @dataclass(frozen=True)
 class Config:
-    """Sections 2, 5 and 6: what a step may be told to do differently."""
+    """Sections 2, 5, 6 and 10 to 12: what a step may be told to do differently."""
 
     alpha: float = 1.5
     visibility: Visibility = "written"
     delayed_cache: bool = True
     stale_kv: bool = True
     """Without: of earlier steps of the block, only the K/V of final tokens is visible."""
+    rescue: float | None = None
+    first_step: trust.FirstStep = "evict"
+    signal: trust.Signal = "delta"
+
+    def __post_init__(self) -> None:
+        if self.rescue is not None and not 0 <= self.rescue <= 1:
+            raise ValueError(f"rescue is a threshold in [0, 1], not {self.rescue}")
 
 
 @dataclass
@@ -41,16 +50,24 @@ class RowState:
     decode_steps: int = 0
     settled: list[int] | None = None
     """The ids of the last step if it had no masks, hence was fed whole."""
+    opens: bool = True
+    """Section 10; outlives the block, see `opens_next`."""
+    had_masks: bool = False
+    first_decoded: int = 0
+    """n1 of section 10."""
+    steps: int = 0
+    memory: trust.Memory = field(default_factory=dict)
+    """Section 12: the confidences of this block."""
 
     @classmethod
-    def fresh(cls, model: Qwen3ForCausalLM, tokens: int) -> RowState:
+    def fresh(cls, model: Qwen3ForCausalLM, tokens: int, opens: bool = True) -> RowState:
         slots = []
         for key, _ in qwen3.no_history(model):
             groups, _, head_dim = key.shape
             slots.append(
                 (key.new_zeros(groups, tokens, head_dim), key.new_zeros(groups, tokens, head_dim))
             )
-        return cls(slots, [False] * tokens, [False] * tokens, [False] * tokens)
+        return cls(slots, [False] * tokens, [False] * tokens, [False] * tokens, opens=opens)
 
     @property
     def avg(self) -> float:
@@ -58,9 +75,49 @@ class RowState:
 
     def record(self, decoded: int) -> None:
         """Section 2: to be called after each decode step."""
+        if self.steps == 1:
+            self.first_decoded = decoded
         if decoded > 0:
             self.decoded_sum += decoded
             self.decode_steps += 1
+
+    def opens_next(self, alpha: float) -> bool:
+        """Section 10: `opens` of the next block, to be asked when this one is committed."""
+        return trust.opens_next(self.opens, self.had_masks, self.first_decoded, alpha)
+
+    def decide(
+        self,
+        config: Config,
+        fed: Sequence[int],
+        masked: Sequence[bool],
+        importances: tuple[Tensor, Tensor],
+        *,
+        score: Tensor | None = None,
+        bias: Tensor | None = None,
+        session: bool = True,
+    ) -> tuple[Tensor, algorithm.Eviction]:
+        """Sections 2-4, 10 and 12: the scores [m], and what they decide.
+
+        score: instead of config.signal's. bias: [T], added to those of config.signal.
+        """
+        positions = [p for p in fed if masked[p]]
+        flags = [masked[p] for p in fed]
+        choose = algorithm.select
+        if score is None:
+            added = None if bias is None else bias[positions]
+            score = trust.score(config.signal, positions, *importances, self.memory, added)
+            choose = partial(
+                trust.select,
+                config.signal,
+                last=trust.last_computed(self.memory, positions),
+                biased=bias is not None,
+            )
+        eviction = algorithm.evict(fed, flags, score, self.avg, config.alpha, self.progress, choose)
+        if trust.keeps_all(config.first_step, self.warm, self.opens, session):
+            end = fed[-1]
+            progress = max(self.progress, end)
+            eviction = algorithm.Eviction(eviction.k, list(fed), end, progress, math.inf)
+        return score, eviction
 
     def processing_list(
         self, ids: Sequence[int], masked: Sequence[bool], delayed_cache: bool
@@ -112,6 +169,12 @@ class StepResult:
     written: list[bool]
     final: list[bool]
     progress: int
+    rescued: list[int] = field(default_factory=list)
+    """E, if the row was in need: part of `retained`."""
+    c_star: float = math.nan
+    """Section 11; NaN where it decides nothing."""
+    need_margin: float = math.inf
+    """How near c* is to tau; inf where nothing depends on its value."""
 
     @property
     def retain_mask(self) -> list[bool]:

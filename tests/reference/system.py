@@ -1,4 +1,4 @@
-"""The eager FOCUS step for one row of one block (docs/algorithm.md, sections 0-6).
+"""The eager FOCUS step for one row of one block (docs/algorithm.md, sections 0-6 and 10-12).
 
 Nothing is batched, padded or compiled: evicted tokens are simply not computed.
 """
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from tests.reference import algorithm, qwen3
+from tests.reference import algorithm, qwen3, trust
 from tests.reference.qwen3 import History, dense_forward
 from tests.reference.state import Config, RowState, StepResult
+from tests.reference.trust import Judge
 
 __all__ = [
     "Config",
     "History",
+    "Judge",
     "RowState",
     "Signal",
     "StepResult",
@@ -43,15 +45,23 @@ def focus_step(
     config: Config | None = None,
     *,
     signal: Signal | None = None,
+    bias_T: Tensor | None = None,
+    judge: Judge | None = None,
+    before_V: Tensor | None = None,
     stale: bool = True,
 ) -> StepResult:
-    """Sections 1-6 for one row; updates `state`, except its averages (`RowState.record`).
+    """Sections 1-6 and 10-12 for one row; updates `state`, except its averages (`RowState.record`).
 
     visible: [T, S + T], bool (True = visible) or additive float; None = everything.
+    signal: instead of config.signal. bias_T: section 12.
+    judge, before_V: what rescue and the signal "confidence" need to know of decoding, and with
+    shifted logits those of the row before the block.
     stale=False: a call without a session. `state` is neither read nor changed; nothing of earlier
     steps is visible, avg = 1, progress = -1, nothing is final.
     """
     config = config or Config()
+    if judge is None and (config.rescue is not None or config.signal == "confidence"):
+        raise ValueError("rescue and confidences leave out the mask token: judge has its id")
     ids, masked = [int(i) for i in ids_T], [bool(m) for m in masked_T]
     if not stale:
         state = RowState.fresh(model, len(ids))
@@ -69,8 +79,10 @@ def focus_step(
     rows_M = [row for row, p in enumerate(fed) if masked[p]]
     positions_M = [fed[row] for row in rows_M]
 
-    def attended(layer: int, query: Tensor, queries: list[int], written: list[bool]) -> Tensor:
-        bound = queries[-1] if config.visibility == "prefix" else len(written)
+    def attended(
+        layer: int, query: Tensor, queries: list[int], written: list[bool], last: int
+    ) -> Tensor:
+        bound = last if config.visibility == "prefix" else None
         (key_S, value_S), (key_T, value_T) = history[layer], state.slots[layer]
         return qwen3.attend(
             layers[layer],
@@ -93,34 +105,56 @@ def focus_step(
     query, key, value = qwen3.project(layers[0], hidden, tables)
     state.store(0, fed, key, value)
     importance0 = scored(0, query, key)
-    hidden = qwen3.finish(layers[0], hidden, attended(0, query, fed, state.written01))
+    hidden = qwen3.finish(layers[0], hidden, attended(0, query, fed, state.written01, fed[-1]))
 
-    # Layer 1: q, k, v for all of P, then the decision, then attention of the kept.
+    # Layer 1: q, k, v for all of P, then the decision.
     query, key, value = qwen3.project(layers[1], hidden, tables)
     state.store(1, fed, key, value)
     importance1 = scored(1, query, key)
-    delta = importance1 - importance0
-    if signal is not None:
-        delta = signal(importance0, importance1, positions_M)
-    flags = [masked[p] for p in fed]
-    eviction = algorithm.evict(fed, flags, delta, state.avg, config.alpha, state.progress)
+    importances = (importance0, importance1)
+    found = None if signal is None else signal(*importances, positions_M)
+    delta, eviction = state.decide(
+        config, fed, masked, importances, score=found, bias=bias_T, session=stale
+    )
+
+    def suffix(some: list[int], last: int) -> Tensor:
+        """Layer 1's attention and what follows, for some of P; slots of the others stay stale."""
+        rows = [fed.index(p) for p in some]
+        part, part_tables = hidden[rows], tables.rows(rows)
+        seen = attended(1, query[:, rows], some, state.written01, last)
+        part = qwen3.finish(layers[1], part, seen)
+        state.mark(state.written, some)
+        for index in range(2, len(layers)):
+            part_query, part_key, part_value = qwen3.project(layers[index], part, part_tables)
+            state.store(index, some, part_key, part_value)
+            seen = attended(index, part_query, some, state.written, last)
+            part = qwen3.finish(layers[index], part, seen)
+        return qwen3.logits(model, part)
+
     kept = eviction.kept
-    rows = [fed.index(p) for p in kept]
-    hidden, tables = hidden[rows], tables.rows(rows)
-    hidden = qwen3.finish(layers[1], hidden, attended(1, query[:, rows], kept, state.written01))
+    logits = dict(zip(kept, suffix(kept, eviction.rightmost), strict=True))
+    state.progress = eviction.progress
+    need = trust.Need([], math.nan, False, math.inf)
+    if judge is not None:
+        confidence = {p: trust.sureness(row, judge.mask_id) for p, row in logits.items()}
+        if config.rescue is not None:
+            before = None if before_V is None else trust.sureness(before_V, judge.mask_id)
+            need = trust.need(positions_M, kept, confidence, config.rescue, judge, before)
+        if need.flag:
+            more = dict(zip(need.evicted, suffix(need.evicted, fed[-1]), strict=True))
+            logits |= more
+            confidence |= {p: trust.sureness(row, judge.mask_id) for p, row in more.items()}
+            after = trust.rescue(kept, need.evicted, state.written, state.progress)
+            kept, state.written, state.progress = after.retained, after.written, after.progress
+        state.memory = trust.remember(
+            state.memory, state.steps, confidence, len(ids), judge.shifted
+        )
 
-    # Layers >= 2: kept tokens only; the slots of the evicted ones stay stale.
-    state.mark(state.written, kept)
-    for index in range(2, len(layers)):
-        query, key, value = qwen3.project(layers[index], hidden, tables)
-        state.store(index, kept, key, value)
-        hidden = qwen3.finish(layers[index], hidden, attended(index, query, kept, state.written))
-
-    state.progress, state.warm = eviction.progress, True
+    state.warm, state.had_masks = True, state.had_masks or any(masked)
+    state.steps += 1
     state.settled = None if any(masked) else ids
     if config.delayed_cache:
         state.final = algorithm.finalise(masked, fed, state.final)
-    tied_by_construction = signal is None and len(positions_M) <= 2
     return StepResult(
         fed=fed,
         masked=positions_M,
@@ -129,21 +163,24 @@ def focus_step(
         importance0=importance0,
         importance1=importance1,
         delta=delta,
-        margin=math.inf if tied_by_construction else eviction.margin,
-        logits=qwen3.logits(model, hidden),
+        margin=eviction.margin,
+        logits=torch.stack([logits[p] for p in kept]),
         slots=state.copy_slots(),
         written01=list(state.written01),
         written=list(state.written),
         final=list(state.final),
         progress=state.progress,
+        rescued=need.evicted if need.flag else [],
+        c_star=need.c_star,
+        need_margin=need.margin,
     )
 
 
 def _bias(
-    visible: Tensor, queries: list[int], written: list[bool], bound: int, dtype: torch.dtype
+    visible: Tensor, queries: list[int], written: list[bool], bound: int | None, dtype: torch.dtype
 ) -> Tensor:
     """Section 5, item 4: history and the written slots up to `bound`, AND the caller's mask."""
-    slots = [held and slot <= bound for slot, held in enumerate(written)]
+    slots = trust.visible_slots(written, bound)
     history = visible.shape[1] - len(slots)
     seen = torch.tensor([True] * history + slots)
     return qwen3.additive(visible[queries], dtype).masked_fill(~seen, -math.inf)
@@ -181,6 +218,9 @@ def standalone_batch(
     config: Config | None = None,
     *,
     signal: Signal | None = None,
+    bias_BT: Tensor | None = None,
+    judge: Judge | None = None,
+    before_BV: Tensor | None = None,
 ) -> list[StepResult]:
     """A batch without a session, row by row.
 
@@ -201,6 +241,9 @@ def standalone_batch(
                 None if visible is None else visible[b],
                 config,
                 signal=signal,
+                bias_T=None if bias_BT is None else bias_BT[b],
+                judge=judge,
+                before_V=None if before_BV is None else before_BV[b],
                 stale=False,
             )
         )

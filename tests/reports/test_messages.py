@@ -20,7 +20,7 @@ from focus_compile.analysis import Analysis
 from focus_compile.cli import app
 from focus_compile.errors import Unsupported, module_path
 from focus_compile.graph.nodes import fake_mode_of
-from focus_compile.graph.recompute import InvalidGraph, verify
+from focus_compile.graph.recompute import InvalidGraph, check_values
 from focus_compile.graph.sizes import GENERIC
 from focus_compile.ops.library import focus
 from focus_compile.plan.plan import make_plan
@@ -155,7 +155,7 @@ def test_the_site_at_fault_is_named(analysis: Analysis, monkeypatch: pytest.Monk
     """Not the first one, whichever it is."""
     out, query = analysis.plan.sites[2].out, analysis.plan.sites[2].query
     packed = {name: place for name, place in analysis.plan.packed.items() if name != query}
-    monkeypatch.setattr("focus_compile.plan.plan._packed", lambda *_: packed)
+    monkeypatch.setattr("focus_compile.plan.plan.packed_values", lambda *_: packed)
     with pytest.raises(Unsupported, match=f"attention of layer 2 reads {query}, ") as refusal:
         make_plan(analysis.canonical)
     (node,) = (node for node in analysis.canonical.gm.graph.nodes if node.name == out)
@@ -166,15 +166,15 @@ def test_the_site_at_fault_is_named(analysis: Analysis, monkeypatch: pytest.Monk
 def test_a_pass_that_is_wrong_is_found(analysis: Analysis) -> None:
     """A recorded shape that is not true; a size of the generic call as a literal."""
     gm = analysis.stages[-1][1]
-    verify(gm)
+    check_values(gm)
     wrong = copy.deepcopy(gm)
     delta = wrong.graph.find_nodes(op="call_function", target=focus.signal.default)[0]
     delta.meta["val"] = delta.meta["val"].transpose(0, 1)
     with pytest.raises(InvalidGraph, match=r"claims .* but computes "):
-        verify(wrong)
+        check_values(wrong)
     baked = copy.deepcopy(gm)
     power = torch.ops.aten.pow.Tensor_Scalar
     norm = baked.graph.find_nodes(op="call_function", target=power)[0]
     norm.args = (norm.args[0], GENERIC["batch"])
     with pytest.raises(InvalidGraph, match="a size became a constant: "):
-        verify(baked)
+        check_values(baked)

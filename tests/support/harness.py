@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -181,6 +183,11 @@ class Recorded:
 def eager_inner(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """An inner compiler that compiles nothing."""
     return graph
+
+
+def without_inductor() -> contextlib.AbstractContextManager[object]:
+    """The backend's programs run as the graphs that Inductor would get."""
+    return mock.patch("focus_compile.backend.compile_fx", lambda graph, *_, **__: graph)
 
 
 @dataclass

@@ -352,6 +352,7 @@ def test_flex_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("no_inductor")
 def test_a_model_without_a_mask_token(caplog: pytest.LogCaptureFixture) -> None:
     """DiffusionGemma's canvas holds random tokens: FOCUS runs where it is told the open ones."""
     dialect = DIALECTS["diffusion-gemma"]

@@ -21,11 +21,11 @@ import torch
 import transformers.integrations.moe  # noqa: F401  registers its operators
 from torch.fx import Node
 
-from focus_compile.axes.axes import Axis, AxisMap, Dim, Meaning, Transfer
+from focus_compile.axes.axes import Axis, AxisMap, Dim, Meaning, Quantity, Transfer
 from focus_compile.axes.rules.table import fresh, transfer
 from focus_compile.graph.nodes import argument, aten, operands, tensor_of, wrap
 
-__all__ = ["GROUPED", "meaning"]
+__all__ = ["GROUPED", "meaning_of"]
 
 SORTS = (aten.sort.default, aten.sort.stable)
 ARGSORTS = (aten.argsort.default, aten.argsort.stable)
@@ -44,10 +44,10 @@ GROUPED: tuple[Any, ...] = (
 
 
 def _sorted_dim(node: Node) -> int:
-    place = {aten.sort.default: 1, aten.sort.stable: 2}
-    place |= {aten.argsort.default: 1, aten.argsort.stable: 2}
-    at: int = argument(node, place[node.target], "dim", -1)  # type: ignore[index]
-    return at
+    positions = {aten.sort.default: 1, aten.sort.stable: 2}
+    positions |= {aten.argsort.default: 1, aten.argsort.stable: 2}
+    dim: int = argument(node, positions[node.target], "dim", -1)  # type: ignore[index]
+    return dim
 
 
 @transfer(*SORTS, *ARGSORTS)
@@ -55,13 +55,18 @@ def _sort(node: Node, axes: AxisMap) -> Transfer:
     """Features in order, or, of a list, the rows in order."""
     source = operands(node)[0]
     dims = axes.dims[source][0]
-    results = 2 if node.target in SORTS else 1
+    result_count = 2 if node.target in SORTS else 1
     if len(dims) != 1:
-        return Transfer((dims,) * results, (dims[wrap(_sorted_dim(node), len(dims))],))
-    known = axes.meaning.get(source)
-    if results == 1 and known is not None and known.kind == "position" and _is_order(dims[0], axes):
-        return Transfer(((known.of,),))  # the order of an order is its inverse
-    return Transfer((((Axis(axes.size(dims[0]), order=dims[0]),),),) * results)
+        return Transfer((dims,) * result_count, (dims[wrap(_sorted_dim(node), len(dims))],))
+    meaning = axes.meaning.get(source)
+    if (
+        result_count == 1
+        and meaning is not None
+        and meaning.quantity is Quantity.POSITION
+        and _is_order(dims[0], axes)
+    ):
+        return Transfer(((meaning.dim,),))  # the order of an order is its inverse
+    return Transfer((((Axis(axes.size(dims[0]), order=dims[0]),),),) * result_count)
 
 
 def _is_order(dim: Dim, axes: AxisMap) -> bool:
@@ -74,33 +79,35 @@ def _index(node: Node, axes: AxisMap) -> Transfer:
     """``x[:, ..., index]`` with one index; several would broadcast and move dims."""
     x, indices = _arguments(node)[:2]
     dims = axes.dims[x][0]
-    (at, index), *others = [(at, index) for at, index in enumerate(indices) if index is not None]
-    if others or tensor_of(index).dtype == torch.bool:
+    (dim, index), *more_indices = [
+        (dim, index) for dim, index in enumerate(indices) if index is not None
+    ]
+    if more_indices or tensor_of(index).dtype == torch.bool:
         return Transfer(fresh(node, axes), dims)
     picked = axes.dims[index][0]
-    out = (*dims[:at], *picked, *dims[at + 1 :])
-    known = axes.meaning.get(index)
-    if len(picked) == 1 and _tells_rows(known, picked[0], axes):
-        assert known is not None
-        return Transfer((out,), () if _same(known.of, dims[at], axes) else (dims[at],))
-    return Transfer((out,), (dims[at],))
+    out = (*dims[:dim], *picked, *dims[dim + 1 :])
+    meaning = axes.meaning.get(index)
+    if len(picked) == 1 and _is_row_index(meaning, picked[0], axes):
+        assert meaning is not None
+        return Transfer((out,), () if _same_axes(meaning.dim, dims[dim], axes) else (dims[dim],))
+    return Transfer((out,), (dims[dim],))
 
 
-def _tells_rows(known: Meaning | None, picked: Dim, axes: AxisMap) -> bool:
+def _is_row_index(meaning: Meaning | None, picked: Dim, axes: AxisMap) -> bool:
     """Whether integers are positions that were found by sorting.
 
     Those of an ``arange`` over tokens are positions on the canvas, which packed rows are not at.
     """
-    if known is None or known.kind != "position":
+    if meaning is None or meaning.quantity is not Quantity.POSITION:
         return False
-    return axes.listed(picked) or axes.listed(known.of)
+    return axes.listed(picked) or axes.listed(meaning.dim)
 
 
 def _arguments(node: Node) -> tuple[Any, ...]:
     return node.args
 
 
-def _same(left: Dim, right: Dim, axes: AxisMap) -> bool:
+def _same_axes(left: Dim, right: Dim, axes: AxisMap) -> bool:
     return axes.resolve(left) == axes.resolve(right)
 
 
@@ -108,19 +115,23 @@ def _same(left: Dim, right: Dim, axes: AxisMap) -> bool:
 def _index_put(node: Node, axes: AxisMap) -> Transfer:
     """``x[order] = rows``: rows of a sorted list back in their own order."""
     x, indices, values = _arguments(node)[:3]
-    (index, *others), dims = indices, axes.dims[x][0]
-    known = None if others or index is None else axes.meaning.get(index)
-    whole = known is not None and known.kind == "position" and not argument(node, 3, "accumulate")
-    if not whole or not _is_order(axes.dims[index][0][0], axes):
+    (index, *more_indices), dims = indices, axes.dims[x][0]
+    meaning = None if more_indices or index is None else axes.meaning.get(index)
+    by_position = (
+        meaning is not None
+        and meaning.quantity is Quantity.POSITION
+        and not argument(node, 3, "accumulate")
+    )
+    if not by_position or not _is_order(axes.dims[index][0][0], axes):
         return Transfer(fresh(node, axes), (*dims, *axes.dims[values][0]))
-    assert known is not None
+    assert meaning is not None
     (axis,) = axes.resolve(axes.dims[index][0][0])
     assert axis.order is not None
-    rows, *rest = axes.dims[values][0]
+    rows, *features = axes.dims[values][0]
     axes.unify(rows, (axis,))
-    if not _same(axis.order, known.of, axes):
+    if not _same_axes(axis.order, meaning.dim, axes):
         return Transfer(fresh(node, axes), (*dims, rows))
-    return Transfer(((known.of, *rest),))
+    return Transfer(((meaning.dim, *features),))
 
 
 @transfer(aten.index_add.default)
@@ -128,15 +139,15 @@ def _index_add(node: Node, axes: AxisMap) -> Transfer:
     """``x.index_add(0, token, rows)``: the rows of a sorted list added up per token."""
     x, index, rows = operands(node)
     dims, (picked,) = axes.dims[x][0], axes.dims[index][0]
-    known = axes.meaning.get(index)
+    meaning = axes.meaning.get(index)
     if node.args[1] != 0:
         return Transfer(fresh(node, axes), (*dims, *axes.dims[rows][0]))
-    for left, right in zip((picked, *dims[1:]), axes.dims[rows][0], strict=True):
-        axes.unify(left, right)
-    if not _tells_rows(known, picked, axes):
+    for index_or_dim, row_dim in zip((picked, *dims[1:]), axes.dims[rows][0], strict=True):
+        axes.unify(index_or_dim, row_dim)
+    if not _is_row_index(meaning, picked, axes):
         return Transfer((dims,), (dims[0], picked))
-    assert known is not None
-    axes.unify(dims[0], known.of)
+    assert meaning is not None
+    axes.unify(dims[0], meaning.dim)
     return Transfer((dims,))
 
 
@@ -144,8 +155,8 @@ def _index_add(node: Node, axes: AxisMap) -> Transfer:
 def _count(node: Node, axes: AxisMap) -> Transfer:
     """How many rows of a sorted list each expert has."""
     source = operands(node)[0]
-    known = axes.meaning.get(source)
-    listed = known is not None and known.kind == "sorted"
+    meaning = axes.meaning.get(source)
+    listed = meaning is not None and meaning.quantity is Quantity.SORTED_ID
     return Transfer(fresh(node, axes), () if listed else axes.dims[source][0])
 
 
@@ -153,28 +164,34 @@ def _count(node: Node, axes: AxisMap) -> Transfer:
 def _grouped_mm(node: Node, axes: AxisMap) -> Transfer:
     rows, weights, ends = operands(node)[:3]
     (list_, inner), weight = axes.dims[rows][0], axes.dims[weights][0]
-    known = axes.meaning.get(ends)
-    ended = known is not None and known.kind == "end" and _same(known.of, list_, axes)
+    meaning = axes.meaning.get(ends)
+    ends_match = (
+        meaning is not None
+        and meaning.quantity is Quantity.END
+        and _same_axes(meaning.dim, list_, axes)
+    )
     mixed = (inner, *weight)
-    return Transfer(((list_, weight[-1]),), mixed if ended else (*mixed, list_))
+    return Transfer(((list_, weight[-1]),), mixed if ends_match else (*mixed, list_))
 
 
-def meaning(node: Node, axes: AxisMap) -> Meaning | None:
-    """What the values of a node mean, told from those of its operands."""
+def meaning_of(node: Node, axes: AxisMap) -> Meaning | None:
+    """What the values of a node mean, by those of its operands."""
     target: Any = node.target
-    if len(axes.dims[node][0]) != 1 or target not in _TELLERS:
+    if len(axes.dims[node][0]) != 1 or target not in _MEANINGS:
         return None
-    return _TELLERS[target](node, axes)
+    return _MEANINGS[target](node, axes)
 
 
-def _known(node: Node, axes: AxisMap, position: int = 0) -> Meaning | None:
+def _operand_meaning(node: Node, axes: AxisMap, position: int = 0) -> Meaning | None:
     """What an operand means."""
     source = node.args[position]
     return axes.meaning.get(source) if isinstance(source, Node) else None
 
 
 def _of_arange(node: Node, axes: AxisMap) -> Meaning | None:
-    return Meaning("position", axes.dims[node][0][0]) if node.args[:-1] in ((), (0,)) else None
+    return (
+        Meaning(Quantity.POSITION, axes.dims[node][0][0]) if node.args[:-1] in ((), (0,)) else None
+    )
 
 
 def _of_sort(node: Node, axes: AxisMap) -> Meaning | None:
@@ -187,49 +204,59 @@ def _of_sort(node: Node, axes: AxisMap) -> Meaning | None:
 
 
 def _of_argsort(node: Node, axes: AxisMap) -> Meaning | None:
-    result = axes.dims[node][0][0]
-    if _is_order(result, axes):
-        return _listed(result, True, axes)
+    result_dim = axes.dims[node][0][0]
+    if _is_order(result_dim, axes):
+        return _listed(result_dim, True, axes)
     source = node.args[0]
     assert isinstance(source, Node)
-    return Meaning("position", axes.dims[source][0][0])
+    return Meaning(Quantity.POSITION, axes.dims[source][0][0])
 
 
 def _listed(list_: Dim, positions: bool, axes: AxisMap) -> Meaning:
     (axis,) = axes.resolve(list_)
     assert axis.order is not None
-    return Meaning("position", axis.order) if positions else Meaning("sorted", list_)
+    return (
+        Meaning(Quantity.POSITION, axis.order) if positions else Meaning(Quantity.SORTED_ID, list_)
+    )
 
 
 def _of_count(node: Node, axes: AxisMap) -> Meaning | None:
-    known = _known(node, axes)
-    return Meaning("count", known.of) if known is not None and known.kind == "sorted" else None
+    meaning = _operand_meaning(node, axes)
+    return (
+        Meaning(Quantity.COUNT, meaning.dim)
+        if meaning is not None and meaning.quantity is Quantity.SORTED_ID
+        else None
+    )
 
 
 def _of_running_total(node: Node, axes: AxisMap) -> Meaning | None:
-    known = _known(node, axes)
-    return Meaning("end", known.of) if known is not None and known.kind == "count" else None
+    meaning = _operand_meaning(node, axes)
+    return (
+        Meaning(Quantity.END, meaning.dim)
+        if meaning is not None and meaning.quantity is Quantity.COUNT
+        else None
+    )
 
 
 def _of_division(node: Node, axes: AxisMap) -> Meaning | None:
     """Positions of (token, choice), divided by the number of choices: positions of tokens."""
-    known, by = _known(node, axes), node.args[1]
+    meaning, divisor = _operand_meaning(node, axes), node.args[1]
     floor = node.target is aten.floor_divide.default or node.kwargs["rounding_mode"] == "floor"
-    if known is None or known.kind != "position" or not floor:
+    if meaning is None or meaning.quantity is not Quantity.POSITION or not floor:
         return None
-    *rest, last = axes.resolve(known.of)
-    same = isinstance(by, int) and axes.expr(last.size) == by
-    return Meaning("position", tuple(rest)) if same else None
+    *leading, last = axes.resolve(meaning.dim)
+    by_choices = isinstance(divisor, int) and axes.expr(last.size) == divisor
+    return Meaning(Quantity.POSITION, tuple(leading)) if by_choices else None
 
 
-_TELLERS: dict[Any, Callable[[Node, AxisMap], Meaning | None]] = {
+_MEANINGS: dict[Any, Callable[[Node, AxisMap], Meaning | None]] = {
     operator.getitem: _of_sort,
     aten.arange.default: _of_arange,
     aten.arange.start: _of_arange,
-    aten.index_put.default: lambda node, axes: _known(node, axes, 2),
+    aten.index_put.default: lambda node, axes: _operand_meaning(node, axes, 2),
     aten.cumsum.default: _of_running_total,
     **dict.fromkeys(ARGSORTS, _of_argsort),
     **dict.fromkeys((aten.histc.default, aten.bincount.default), _of_count),
-    **dict.fromkeys(CASTS, _known),
+    **dict.fromkeys(CASTS, _operand_meaning),
     **dict.fromkeys(DIVISIONS, _of_division),
 }

@@ -13,25 +13,25 @@ from focus_compile.ops.library import focus
 @transfer(aten.index_copy.default)
 def _index_copy(node: Node, axes: AxisMap) -> Transfer:
     """Some slots along one dim are replaced; all other dims of source and slots are the same."""
-    x, index, source = (axes.dims[part][0] for part in node.args if isinstance(part, Node))
+    x, index, source = (axes.dims[operand][0] for operand in node.args if isinstance(operand, Node))
     at = wrap(argument(node, 1, "dim"), len(x))
     axes.unify(source[at], index[0])
     out = [
-        old if place == at else axes.unify(old, new)
-        for place, (old, new) in enumerate(zip(x, source, strict=True))
+        slot_dim if position == at else axes.unify(slot_dim, source_dim)
+        for position, (slot_dim, source_dim) in enumerate(zip(x, source, strict=True))
     ]
     return Transfer((tuple(out),), (x[at], source[at]))
 
 
 @transfer(focus.clear.default)
 def _clear(node: Node, axes: AxisMap) -> Transfer:
-    x, index = (axes.dims[part][0] for part in operands(node))
+    x, index = (axes.dims[operand][0] for operand in operands(node))
     return Transfer((x,), (x[node.args[2]], index[0]))  # type: ignore[index]
 
 
 @transfer(focus.extend.default)
 def _extend(node: Node, axes: AxisMap) -> Transfer:
-    x, index = (axes.dims[part][0] for part in operands(node))
+    x, index = (axes.dims[operand][0] for operand in operands(node))
     at = wrap(argument(node, 2, "dim"), len(x))
     joined = _joined(node, at, (x[at], index[0]), axes)
     return Transfer(((*x[:at], joined, *x[at + 1 :]),), (x[at], index[0]))
@@ -45,23 +45,23 @@ def _extend_mask(node: Node, axes: AxisMap) -> Transfer:
     if isinstance(mask, Node):
         *lead, last = axes.dims[mask][0]  # type: ignore[assignment]
         axes.unify(last, slots)
-    place = axes.dims[index][0][0]  # type: ignore[index]
-    joined = _joined(node, len(lead), (slots, place), axes)
-    return Transfer(((*lead, joined),), (slots, place))
+    block = axes.dims[index][0][0]  # type: ignore[index]
+    joined = _joined(node, len(lead), (slots, block), axes)
+    return Transfer(((*lead, joined),), (slots, block))
 
 
 @transfer(focus.replace.default)
 def _replace(node: Node, axes: AxisMap) -> Transfer:
-    past, joined = (axes.dims[part][0] for part in operands(node)[:2])
+    past, joined = (axes.dims[operand][0] for operand in operands(node)[:2])
     at: int = node.args[3]  # type: ignore[assignment]
     out = [
-        old if place == at else axes.unify(old, new)
-        for place, (old, new) in enumerate(zip(past, joined, strict=True))
+        past_dim if position == at else axes.unify(past_dim, joined_dim)
+        for position, (past_dim, joined_dim) in enumerate(zip(past, joined, strict=True))
     ]
     return Transfer((tuple(out),), (past[at], joined[at]))
 
 
-def _joined(node: Node, at: int, parts: tuple[Dim, Dim], axes: AxisMap) -> Dim:
+def _joined(node: Node, at: int, terms: tuple[Dim, Dim], axes: AxisMap) -> Dim:
     dim = axes.fresh(tensor_of(node).shape[at])
-    dim[0].sum = parts
+    dim[0].sum = terms
     return dim

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from focus_compile.axes.axes import AxisMap, Transfer
-from focus_compile.axes.rules.table import EMBEDDINGS, fresh, one, source, transfer
+from focus_compile.axes.rules.table import EMBEDDINGS, fresh, one_result, source, transfer
 from focus_compile.graph.nodes import argument, aten, operands, wrap
 
 
@@ -13,7 +13,7 @@ from focus_compile.graph.nodes import argument, aten, operands, wrap
 def _embedding(node: Node, axes: AxisMap) -> Transfer:
     weight, ids = operands(node)[:2]
     rows, features = axes.dims[weight][0]
-    return one(*axes.dims[ids][0], features, mixed=[rows])
+    return one_result(*axes.dims[ids][0], features, mixed=[rows])
 
 
 @transfer(aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
@@ -21,20 +21,20 @@ def _indexed(node: Node, axes: AxisMap) -> Transfer:
     """Elements at positions along one dim; all other dims of source and index are the same."""
     x, index = (axes.dims[operand][0] for operand in operands(node)[:2])
     at = wrap(argument(node, 1, "dim"), len(x))
-    for other in operands(node)[1:]:
-        for place, (left, right) in enumerate(zip(x, axes.dims[other][0], strict=True)):
-            if place != at:
-                axes.unify(left, right)
+    for indexed in operands(node)[1:]:
+        for position, (dim, indexed_dim) in enumerate(zip(x, axes.dims[indexed][0], strict=True)):
+            if position != at:
+                axes.unify(dim, indexed_dim)
     if node.target is aten.gather.default:
-        return one(*index, mixed=[x[at]])
-    return one(*x, mixed=[x[at], index[at]])
+        return one_result(*index, mixed=[x[at]])
+    return one_result(*x, mixed=[x[at], index[at]])
 
 
 @transfer(aten.index_select.default)
 def _index_select(node: Node, axes: AxisMap) -> Transfer:
     x, index = (axes.dims[operand][0] for operand in operands(node))
     at = wrap(argument(node, 1, "dim"), len(x))
-    return one(*x[:at], index[0], *x[at + 1 :], mixed=[x[at]])
+    return one_result(*x[:at], index[0], *x[at + 1 :], mixed=[x[at]])
 
 
 @transfer(aten.repeat_interleave.self_int)
@@ -45,4 +45,4 @@ def _repeat_interleave(node: Node, axes: AxisMap) -> Transfer:
     if at is None:
         return Transfer(fresh(node, axes), tuple(dims))
     dims[wrap(at, len(dims))] += axes.fresh(argument(node, 1, "repeats"))
-    return one(*dims)
+    return one_result(*dims)

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from focus_compile.axes.axes import AxisMap, Dim, Transfer
-from focus_compile.axes.rules.table import ARANGES, one, source, transfer
+from focus_compile.axes.rules.table import ARANGES, one_result, source, transfer
 from focus_compile.graph.nodes import aten, operands, tensor_of
 
 __all__ = ["POINTWISE"]
@@ -42,35 +42,35 @@ POINTWISE = (*_ELEMENTWISE, *_CASTS)
 
 @transfer(*_ELEMENTWISE)
 def _pointwise(node: Node, axes: AxisMap) -> Transfer:
-    out: list[Dim] = []
+    aligned_dims: list[Dim] = []
     inputs = [axes.dims[operand][0] for operand in operands(node)]
     for index, size in enumerate(reversed(tensor_of(node).shape), start=1):
         aligned: Dim = ()
         for dims in inputs:
             if index <= len(dims):
                 aligned = axes.unify(aligned, dims[-index])
-        out.insert(0, aligned if aligned or axes.expr(size) == 1 else axes.fresh(size))
-    return one(*out)
+        aligned_dims.insert(0, aligned if aligned or axes.expr(size) == 1 else axes.fresh(size))
+    return one_result(*aligned_dims)
 
 
 @transfer(*ARANGES)
 def _arange(node: Node, axes: AxisMap) -> Transfer:
     """An axis of its own, until an elementwise operator tells which one it is."""
-    return one(*(axes.fresh(size) for size in tensor_of(node).shape))
+    return one_result(*(axes.fresh(size) for size in tensor_of(node).shape))
 
 
 @transfer(*_CASTS)
 def _cast(node: Node, axes: AxisMap) -> Transfer:
     """To the dtype of another value, whose shape does not matter."""
-    return one(*axes.dims[source(node)][0])
+    return one_result(*axes.dims[source(node)][0])
 
 
 @transfer(aten.empty_like.default)
 def _empty_like(node: Node, axes: AxisMap) -> Transfer:
     """No values to speak of: whoever reads them before they are written gets anything."""
-    return one(*axes.dims[source(node)][0])
+    return one_result(*axes.dims[source(node)][0])
 
 
 @transfer(aten.one_hot.default)
 def _one_hot(node: Node, axes: AxisMap) -> Transfer:
-    return one(*axes.dims[source(node)][0], axes.fresh(tensor_of(node).shape[-1]))
+    return one_result(*axes.dims[source(node)][0], axes.fresh(tensor_of(node).shape[-1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from focus_compile.axes.axes import AxisMap, Dim, Transfer
-from focus_compile.axes.rules.table import fresh, one, source, transfer
+from focus_compile.axes.rules.table import fresh, one_result, source, transfer
 from focus_compile.graph.nodes import argument, aten, operands, tensor_of
 from focus_compile.ops.library import focus
 
@@ -13,19 +13,19 @@ from focus_compile.ops.library import focus
 @transfer(focus.gather_ranks.default)
 def _gather_ranks(node: Node, axes: AxisMap) -> Transfer:
     *rows, features = axes.dims[source(node)][0]
-    return one(*rows, axes.fresh(tensor_of(node).shape[-1]), mixed=[features])
+    return one_result(*rows, axes.fresh(tensor_of(node).shape[-1]), mixed=[features])
 
 
 @transfer(aten.linear.default)
 def _linear(node: Node, axes: AxisMap) -> Transfer:
     x, weight = operands(node)[:2]
-    *rows, features = axes.dims[x][0]
-    out, inner = axes.dims[weight][0]
-    axes.unify(features, inner)
+    *rows, last = axes.dims[x][0]
+    out_features, in_features = axes.dims[weight][0]
+    axes.unify(last, in_features)
     bias = argument(node, 2, "bias")
     if isinstance(bias, Node):
-        axes.unify(out, axes.dims[bias][0][0])
-    return one(*rows, out, mixed=[features, inner])
+        axes.unify(out_features, axes.dims[bias][0][0])
+    return one_result(*rows, out_features, mixed=[last, in_features])
 
 
 @transfer(aten.matmul.default, aten.bmm.default, aten.mm.default)
@@ -36,9 +36,11 @@ def _matmul(node: Node, axes: AxisMap) -> Transfer:
     axes.unify(left[-1], right[-2])
     batch: list[Dim] = []
     for index in range(3, max(len(left), len(right)) + 1):
-        dims = [side[-index] for side in (left, right) if index <= len(side)]
+        dims = [
+            operand_dims[-index] for operand_dims in (left, right) if index <= len(operand_dims)
+        ]
         batch.insert(0, axes.unify(dims[0], dims[-1]))
-    return one(*batch, left[-2], right[-1], mixed=[left[-1], right[-2]])
+    return one_result(*batch, left[-2], right[-1], mixed=[left[-1], right[-2]])
 
 
 @transfer(aten.scaled_dot_product_attention.default)
@@ -59,4 +61,4 @@ def _attention(node: Node, axes: AxisMap) -> Transfer:
         for index in range(3, len(dims) + 1):
             axes.unify(dims[-index], query[-index])
     heads = [query[-3], key[-3]] if grouped else []  # neighbouring query heads share a key head
-    return one(*query[:-1], value[-1], mixed=[key[-2], query[-1], key[-1], *heads])
+    return one_result(*query[:-1], value[-1], mixed=[key[-2], query[-1], key[-1], *heads])

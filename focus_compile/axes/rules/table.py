@@ -12,7 +12,16 @@ from focus_compile.graph.nodes import aten
 from focus_compile.ops.library import focus
 from focus_compile.torch_private import OpOverload
 
-__all__ = ["ARANGES", "EMBEDDINGS", "RESHAPES", "RULES", "fresh", "one", "source", "transfer"]
+__all__ = [
+    "ARANGES",
+    "EMBEDDINGS",
+    "RESHAPES",
+    "RULES",
+    "fresh",
+    "one_result",
+    "source",
+    "transfer",
+]
 
 EMBEDDINGS = (aten.embedding.default, focus.embedding_shard.default)
 ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
@@ -38,7 +47,7 @@ def transfer(*ops: OpOverload) -> Callable[[Rule], Rule]:
     return register
 
 
-def one(*dims: Dim, mixed: Sequence[Dim] = ()) -> Transfer:
+def one_result(*dims: Dim, mixed: Sequence[Dim] = ()) -> Transfer:
     """The transfer of an operator with one result."""
     return Transfer((tuple(dims),), tuple(mixed))
 

@@ -6,7 +6,7 @@ import sympy
 from torch.fx import Node
 
 from focus_compile.axes.axes import AxisMap, Dim, Transfer
-from focus_compile.axes.rules.table import fresh, one, source, transfer
+from focus_compile.axes.rules.table import fresh, one_result, source, transfer
 from focus_compile.graph.nodes import argument, aten, cat_parts, expr_of, tensor_of, wrap
 
 
@@ -22,7 +22,7 @@ def _view(node: Node, axes: AxisMap) -> Transfer:
     if 0 in _sizes(node):
         return Transfer(fresh(node, axes), axes.dims[source(node)][0])
     factors = tuple(axis for dim in axes.dims[source(node)][0] for axis in dim)
-    return one(*axes.regroup(factors, _sizes(node)))
+    return one_result(*axes.regroup(factors, _sizes(node)))
 
 
 @transfer(aten.expand.default)
@@ -30,7 +30,7 @@ def _expand(node: Node, axes: AxisMap) -> Transfer:
     dims = axes.dims[source(node)][0]
     shape = tensor_of(node).shape
     dims = ((),) * (len(shape) - len(dims)) + dims
-    return one(*(dim or axes.fresh(size) for dim, size in zip(dims, shape, strict=True)))
+    return one_result(*(dim or axes.fresh(size) for dim, size in zip(dims, shape, strict=True)))
 
 
 @transfer(aten.transpose.int)
@@ -38,18 +38,18 @@ def _transpose(node: Node, axes: AxisMap) -> Transfer:
     dims = list(axes.dims[source(node)][0])
     i, j = (wrap(dim, len(dims)) for dim in node.args[1:])  # type: ignore[arg-type]
     dims[i], dims[j] = dims[j], dims[i]
-    return one(*dims)
+    return one_result(*dims)
 
 
 @transfer(aten.t.default)
 def _t(node: Node, axes: AxisMap) -> Transfer:
-    return one(*reversed(axes.dims[source(node)][0]))
+    return one_result(*reversed(axes.dims[source(node)][0]))
 
 
 @transfer(aten.permute.default)
 def _permute(node: Node, axes: AxisMap) -> Transfer:
     dims = axes.dims[source(node)][0]
-    return one(*(dims[wrap(dim, len(dims))] for dim in node.args[1]))  # type: ignore
+    return one_result(*(dims[wrap(dim, len(dims))] for dim in node.args[1]))  # type: ignore
 
 
 @transfer(aten.slice.Tensor)
@@ -57,16 +57,16 @@ def _slice(node: Node, axes: AxisMap) -> Transfer:
     dims = list(axes.dims[source(node)][0])
     at = wrap(argument(node, 1, "dim", 0), len(dims))
     if axes.expr(_sizes(node)[at]) == axes.expr(_sizes(source(node))[at]):
-        return one(*dims)
-    old, dims[at] = dims[at], axes.fresh(tensor_of(node).shape[at])
-    return one(*dims, mixed=[old])
+        return one_result(*dims)
+    sliced, dims[at] = dims[at], axes.fresh(tensor_of(node).shape[at])
+    return one_result(*dims, mixed=[sliced])
 
 
 @transfer(aten.select.int)
 def _select(node: Node, axes: AxisMap) -> Transfer:
     dims = list(axes.dims[source(node)][0])
-    old = dims.pop(wrap(argument(node, 1, "dim", 0), len(dims)))
-    return one(*dims, mixed=[old])
+    selected = dims.pop(wrap(argument(node, 1, "dim", 0), len(dims)))
+    return one_result(*dims, mixed=[selected])
 
 
 @transfer(
@@ -75,7 +75,7 @@ def _select(node: Node, axes: AxisMap) -> Transfer:
 def _split(node: Node, axes: AxisMap) -> Transfer:
     dims = axes.dims[source(node)][0]
     at = wrap(argument(node, 2, "dim", 0), len(dims))
-    out = [(*dims[:at], axes.fresh(part.shape[at]), *dims[at + 1 :]) for part in node.meta["val"]]
+    out = [(*dims[:at], axes.fresh(piece.shape[at]), *dims[at + 1 :]) for piece in node.meta["val"]]
     return Transfer(tuple(out), (dims[at],))
 
 
@@ -105,4 +105,4 @@ def _cat(node: Node, axes: AxisMap) -> Transfer:
         for dim in column:
             merged = axes.unify(merged, dim)
         out.append(merged)
-    return one(*out, mixed=[axes.dims[part][0][at] for part in parts])
+    return one_result(*out, mixed=[axes.dims[part][0][at] for part in parts])

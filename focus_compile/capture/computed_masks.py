@@ -20,9 +20,9 @@ _SDPA = aten.scaled_dot_product_attention.default
 def makes_mask(node: Node) -> bool:
     """Whether a value is computed beside the tokens, for the mask of attention alone."""
     tokens: set[Node] = set()
-    for other in node.graph.nodes:
-        if other.op == "call_function" and other.target in EMBEDDINGS:
-            tokens |= reachable(other, lambda value: value.users)
+    for candidate in node.graph.nodes:
+        if candidate.op == "call_function" and candidate.target in EMBEDDINGS:
+            tokens |= reachable(candidate, lambda value: value.users)
     beside = reachable(node, lambda value: value.users) - tokens
     if node in tokens:
         return False
@@ -36,5 +36,5 @@ def _masks(user: Node, beside: set[Node], tokens: set[Node]) -> bool:
         operands = [arg for arg in user.all_input_nodes if arg in beside]
         return operands == [user.args[3] if len(user.args) > 3 else user.kwargs.get("attn_mask")]
     after = [user, *user.users]
-    after += [other for node in user.users for other in node.users]
+    after += [further for node in user.users for further in node.users]
     return any(node.target in _SOFTMAXES for node in after)

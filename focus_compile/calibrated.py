@@ -1,0 +1,81 @@
+"""What a calibration recommends, as the backend and sessions take it: a file, or the object."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Calibrated", "fingerprint", "read"]
+
+SAMPLE = 64
+"""Values of a weight that tell it from another."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """Settings for one model.
+
+    Attributes:
+        model: its name, for messages; weights: fingerprints of its parameters.
+        options: ``signal``, ``layers``, ``first_step`` and ``rescue``; empty: do not evict.
+    """
+
+    model: str
+    weights: frozenset[str]
+    options: Mapping[str, Any]
+
+    @property
+    def in_session(self) -> dict[str, Any]:
+        """What a session can set; the layers are compiled in."""
+        return {name: value for name, value in self.options.items() if name != "layers"}
+
+    def check(self, parameters: Iterable[Tensor]) -> None:
+        """Raises:
+        ValueError: a parameter is not one of the calibrated model, or has another dtype.
+        """
+        for parameter in parameters:
+            if fingerprint(parameter) not in self.weights:
+                raise ValueError(
+                    f"the calibration is of another model than this one, or of another dtype: it "
+                    f"names {self.model}; run focus-compile calibrate on this model"
+                )
+
+
+def fingerprint(parameter: Tensor) -> str:
+    """Of a parameter's shape, dtype and first values."""
+    values = parameter.detach().flatten()[:SAMPLE].cpu().contiguous().view(torch.uint8)
+    told = f"{tuple(parameter.shape)} {parameter.dtype} ".encode() + bytes(values.tolist())
+    return hashlib.sha256(told).hexdigest()[:12]
+
+
+def read(value: Any) -> Calibrated:
+    """A calibration: the path of its file, or an object with its ``to_dict()``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, Calibrated):
+        return value
+    try:
+        if isinstance(value, str | Path):
+            data = json.loads(Path(value).read_text(encoding="utf-8"))
+        else:
+            data = value.to_dict()
+        options = data["options"] or {}
+        if "layers" in options:
+            options = options | {"layers": tuple(options["layers"])}
+        if isinstance(options.get("signal"), list):
+            options = options | {"signal": tuple(options["signal"])}
+        return Calibrated(str(data["model"]), frozenset(data["weights"]), options)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"calibration={value!r}: expected the file of focus-compile calibrate, or what "
+            "focus_compile.calibrate returns"
+        ) from error

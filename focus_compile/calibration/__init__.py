@@ -1,0 +1,1 @@
+"""Which signal points at what a model decodes, measured before anything is evicted."""
