@@ -24,26 +24,25 @@ def test_waits(where: Where) -> None:
     run = Run(build_model(Sizes(layers=3)).to(where.device), {}, where.inner, dynamic=True)
     ids = torch.randint(0, MASK, (3, 7), generator=torch.Generator().manual_seed(5))
 
-    def waits(steps: int) -> tuple[int, int]:
+    def forwards(steps: int) -> int:
         with focus_compile.session(exact=True):
             out = focus_compile.generate(
                 run.compiled, ids.to(where.device), max_new_tokens=12, block_length=12,
                 mask_token_id=MASK, remasking_strategy="fixed", denoising_steps=steps,
                 return_dict=True,
             )  # fmt: skip
-        return out.forwards, 0
+        return out.forwards
 
-    waits(3), waits(12)
+    forwards(3), forwards(12)  # everything is compiled
     found = []
     for steps in (3, 12):
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                forwards, _ = waits(steps)
+                taken = forwards(steps)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        count = sum("synchroniz" in str(warning.message) for warning in caught)
-        found.append((forwards, count))
+        found.append((taken, sum("synchroniz" in str(warning.message) for warning in caught)))
     (few, before), (many, after) = found
     assert (after - before) / (many - few) <= WAITS, found
