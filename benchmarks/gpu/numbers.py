@@ -24,7 +24,8 @@ from benchmarks.gpu.results import Results
 __all__ = ["FILES", "run"]
 
 FILES = tuple(
-    f"tests/gpu/test_{name}.py" for name in ("kernels", "calls", "generation", "graphs", "streams")
+    f"tests/gpu/test_{name}.py"
+    for name in ("kernels", "calls", "generation", "graphs", "streams", "waits")
 )
 POLL = 0.2
 START = 120.0

@@ -210,6 +210,7 @@ def test_one_graph_serves_all_blocks(model: Qwen3ForCausalLM) -> None:
 
 def test_as_long_as_a_head_is_wide(model: Qwen3ForCausalLM) -> None:
     """History and block as many as a head has numbers: to Dynamo a number, another graph."""
+    torch._dynamo.reset()  # it knows which sizes of a model change, whoever captured it before
     run = Run(model, dynamic=True)
     made = [
         focus_compile.generate(
