@@ -16,12 +16,19 @@ from typer.testing import CliRunner, Result
 
 import focus_compile
 from focus_compile.cli import app
+from tests.support.checkpoints import save_first_layers
 from tests.support.dialects import DIALECTS, draw_call, qwen3, sdar_moe
 from tests.support.harness import MASK
 from tests.support.paths import TINY
 from tests.support.toy import Toy
 
 CHECKPOINT = TINY / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The shipped model's first layers."""
+    return str(save_first_layers(CHECKPOINT, tmp_path_factory.mktemp("small")))
 
 
 def run(*words: str) -> Result:
@@ -127,8 +134,8 @@ def test_verify(name: str, request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.usefixtures("no_inductor")
-def test_verify_in_words() -> None:
-    made = run("verify", str(CHECKPOINT), "--block", "8")
+def test_verify_in_words(small: str) -> None:
+    made = run("verify", small, "--block", "8")
     assert made.exit_code == 0, made.output
     assert "FOCUS with nothing evicted and eager: " in made.stdout
     assert made.stdout.splitlines()[-1].startswith("equal within ")
@@ -145,18 +152,18 @@ def test_what_is_refused_is_exit_code_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_inductor")
-def test_generate_and_report(tmp_path: Path) -> None:
+def test_generate_and_report(small: str, tmp_path: Path) -> None:
     """Answers as the function gives them; the page shows the steps of the trace."""
     prompts = ["total:a3b4c5d6=", "total:a1b2c3d4e5="]
     trace, output = tmp_path / "trace.json", tmp_path / "report.html"
     words = [part for prompt in prompts for part in ("--prompt", prompt)]
     words += ["--max-new-tokens", "32", "--trace", str(trace), "--json"]
-    dense = json.loads(run("generate", str(CHECKPOINT), *words, "--dense").stdout)
+    dense = json.loads(run("generate", small, *words, "--dense").stdout)
     assert dense["retained_fraction"] == dense["fed_fraction"] == 1
     assert all(
         all(row) for step in json.loads(trace.read_text())["steps"] for row in step["retained"]
     )
-    made = run("generate", str(CHECKPOINT), *words)
+    made = run("generate", small, *words)
     assert made.exit_code == 0, made.output
     data = json.loads(made.stdout)
     assert len(data["answers"]) == 2 and data["retained_fraction"] < data["fed_fraction"] <= 1
@@ -165,7 +172,7 @@ def test_generate_and_report(tmp_path: Path) -> None:
     decoded = torch.tensor([step["decoded"] for step in steps])
     retained = torch.tensor([step["retained"] for step in steps])
     assert (decoded.sum(0) == 1).all() and (decoded <= retained).all()
-    made = run("report", str(CHECKPOINT), "-o", str(output), "--trace", str(trace))
+    made = run("report", small, "-o", str(output), "--trace", str(trace))
     assert made.exit_code == 0, made.output
     text = output.read_text()
     assert 'id="heatmap"' in text and 'id="funnel"' in text

@@ -22,12 +22,13 @@ from typing import Any
 
 import psutil
 import pytest
-from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
 
+from tests.support.checkpoints import save_first_layers
 from tests.support.paths import EXAMPLES, TINY
 
 PROMPTS, BATCH, LIMIT = 32, 2, 500
-LAYERS = 3
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+"""``torch.compile`` gives the model back: for jobs whose processes are killed again and again."""
 OPTIONS = ["--batch", str(BATCH), "--max-new-tokens", "64", "--model"]
 
 
@@ -55,7 +56,7 @@ def torchrun(processes: int, restarts: int, *files: Path) -> list[str]:
     return [sys.executable, *module, *job]
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
     """In a group of its own, so that all of it can be killed."""
     return subprocess.Popen(
         command,
@@ -63,7 +64,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
 
 
@@ -108,27 +109,27 @@ def answered(error: str) -> int:
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Beside the model that answers them."""
     path = tmp_path_factory.mktemp("batch") / "prompts.jsonl"
-    trained, folder = TINY / "aligned_checkpoint", path.with_name("model")
-    config = AutoConfig.from_pretrained(trained)
-    config.num_hidden_layers, config.layer_types = LAYERS, config.layer_types[:LAYERS]
-    Qwen3ForCausalLM.from_pretrained(trained, config=config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(trained).save_pretrained(folder)
+    save_first_layers(TINY / "aligned_checkpoint", path.with_name("model"))
     drawn = tasks.examples("order", PROMPTS, 7)
     lines = [json.dumps({"id": f"n{n}", "prompt": each.prompt}) for n, each in enumerate(drawn)]
     path.write_text("\n".join(lines))
     return path
 
 
+def alone(prompts: Path, name: str, **environment: str) -> str:
+    """What one process writes."""
+    out = prompts.with_name(name)
+    script = str(EXAMPLES / "batch_torchrun.py")
+    command = [sys.executable, script, str(prompts), str(out), *arguments(prompts.parent)]
+    error = finish(start(command, **environment))
+    assert answered(error) == PROMPTS and not out.with_name(f"{name}.parts").exists()
+    return out.read_text()
+
+
 @pytest.fixture(scope="module")
 def one(prompts: Path) -> str:
-    """What one process writes."""
-    out = prompts.with_name("one.jsonl")
-    script = str(EXAMPLES / "batch_torchrun.py")
-    error = finish(
-        start([sys.executable, script, str(prompts), str(out), *arguments(prompts.parent)])
-    )
-    assert answered(error) == PROMPTS and not out.with_name("one.jsonl.parts").exists()
-    return out.read_text()
+    """What one process writes, with FOCUS."""
+    return alone(prompts, "one.jsonl")
 
 
 def test_one_process(prompts: Path, one: str) -> None:
@@ -141,10 +142,10 @@ def test_one_process(prompts: Path, one: str) -> None:
     assert all(bool(line["answer"]) == bool(line["tokens"]) for line in told)
 
 
-def test_torchrun(prompts: Path, one: str) -> None:
+def test_torchrun(prompts: Path) -> None:
     """Killed: one of two workers, whom torchrun starts again; then all; then it is resumed."""
-    out = prompts.with_name("two.jsonl")
-    job = start(torchrun(2, 2, prompts, out))
+    one, out = alone(prompts, "eager.jsonl", **EAGER), prompts.with_name("two.jsonl")
+    job = start(torchrun(2, 2, prompts, out), **EAGER)
     wait(job, lambda: len(parts(out)) >= 2)
     kill_one(job, "batch_torchrun.py")
     before = parts(out)
@@ -159,7 +160,7 @@ def test_torchrun(prompts: Path, one: str) -> None:
     kept = parts(out)
     assert before < kept and len(kept) < PROMPTS / BATCH
     assert not out.exists()
-    error = finish(start(torchrun(2, 0, prompts, out)))
+    error = finish(start(torchrun(2, 0, prompts, out), **EAGER))
     assert answered(error) == PROMPTS - BATCH * len(kept)
     assert out.read_text() == one
 

@@ -65,7 +65,7 @@ def settings() -> list[Setting]:
     ):
         config = Config(
             (1.2, 1.0, 1.5)[seed % 3], visibility, rescue=(0.08, 0.2, 0.12, 1.0)[seed % 4],
-            first_step=first_step, signal=SIGNALS[seed % 5],
+            first_step=first_step, signal=SIGNALS[seed % len(SIGNALS)],
         )  # fmt: skip
         decoding = Decoding(
             strategy, 0.08, 1 + seed % 2, ban_mask_token=True, shifted=seed % 7 == 3

@@ -91,7 +91,7 @@ def test_every_kernel_compiles(report: dict[str, Any]) -> None:
     """Every kernel is Triton's, and has a cubin for the architecture."""
     for program in report["programs"].values():
         assert not program["host_kernels"]
-        assert len(program["kernels"]) >= 7
+        assert len(program["kernels"]) >= 6
         for kernel in program["kernels"]:
             assert kernel["arch"] == report["arch"], kernel
             assert kernel["cubin_bytes"] > 1000 and kernel["launches"] >= 1, kernel
@@ -156,15 +156,19 @@ def test_dense_operators(report: dict[str, Any]) -> None:
     assert set(report["programs"]["dense"]["operators"]) == expected
 
 
+def is_no_mask(kernel: dict[str, Any]) -> bool:
+    return "constant_pad_nd" not in kernel["name"]
+
+
 def test_sizes_are_symbols(report: dict[str, Any]) -> None:
     """Kernels before the cut run over the fed tokens, those after it over the retained ones.
 
     The others compute rotary tables (of all positions), sums over the experts, or what to retain,
-    for which the canvas is all that counts.
+    for which the canvas is all that counts; masks have a line for each query of their rows.
     """
     for half, rows, others in (("prefix", "fed", "retained"), ("suffix", "retained", "fed")):
         packed = 0
-        for kernel in report["programs"][half]["kernels"]:
+        for kernel in filter(is_no_mask, report["programs"][half]["kernels"]):
             assert others not in kernel["sizes"], kernel
             if rows in kernel["sizes"]:
                 packed += 1
@@ -175,9 +179,12 @@ def test_sizes_are_symbols(report: dict[str, Any]) -> None:
 
 
 def test_only_selection_knows_the_batch(report: dict[str, Any]) -> None:
-    """Rows are packed: no kernel of a layer knows the batch, nor the most tokens of a row."""
+    """Rows are packed: no kernel of a layer knows the batch, nor the most tokens of a row.
+
+    Those that pad masks do, once for all layers: ``test_masks_are_padded_once``.
+    """
     for half in FOCUS:
-        for kernel in report["programs"][half]["kernels"]:
+        for kernel in filter(is_no_mask, report["programs"][half]["kernels"]):
             assert not {"fed_row", "retained_row"} & set(kernel["sizes"])
             if "batch" in kernel["sizes"]:
                 assert half == "prefix" and set(kernel["sizes"]) <= {"batch", "token"}, kernel

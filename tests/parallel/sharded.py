@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 
 import focus_compile
 from focus_compile import focus_backend
+from tests.support.checkpoints import save_first_layers
 from tests.support.harness import eager_inner
 from tests.support.paths import TINY
 
@@ -41,15 +42,11 @@ CONFIGS = {
 def folder_of(case: str, folder: Path) -> Path:
     """A saved model: three layers of the trained one, or one of random weights."""
     path = folder / "model"
-    if not path.exists():
+    if case == "trained" and not path.exists():
+        save_first_layers(CHECKPOINT, path)
+    elif not path.exists():
         torch.manual_seed(0)
-        if case == "trained":
-            config = AutoConfig.from_pretrained(CHECKPOINT)
-            config.num_hidden_layers, config.layer_types = 3, config.layer_types[:3]
-            model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, config=config)
-        else:
-            model = AutoModelForCausalLM.from_config(CONFIGS[case]())
-        model.save_pretrained(path)
+        AutoModelForCausalLM.from_config(CONFIGS[case]()).save_pretrained(path)
     return path
 
 

@@ -28,8 +28,7 @@ pytestmark = pytest.mark.skipif(
     not dist.is_gloo_available(), reason="this build of PyTorch has no gloo"
 )
 HEADS = 4
-CASES = [("tied", 2, ""), ("untied", 4, ""), ("experts", 2, ""), ("trained", 2, ""),
-         ("tied", 2, "inductor")]  # fmt: skip
+CASES = [("untied", 4, ""), ("experts", 2, ""), ("trained", 2, ""), ("tied", 2, "inductor")]
 
 
 def reports(folder: Path, processes: int, module: str, *args: str) -> list[dict[str, Any]]:
