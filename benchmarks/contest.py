@@ -15,10 +15,12 @@ import focus_compile
 from benchmarks.shapes import build
 from benchmarks.trace import BLOCK, Replay, Trace, prompts, record, trained
 
-__all__ = ["Contestant", "Run", "Timed", "Work", "contestants", "now", "prepare"]
+__all__ = ["PAPER", "Contestant", "Run", "Timed", "Work", "contestants", "now", "prepare"]
 
 PROMPT = 64
 """Tokens of a prompt of random ids."""
+PAPER: Mapping[str, Any] = {"first_step": "evict", "rescue": None}
+"""A session that does what the paper does: no first step is open, and nobody is rescued."""
 
 
 def now() -> float:
@@ -71,7 +73,10 @@ class Timed:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A callable model, the session that it runs in, and whether FOCUS must run in every step."""
+    """A callable model, the session that it runs in, and whether FOCUS must run in every step.
+
+    A session evicts in first steps and rescues nobody, as the paper, unless it says otherwise.
+    """
 
     model: Any
     scope: Mapping[str, Any] = field(default_factory=dict)
@@ -99,7 +104,7 @@ class Work:
         if self.trace is not None:
             replay = Replay(self.trace)
             arguments["remasking_strategy"], signal = replay.choose, replay.signal
-        with focus_compile.session(signal=signal, **contestant.scope):
+        with focus_compile.session(signal=signal, **PAPER | contestant.scope):
             result = focus_compile.generate(
                 timed,  # type: ignore[arg-type]
                 self.ids,

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 import focus_compile
+from benchmarks.contest import PAPER
 
 ROOT = Path(__file__).resolve().parent.parent
 ALPHAS = (1.5, 2.0, 4.0)
@@ -66,10 +67,10 @@ def _measure(
     contestants: dict[str, tuple[Any, dict[str, Any]]] = {"dense": (model, {})}
     for visibility in ("written", "prefix"):
         for alpha in ALPHAS:
-            settings = {"alpha": alpha, "visibility": visibility}
+            settings = {"alpha": alpha, "visibility": visibility, **PAPER}
             contestants[f"focus, alpha {alpha:g}, {visibility}"] = (focus, settings)
-    contestants["focus, alpha 1.5, random signal"] = (focus, {"signal": _random_signal})
-    contestants["focus, alpha 1.5, layer 0 alone"] = (focus, {"signal": LAYER_0})
+    contestants["focus, alpha 1.5, random signal"] = (focus, {"signal": _random_signal, **PAPER})
+    contestants["focus, alpha 1.5, layer 0 alone"] = (focus, {"signal": LAYER_0, **PAPER})
     rows: list[dict[str, Any]] = []
     with Progress() as bar:
         job = bar.add_task("decoding", total=len(contestants) * len(TASK_BY_NAME) * n)

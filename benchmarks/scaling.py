@@ -116,7 +116,8 @@ class _Step:
         self.point, self.mask = point, mask
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(0, mask, (point.batch, point.history), generator=generator)
-        self.rows = CachedBatch(model, ids, torch.ones_like(ids, dtype=torch.bool))
+        real = torch.ones_like(ids, dtype=torch.bool)
+        self.rows = CachedBatch(model, ids, real, point.block)
         self.rows.prefill()
         self.block, self.masked = self.rows.open_block(point.block, mask, mask)
         order = -torch.arange(point.block, dtype=torch.float32)
@@ -126,8 +127,9 @@ class _Step:
     def __call__(self, *, enabled: bool) -> float:
         kept = self.point.kept
         with session(
-            self.mask, float(kept), signal=self.signal, logits="packed", enabled=enabled
-        ) as focus:
+            self.mask, float(kept), signal=self.signal, logits="packed", enabled=enabled,
+            first_step="evict",
+        ) as focus:  # fmt: skip
             start = time.perf_counter()
             self.rows.peek(self.block)
             spent = time.perf_counter() - start

@@ -110,6 +110,9 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "a sliding window of": (
         "prompt and answer are longer than a layer's sliding window",
         "shorter prompts or answers, or use_sliding_window=False"),
+    "the model left the cache that it was given empty": (
+        "generate, with a model that has no cache, or keeps it elsewhere",
+        "generate(use_cache=False)"),
     # options and arguments
     "valid has shape": ("a mask that is not 2-D, or shorter than the block", "[B, S + T]"),
     "the options of backend 'focus' are": ("an unknown option", NAMED),

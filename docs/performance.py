@@ -21,8 +21,9 @@ Inductor, and through FOCUS, in turns, in one process. Random weights decode in 
 trained models do not; so `trace:` rows replay what the eager FOCUS of the tests did with the
 trained model of `examples/tiny_dllm` ({alignment}): the same
 positions are decoded in the same steps by every contestant, and FOCUS selects by the recorded
-deltas after it has computed its own. A run is an error if it fed or retained other tokens than the
-eager FOCUS. `sequential:3` and `fixed:3` decode 3 tokens per step, leftmost or most confident ones.
+deltas after it has computed its own, in the paper's way (`first_step="evict"`, `rescue=None`). A
+run is an error if it fed or retained other tokens than the eager FOCUS. `sequential:3` and
+`fixed:3` decode 3 tokens per step, leftmost or most confident ones.
 
 "by FLOPs" is the ratio of the floating-point operations that plain Inductor and FOCUS need for the
 tokens that were fed and retained, read off the captured graph: a limit, unless a kernel is faster

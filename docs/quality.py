@@ -16,7 +16,8 @@ Written by `python -m docs.build` from `quality.json`; measured by `benchmarks/q
 {dtype}, {threads} thread(s), torch {torch}, transformers {transformers}, CPU, Inductor. "Dense" is
 the eager model. Fed and retained are shares of the block's tokens over all denoising forwards, rows
 that wait for others included. The paper's setting is alpha 1.5, visibility prefix; ours is alpha
-1.5, visibility written.
+1.5, visibility written. FOCUS runs in the paper's way: `first_step="evict"`, `rescue=None`; rescue,
+which `generate` has on by default, is in [calibration.md](calibration.md#rescue).
 
 Two checkpoints ([model card](../examples/tiny_dllm/README.md)). `checkpoint` was trained to answer
 and nothing else; on it the importance delta does not point at the tokens that can be decoded.

@@ -9,6 +9,9 @@ FOCUS asks three things of it:
 - put the cache back after a call with masks: the keys and values of evicted tokens are not in it;
 - commit: when a block has no mask left, call once more, and keep that call's keys and values.
 
+The session is told the loop's threshold: where no retained token of a row reaches it, the evicted
+ones are computed in the same step, and nothing is decoded for want of something better.
+
 A batch needs prompts of one length here. ``focus_compile.generate`` is this loop with padding, ends
 of text, sampling and streaming.
 """
@@ -77,7 +80,7 @@ def main() -> None:
     model = Qwen3ForCausalLM.from_pretrained(CHECKPOINT).eval()
     compiled = focus_compile.compile(model, tokenizer, dynamic=True, strict=True)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    with focus_compile.session() as focus:
+    with focus_compile.session(rescue=THRESHOLD) as focus:
         made = my_denoising_loop(compiled, ids, 1, tokenizer.mask_token_id, focus)
         stats = focus.stats
     print(tokenizer.decode(made[0], skip_special_tokens=True))

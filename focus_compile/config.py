@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,7 +42,9 @@ class FocusConfig:
             block decoded much in its first step, or is not known. A call without a session, which
             knows no first step, evicts.
         rescue: a threshold from 0 to 1: rows in which no retained token has that probability get
-            their evicted tokens computed in the same step (section 11). None: never, as the paper.
+            their evicted tokens computed in the same step (section 11). ``"auto"``: that of
+            :func:`focus_compile.generate`, where it decodes by one; a loop of one's own is not
+            known to have any. None: never, as the paper.
         calibration: the file of :func:`focus_compile.calibrate`, or what it returned: sets signal,
             layers, first_step and rescue where they are not given. Another model's is refused at
             the first call. One that says "do not evict" sets ``evict=False``.
@@ -66,8 +68,8 @@ class FocusConfig:
     stale_kv: bool = True
     signal: str | tuple[float, float] = "delta"
     layers: tuple[int, int] = (0, 1)
-    first_step: str = "evict"
-    rescue: float | None = None
+    first_step: str = "auto"
+    rescue: float | Literal["auto"] | None = "auto"
     calibration: Any = None
     evict: bool = True
     exact: bool = False
@@ -103,8 +105,8 @@ class FocusConfig:
         valid = valid and 0 <= self.layers[0] < self.layers[1]
         _expect("layers", self.layers, valid, "two layers, (i, j) with 0 <= i < j")
         object.__setattr__(self, "layers", tuple(self.layers))
-        valid = self.rescue is None or is_probability(self.rescue)
-        _expect("rescue", self.rescue, valid, "a probability from 0 to 1, or None")
+        valid = self.rescue in (None, "auto") or is_probability(self.rescue)
+        _expect("rescue", self.rescue, valid, "a probability from 0 to 1, 'auto' or None")
         for name in ("delayed_cache", "stale_kv", "exact", "evict", "strict"):
             _expect(
                 name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"

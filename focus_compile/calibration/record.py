@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessorList
 
 from focus_compile.backend import focus_backend
 from focus_compile.generation.batch import CachedBatch, CanvasBatch
-from focus_compile.generation.decoding import choose, propose, warpers
+from focus_compile.generation.decoding import choose, propose
 from focus_compile.generation.endings import Endings
 from focus_compile.generation.request import criteria
 from focus_compile.runtime.ambient import inside
@@ -109,7 +110,9 @@ class Recorder:
     def _session(self, layer: int) -> Session:
         """Its scores are the importance of one layer: the second of its program's, or the first."""
         weights = (0.0, 1.0) if layer else (1.0, 0.0)
-        return Session(self.token, signal=weights, exact=True)
+        session = Session(self.token, signal=weights, exact=True)
+        session.owns_kv = True
+        return session
 
     def _denoise(
         self,
@@ -119,7 +122,6 @@ class Recorder:
         sessions: dict[int, Session],
         steps: list[DenseStep],
     ) -> Tensor:
-        processors = warpers(None, self.token, 0.0, None, None, block.device)
         while bool(masked.any()):
             importances: dict[int, Tensor] = {}
             logits = None
@@ -136,7 +138,9 @@ class Recorder:
                 assert focus.scores is not None
                 importances[layer] = focus.scores
             assert logits is not None
-            found = propose(logits[masked], masked, rows.sequences, processors)
+            where = masked.nonzero()[:, 0]
+            before, none = rows.sequences[where], LogitsProcessorList()
+            found = propose(logits[masked], masked, before, none, never=self.token)
             chosen = choose(found, masked, "threshold", threshold=self.threshold, count=1)
             steps.append(DenseStep(masked, chosen, found.confidence, importances))
             block = torch.where(chosen, found.tokens, block)

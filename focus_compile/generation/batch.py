@@ -14,6 +14,11 @@ from focus_compile.models.masks import attention_mask, cache_keyword, canvas_arg
 
 __all__ = ["CachedBatch", "CanvasBatch"]
 
+NO_KEYS = (
+    "the model left the cache that it was given empty, or a layer of it: call "
+    "generate(use_cache=False), which feeds prompt and blocks together"
+)
+
 
 def _is_transformers(model: nn.Module) -> bool:
     """Whether a model is transformers' own.
@@ -101,6 +106,8 @@ class CachedBatch:
         """
         logits = self.forward(self.sequences, queries=1 if _is_transformers(self.model) else None)
         layers: list[Any] = self.cache.layers
+        if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+            raise ValueError(NO_KEYS)
         self.held = _is_transformers(self.model) and hold(layers, self.room)
         for layer in () if self.held else layers:
             layer.keys, layer.values = _laid_out(layer.keys), _laid_out(layer.values)

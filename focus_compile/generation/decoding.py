@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from focus_compile.generation.request import fraction, whole
+from focus_compile.ops.likelihood import most_probable
 from focus_compile.runtime.demand import Demand
 
 __all__ = [
@@ -55,6 +55,7 @@ def propose(
     context: Tensor,
     processors: LogitsProcessorList,
     *,
+    never: int | None = None,
     sample: bool = False,
     generator: torch.Generator | None = None,
 ) -> Candidates:
@@ -63,17 +64,20 @@ def propose(
     Args:
         scores: logits ``[M, V]`` of the positions of ``where`` bool ``[B, T]``, in row-major order.
         context: int64 ``[M, L]``, what stands before each of them, for the processors.
+        never: a token that has no probability, the mask token.
         sample: draw from the processed distribution; else take its largest, ties to the lowest id.
     """
-    scores = scores.float()
-    if processors:
-        scores = processors(context, scores)  # type: ignore[arg-type]
-    probabilities = torch.softmax(scores, dim=-1)
+    if processors or sample:
+        scores = scores.to(torch.float32, copy=never is not None)
+        if never is not None:
+            scores[:, never : never + 1] = -torch.inf
+        scores, never = processors(context, scores), None  # type: ignore[arg-type]
     if sample:
+        probabilities = torch.softmax(scores, dim=-1)
         picked = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        confidence = probabilities.gather(1, picked.unsqueeze(1)).squeeze(1)
     else:
-        picked = probabilities.argmax(-1)
-    confidence = probabilities.gather(1, picked.unsqueeze(1)).squeeze(1)
+        confidence, picked = most_probable(scores, never)
     tokens = torch.zeros(where.shape, dtype=torch.int64, device=where.device)
     values = torch.full(where.shape, -1.0, dtype=torch.float32, device=where.device)
     return Candidates(
@@ -113,13 +117,15 @@ class Decoder:
     Attributes:
         strategy: one of ``STRATEGIES``, or a function; threshold: of confidence; count: tokens per
             step.
-        processors: what logits go through; sample: whether tokens are drawn, with ``generator``.
+        processors: what logits go through; never: the mask token, which is not decoded; sample:
+            whether tokens are drawn, with ``generator``.
     """
 
     strategy: str | Strategy
     threshold: float
     count: int
     processors: LogitsProcessorList
+    never: int
     sample: bool
     generator: torch.Generator | None
 
@@ -135,23 +141,12 @@ class Decoder:
         if self.count < 1:
             raise ValueError(f"tokens_per_step={self.count}: expected at least 1")
 
-    def demand(self, rescue: float | str | None, around: Demand | None) -> Demand | None:
-        """What ``generate(rescue=...)`` asks of a row; ``around``: the session's around it.
-
-        Raises:
-            ValueError: ``rescue`` is neither a probability, ``"auto"`` nor None.
-        """
-        if rescue == "auto":
-            rescue = self.threshold if self.strategy == "threshold" else None
-        elif rescue is None and around is not None:
-            rescue = around.threshold
-        if rescue is None:
-            return None
-        if isinstance(rescue, str):
-            raise ValueError(f"rescue={rescue!r}: expected a probability, 'auto' or None")
-        if isinstance(self.strategy, str) and self.strategy != "threshold":
-            return Demand(rescue, self.strategy, self.count)
-        return Demand(rescue)
+    @property
+    def demand(self) -> Demand | None:
+        """When what a row has retained is enough for it to decode; None: a function decides."""
+        if isinstance(self.strategy, str):
+            return Demand(self.threshold, self.strategy, self.count)
+        return None
 
     def step(self, scores: Tensor, where: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Positions to decode bool ``[B, T]``, and tokens int64 ``[B, T]`` for them.
@@ -163,8 +158,9 @@ class Decoder:
             ValueError: a function chose no position, or one that is no candidate.
         """
         candidates = propose(
-            scores, where, context, self.processors, sample=self.sample, generator=self.generator
-        )
+            scores, where, context, self.processors,
+            never=self.never, sample=self.sample, generator=self.generator,
+        )  # fmt: skip
         if isinstance(self.strategy, str):
             chosen = choose(
                 candidates, where, self.strategy, threshold=self.threshold, count=self.count
@@ -178,13 +174,11 @@ class Decoder:
 
 def warpers(
     given: Sequence[LogitsProcessor] | None,
-    mask_token_id: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-    device: torch.device,
 ) -> LogitsProcessorList:
-    """The mask token is never decoded; the caller's processors; what sampling needs, if any.
+    """The caller's processors; what sampling needs, if any.
 
     ``top_k`` of 0 or -1, and ``top_p`` of 1, keep all tokens.
     """
@@ -194,8 +188,7 @@ def warpers(
     share = 1.0 if top_p is None else fraction("top_p", top_p)
     if not 0 <= share <= 1:
         raise ValueError(f"top_p={top_p}: expected a number from 0 to 1")
-    never = SuppressTokensLogitsProcessor([mask_token_id], device=str(device))
-    processors = LogitsProcessorList([never, *(given or [])])
+    processors = LogitsProcessorList(given or [])
     if temperature > 0:
         processors.append(TemperatureLogitsWarper(temperature))
         if count > 0:

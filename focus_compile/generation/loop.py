@@ -33,6 +33,7 @@ from focus_compile.generation.text import StopStrings
 from focus_compile.graph.sharding import is_sharded
 from focus_compile.models.vocabulary import check_ids, check_mask_token, rows_of
 from focus_compile.runtime.ambient import current_session, inside, open_elsewhere
+from focus_compile.runtime.demand import Rescue
 from focus_compile.runtime.reader import Reader
 from focus_compile.runtime.session import Session, warn_outside
 from focus_compile.runtime.statistics import SessionStats
@@ -109,7 +110,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
-    rescue: float | Literal["auto"] | None = None,
+    rescue: float | Literal["auto"] | None = "auto",
     first_step: str | None = None,
     progress: bool = False,
     return_dict: bool = False,
@@ -146,8 +147,8 @@ def generate(
             can be decoded where its left neighbour was retained.
         rescue: a row in which no retained token has this probability gets its evicted tokens
             computed in the same step, and decides among all (docs/algorithm.md section 11).
-            ``"auto"``: ``confidence_threshold`` where that is the strategy, and None elsewhere.
-            None: as in the session around it, or in the model's options.
+            ``"auto"``: as in the session around it, or in the model's options; where these say
+            ``"auto"``, too, ``confidence_threshold`` if that is the strategy. None: never.
         first_step: ``"evict"``, ``"open"`` or ``"auto"`` (section 10); None: as in the session
             around it, or in the model's options.
         use_cache: False for models without a cache (LLaDA, Dream as published): they are called
@@ -181,7 +182,8 @@ def generate(
         remasking_strategy,
         fraction("confidence_threshold", confidence_threshold),
         count_per_step(block_length, denoising_steps, tokens_per_step),
-        warpers(logits_processor, mask_token_id, temperature, top_k, top_p, input_ids.device),
+        warpers(logits_processor, temperature, top_k, top_p),
+        mask_token_id,
         temperature > 0,
         _generator(generator, seed, input_ids.device),
     )
@@ -197,9 +199,8 @@ def generate(
     if streamer is not None:
         streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
     backend = backend_of(model)
-    request = _session(mask_token_id, shifted_logits)
-    request.first_step = first_step or request.first_step
-    request.rescue = decoder.demand(rescue, request.rescue)
+    request = _session(mask_token_id, shifted_logits, first_step, rescue)
+    request.decoding = decoder.demand
     with closing(request) as focus, Progress(disable=not progress, transient=True) as bar:
         focus.commits_exactly, focus.owns_kv = use_cache, True
         focus.masked, focus.any_masked = torch.zeros_like(input_ids, dtype=torch.bool), False
@@ -327,8 +328,10 @@ def _is_focus(backend: Any) -> bool:
     return backend is focus_backend or isinstance(backend, Backend)
 
 
-def _session(mask_token_id: int, shifted_logits: bool) -> Session:
-    """A request's own session, with the settings of the one around it."""
+def _session(
+    mask_token_id: int, shifted_logits: bool, first_step: str | None, rescue: Rescue
+) -> Session:
+    """A request's own session, with the settings of the one around it where it has none."""
     around = current_session()
     if around is None:
         if not all(found.is_plain for found in open_elsewhere()):
@@ -344,8 +347,8 @@ def _session(mask_token_id: int, shifted_logits: bool) -> Session:
         enabled=around.enabled,
         shifted_logits=shifted_logits,
         exact=around.exact,
-        first_step=around.first_step,
-        rescue=around.rescue,
+        first_step=first_step or around.first_step,
+        rescue=around.rescue if rescue == "auto" else rescue,
         calibration=around.calibration,
     )
 

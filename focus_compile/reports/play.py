@@ -100,7 +100,7 @@ def play(
         return signal(step)
 
     current: Call | None = call
-    with session(call.mask_token_id, alpha=alpha, signal=listen) as focus:
+    with session(call.mask_token_id, alpha=alpha, signal=listen, first_step="evict") as focus:
         while current is not None and len(steps) < _STEPS:
             outputs = output_tensors(current.run(model))
             if focus.stats.steps == len(steps):  # no masks are left, or it is refused

@@ -29,9 +29,10 @@ class Constants:
     def get(self, name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``value`` as a tensor; the one of the last call that asked for the same."""
         key = (value, dtype, device)
-        if name not in self._last or self._last[name][0] != key:
-            self._last[name] = key, torch.tensor(value, dtype=dtype, device=device)
-        return self._last[name][1]
+        last = self._last.get(name)
+        if last is None or last[0] != key:  # another thread may put its own there meanwhile
+            last = self._last[name] = key, torch.tensor(value, dtype=dtype, device=device)
+        return last[1]
 
 
 def is_exact(config: FocusConfig, session: Session | None) -> bool:

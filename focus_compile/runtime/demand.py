@@ -5,14 +5,18 @@ docs/algorithm.md section 11, items 1 and 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from focus_compile.config import is_probability
 
-__all__ = ["Demand", "confidence", "in_need", "rescue_of"]
+__all__ = ["Demand", "Rescue", "check_rescue", "demand_of", "in_need", "rescue_of"]
+
+Rescue = float | Literal["auto"] | None
+"""A probability; ``"auto"``: whoever is asked next decides; None: nobody is rescued."""
 
 
 @dataclass(frozen=True)
@@ -23,27 +27,37 @@ class Demand:
         threshold: probability in [0, 1] that a retained masked token must reach.
         strategy: ``"threshold"``: one token; ``"fixed"``: ``count`` tokens; ``"sequential"``: the
             ``count`` leftmost masks must be among those that can be decoded, however sure.
-
-    Raises:
-        ValueError: the threshold is out of range.
     """
 
     threshold: float
     strategy: str = "threshold"
     count: int = 1
 
-    def __post_init__(self) -> None:
-        if not is_probability(self.threshold):
-            raise ValueError(f"rescue={self.threshold!r}: expected a probability from 0 to 1")
+
+def check_rescue(rescue: Any) -> Rescue:
+    """What a session or a generation takes: a probability, ``"auto"`` or None.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if rescue in (None, "auto") or is_probability(rescue):
+        return rescue  # type: ignore[no-any-return]
+    raise ValueError(f"rescue={rescue!r}: expected a probability from 0 to 1, 'auto' or None")
 
 
-def confidence(logits: Tensor, mask_token_id: int | None) -> Tensor:
-    """The largest probability of each row but for the mask token's: ``[N, V]`` -> fp32 ``[N]``."""
-    scores = logits.float()
-    if mask_token_id is not None:
-        scores = scores.clone()
-        scores[:, mask_token_id : mask_token_id + 1] = -torch.inf  # a head may be without it
-    return (scores.amax(1) - scores.logsumexp(1)).exp()
+def demand_of(option: Rescue, session: Rescue, decoding: Demand | None) -> Demand | None:
+    """What rows must have retained; None: nobody is rescued.
+
+    The session's setting, else the model's option, else how ``generate`` decodes, ``decoding``, if
+    it is by a threshold; None: a loop of one's own, or a function, whose threshold is not known.
+    """
+    asked = option if session == "auto" else session
+    if asked == "auto":
+        by_threshold = decoding is not None and decoding.strategy == "threshold"
+        return decoding if by_threshold else None
+    if asked is None:
+        return None
+    return Demand(asked) if decoding is None else replace(decoding, threshold=asked)
 
 
 def in_need(sure: Tensor, masked: Tensor, retained: Tensor, demand: Demand) -> Tensor:

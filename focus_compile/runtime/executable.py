@@ -16,6 +16,7 @@ from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHist
 from focus_compile.graph.sharding import local
 from focus_compile.log import warning_once
 from focus_compile.models.vocabulary import check_mask_token
+from focus_compile.ops.likelihood import most_probable
 from focus_compile.ops.packing import clear
 from focus_compile.ops.tables import feed, retained_tables
 from focus_compile.plan.controls import Selection, Tables
@@ -26,7 +27,7 @@ from focus_compile.programs.program import Program
 from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.block import BlockState, History
 from focus_compile.runtime.controls import Constants, controls, empty_slots, is_exact, ranking
-from focus_compile.runtime.demand import Demand, confidence, rescue_of
+from focus_compile.runtime.demand import Demand, demand_of, rescue_of
 from focus_compile.runtime.identity import model_key, overlap, weights_of
 from focus_compile.runtime.outputs import Packed, packed_logits, returned
 from focus_compile.runtime.reader import MaskedCall, Outputs, outermost
@@ -268,10 +269,10 @@ class Executable:
                 self.checked.add((each, key))
 
     def _demand(self, session: Session | None) -> Demand | None:
-        """When rows are rescued: by the session's setting, or the option."""
-        if session is not None and session.rescue is not None:
-            return session.rescue
-        return None if self.config.rescue is None else Demand(self.config.rescue)
+        """When rows are rescued: by the session's setting, the option, or how they are decoded."""
+        if session is None:
+            return demand_of(self.config.rescue, "auto", None)
+        return demand_of(self.config.rescue, session.rescue, session.decoding)
 
     def _sure(
         self,
@@ -293,11 +294,13 @@ class Executable:
             token = session.mask_token_id
         packed = packed_logits(logits, values, retained)
         sure = torch.full(shape, -1.0, device=packed.values.device)
-        sure.view(-1)[retained.tokens] = confidence(packed.values, token)
+        sure.view(-1)[retained.tokens], _ = most_probable(packed.values, token)
         if session is None or not session.shifted_logits:
             return sure
         last = session.last
-        first = torch.full_like(sure[:, 0], -1.0) if last is None else confidence(last, token)
+        first = torch.full_like(sure[:, 0], -1.0)
+        if last is not None:
+            first, _ = most_probable(last, token)
         return torch.cat([first.unsqueeze(1), sure[:, :-1]], 1)
 
     def _logits(self, session: Session | None) -> int | None:

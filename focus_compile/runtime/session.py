@@ -17,7 +17,7 @@ from focus_compile.config import FIRST_STEPS
 from focus_compile.log import warning_once
 from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
 from focus_compile.runtime.block import BlockState
-from focus_compile.runtime.demand import Demand
+from focus_compile.runtime.demand import Demand, Rescue, check_rescue
 from focus_compile.runtime.reader import Reader
 from focus_compile.runtime.signals import Choice, check_signal
 from focus_compile.runtime.statistics import SessionStats
@@ -80,8 +80,9 @@ class Session:
     Attributes:
         mask_token_id, alpha, visibility, exact: override the model's options where not None.
         calibration: what set them, or None.
-        first_step, rescue: override the model's options where not None; ``rescue`` is a
-            :class:`~focus_compile.runtime.demand.Demand`.
+        first_step: overrides the model's option where not None; rescue: where not ``"auto"``.
+        decoding: how ``generate`` decodes, which says when a row needs its evicted tokens; None in
+            an own loop.
         signal: overrides the model's option where not None: a name, the weights of both
             importances, a :class:`~focus_compile.runtime.signals.Signal`, or a function of the
             :class:`~focus_compile.runtime.signals.Step` that returns one.
@@ -126,7 +127,7 @@ class Session:
         shifted_logits: bool = False,
         exact: bool | None = None,
         first_step: str | None = None,
-        rescue: float | Demand | None = None,
+        rescue: Rescue = "auto",
         calibration: Any = None,
     ) -> None:
         self.calibration = None if calibration is None else read(calibration)
@@ -134,7 +135,7 @@ class Session:
             found = self.calibration.in_session
             signal = found.get("signal") if signal is None else signal
             first_step = first_step or found.get("first_step")
-            rescue = found.get("rescue") if rescue is None else rescue
+            rescue = found.get("rescue", rescue) if rescue == "auto" else rescue
             enabled = enabled and bool(found)
         if alpha is not None and not alpha >= 1:
             raise ValueError(f"alpha={alpha!r}: expected a number >= 1")
@@ -145,7 +146,8 @@ class Session:
         if first_step is not None and first_step not in FIRST_STEPS:
             raise ValueError(f"first_step={first_step!r}: expected one of {FIRST_STEPS}")
         self.first_step = first_step
-        self.rescue = rescue if rescue is None or isinstance(rescue, Demand) else Demand(rescue)
+        self.rescue = check_rescue(rescue)
+        self.decoding: Demand | None = None
         self.confidences = False
         self.last: Tensor | None = None
         self.mask_token_id = mask_token_id
@@ -199,10 +201,9 @@ class Session:
     @property
     def is_plain(self) -> bool:
         """Whether it changes nothing of what a generation does."""
-        settings = (
-            self.alpha, self.visibility, self.signal, self.exact, self.first_step, self.rescue
-        )  # fmt: skip
-        return self.enabled and all(setting is None for setting in settings)
+        settings = (self.alpha, self.visibility, self.signal, self.exact, self.first_step)
+        unset = self.rescue == "auto" and all(setting is None for setting in settings)
+        return self.enabled and unset
 
     def report(self) -> None:
         """At its end: warn if FOCUS had nothing to do, or was never asked."""
@@ -321,7 +322,7 @@ def session(
     shifted_logits: bool = False,
     exact: bool | None = None,
     first_step: str | None = None,
-    rescue: float | None = None,
+    rescue: Rescue = "auto",
     calibration: Any = None,
 ) -> Iterator[Session]:
     """Scope of one generation: K/V slots, averages and progress live until it ends.
@@ -345,6 +346,7 @@ def session(
         first_step: ``"evict"``, ``"open"`` or ``"auto"``: see :class:`FocusConfig`. rescue: a
             probability: a row whose retained tokens all have less gets its evicted tokens computed
             in the same step, and decides among all. Give it the threshold of your own loop.
+            ``"auto"``: the model's option. None: never.
         calibration: the file of :func:`focus_compile.calibrate`, or what it returned: sets signal,
             first_step and rescue where they are not given, and enabled to False where it says "do
             not evict". The model must be compiled for its layers.

@@ -13,7 +13,8 @@ from torch import Tensor
 from focus_compile.calibration.choice import Judged, choose, gate
 from focus_compile.calibration.record import DenseStep
 from focus_compile.calibration.replay import Candidate, Tally, replay
-from focus_compile.runtime.demand import Demand, confidence, in_need
+from focus_compile.ops.likelihood import most_probable
+from focus_compile.runtime.demand import Demand, in_need
 from tests.support.paths import TRUST
 
 CASES: list[dict[str, Any]] = json.loads(TRUST.read_text())["cases"]
@@ -108,7 +109,7 @@ def test_gate_of_steps(case: dict[str, Any]) -> None:
 def test_sureness(case: dict[str, Any]) -> None:
     given = case["inputs"]
     values = [math.nan if value is None else value for value in given["logits"]]
-    found = float(confidence(torch.tensor([values]), given["mask_id"]))
+    found = float(most_probable(torch.tensor([values]), given["mask_id"])[0])
     expected = case["outputs"]["c"]
     assert found == pytest.approx(math.nan if expected is None else expected, nan_ok=True, abs=1e-6)
 

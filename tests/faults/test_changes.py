@@ -22,6 +22,7 @@ from tests.reference.state import Config
 from tests.reference.system import standalone_batch
 from tests.support.harness import (
     MASK,
+    PAPER,
     Call,
     Run,
     Sizes,
@@ -279,7 +280,7 @@ def focus_without_inductor(gm: GraphModule, inputs: Sequence[Any], **options: An
 @pytest.mark.parametrize("how", ["pickle", "deepcopy"])
 def test_a_copy_of_a_compiled_model(how: str) -> None:
     """Weights and options are copied, programs are not; blocks of the two are separate."""
-    options = {"mask_token_id": MASK, "alpha": ALPHA, "strict": True}
+    options = {"mask_token_id": MASK, "alpha": ALPHA, "strict": True, **PAPER}
     model = build_model(Sizes(layers=3))
     compiled = torch.compile(model, backend="focus_without_inductor", options=options)
     other = pickle.loads(pickle.dumps(compiled)) if how == "pickle" else copy.deepcopy(compiled)

@@ -24,7 +24,7 @@ from focus_compile.runtime.ambient import _ENTERED
 from focus_compile.runtime.executable import Executable
 from tests.support.defaults import default
 from tests.support.dialects import DIALECTS, Dialect, Draw, qwen3
-from tests.support.harness import CACHE, MASK, Call, Sizes, build_model, eager_inner
+from tests.support.harness import CACHE, MASK, PAPER, Call, Sizes, build_model, eager_inner
 from tests.support.models.llada import LLaDA
 
 SLOTS = 40
@@ -153,7 +153,7 @@ class Subject:
         self.model = self.dialect.build().eval()
 
         def backend(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
-            options = {"mask_token_id": MASK, "strict": not self.refusable, **self.options}
+            options = {"mask_token_id": MASK, "strict": not self.refusable, **PAPER, **self.options}
             program = focus_backend(gm, inputs, options=options, inner=eager_inner)
             if isinstance(program, Executable):
                 self.executables.append(program)

@@ -259,6 +259,20 @@ def test_other_layers_are_left_alone() -> None:
     assert not hold([DynamicLayer()], 20)  # nothing was stored in it
 
 
+def test_a_model_that_stores_nothing(model: Qwen3ForCausalLM) -> None:
+    """It is told what such a model needs."""
+    forward = model.forward
+
+    def without_cache(*args: Any, **kwargs: Any) -> Any:
+        stored = ("cache", "past_key_values", "use_cache")
+        given = {name: value for name, value in kwargs.items() if name not in stored}
+        return forward(*args, **given, use_cache=False)
+
+    with mock.patch.object(model, "forward", without_cache):
+        with pytest.raises(ValueError, match=r"left the cache.*generate\(use_cache=False\)"):
+            generate(model)
+
+
 def test_an_own_loop_runs_dense(
     model: Qwen3ForCausalLM, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,7 @@ import focus_compile
 from focus_compile.generation.batch import CanvasBatch
 from tests.reference.emulation import Emulation
 from tests.reference.state import Config
-from tests.support.harness import MASK, Sizes, build_model
+from tests.support.harness import MASK, PAPER, Sizes, build_model
 from tests.support.models.dream import Dream
 from tests.support.models.llada import LLaDA
 
@@ -88,7 +88,9 @@ def test_generation_without_a_cache(shifted: bool) -> None:
     torch._dynamo.reset()
     model = Named().eval() if shifted else LLaDA(groups=2).eval()
     ids = prompts(3)
-    compiled = torch.compile(model, backend="focus", dynamic=True, options={"strict": True})
+    compiled = torch.compile(
+        model, backend="focus", dynamic=True, options={"strict": True, **PAPER}
+    )
     dense = reference(model, ids, shifted, None)
     assert torch.equal(generated(model, ids, shifted_logits=shifted).sequences, dense)
     with focus_compile.session(enabled=False):

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import focus_compile
 from focus_compile import Generated, focus_backend
-from tests.support.harness import MASK, VOCAB, Sizes, build_model, eager_inner
+from tests.support.harness import MASK, PAPER, VOCAB, Sizes, build_model, eager_inner
 
 BLOCK, PROMPT, BATCH = 6, 5, 3
 EOS, PAD = 58, 59
@@ -280,4 +280,4 @@ def test_eager_attention_gets_an_additive_mask(compiled: bool) -> None:
 
 
 def strict(gm: GraphModule, inputs: Any) -> Any:
-    return focus_backend(gm, inputs, options={"strict": True}, inner=eager_inner)
+    return focus_backend(gm, inputs, options={"strict": True, **PAPER}, inner=eager_inner)

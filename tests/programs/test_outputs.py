@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from focus_compile.backend import focus_backend
 from focus_compile.runtime.executable import Executable
-from tests.support.harness import MASK, Sizes, build_model, eager_inner, random_call, retained
+from tests.support.harness import (
+    MASK,
+    PAPER,
+    Sizes,
+    build_model,
+    eager_inner,
+    random_call,
+    retained,
+)
 
 
 class Watched(nn.Module):
@@ -40,7 +48,7 @@ def test_values_before_the_cut_are_returned_of_every_fed_token() -> None:
     watched, programs = Watched(), list[Any]()
 
     def backend(gm: Any, inputs: Any) -> Any:
-        options = {"mask_token_id": MASK, "strict": True, "alpha": 1.0}
+        options = {"mask_token_id": MASK, "strict": True, "alpha": 1.0, **PAPER}
         programs.append(focus_backend(gm, inputs, options=options, inner=eager_inner))
         return programs[-1]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import focus_compile
-from focus_compile.runtime.demand import Demand, confidence, in_need, rescue_of
+from focus_compile.runtime.demand import Demand, Rescue, demand_of, in_need, rescue_of
 
 
 def slow(sure: list[float], masked: list[bool], retained: list[bool], demand: Demand) -> bool:
@@ -61,16 +61,32 @@ def test_nobody_is_rescued() -> None:
     assert rescue_of(None, masked, ~masked, Demand(0.9)) is None
 
 
-def test_confidence() -> None:
-    """The largest probability, that of the mask token left out before the softmax."""
-    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(1))
-    logits[2, 4] = 9.0
-    whole = logits.softmax(1).amax(1)
-    rest = torch.cat([logits[:, :4], logits[:, 5:]], 1).softmax(1).amax(1)
-    torch.testing.assert_close(confidence(logits, None), whole)
-    torch.testing.assert_close(confidence(logits.double(), 4), rest)
-    assert abs(float(whole[2] - rest[2])) > 0.1
-    assert confidence(torch.tensor([[1.0, torch.nan]]), None).isnan().all()
+THRESHOLD, FIXED = Demand(0.9), Demand(0.9, "fixed", 2)
+
+
+@pytest.mark.parametrize(
+    ("option", "session", "decoding", "expected"),
+    [
+        ("auto", "auto", None, None),  # a loop of one's own
+        ("auto", "auto", THRESHOLD, THRESHOLD),
+        ("auto", "auto", FIXED, None),
+        (None, "auto", THRESHOLD, None),
+        (0.3, "auto", None, Demand(0.3)),
+        (0.3, "auto", THRESHOLD, Demand(0.3)),
+        (0.3, "auto", FIXED, Demand(0.3, "fixed", 2)),
+        (0.3, None, THRESHOLD, None),
+        (0.3, 0.6, None, Demand(0.6)),
+        (None, 0.6, FIXED, Demand(0.6, "fixed", 2)),
+    ],
+)
+def test_whose_setting_counts(
+    option: Rescue,
+    session: Rescue,
+    decoding: Demand | None,
+    expected: Demand | None,
+) -> None:
+    """The session's, then the option, then how ``generate`` decodes."""
+    assert demand_of(option, session, decoding) == expected
 
 
 @pytest.mark.parametrize("rescue", [-0.1, 1.5, float("nan"), True, "0.9"])

@@ -25,7 +25,7 @@ from transformers.models.diffusion_gemma import (
 
 from focus_compile import focus_backend
 from focus_compile.runtime.executable import Executable
-from tests.support.harness import CACHE, MASK, eager_inner
+from tests.support.harness import CACHE, MASK, PAPER, eager_inner
 from tests.support.models.dream import Dream
 from tests.support.models.gemma import Gemma
 from tests.support.models.llada import LLaDA
@@ -297,7 +297,7 @@ class Subject:
         chosen = {} if self.inner is None else {"inner": self.inner}
 
         def backend(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
-            options = {"mask_token_id": MASK, "strict": True}
+            options = {"mask_token_id": MASK, "strict": True, **PAPER}
             program = focus_backend(gm, inputs, options=options, **chosen)
             if isinstance(program, Executable):
                 self.executables.append(program)

@@ -20,6 +20,8 @@ from focus_compile.programs.program import Program
 from focus_compile.runtime.executable import Executable
 
 VOCAB, MASK = 61, 60
+PAPER: dict[str, Any] = {"first_step": "evict", "rescue": None}
+"""Options for what the references do, unless they are told of first steps and rescue."""
 KNOWN = inspect.signature(Qwen3ForCausalLM.forward).parameters
 CACHE = "cache" if "cache" in KNOWN else "past_key_values"
 """What the model calls its K/V cache, as argument and as output: transformers 5.24 renamed it."""
@@ -194,7 +196,8 @@ def without_inductor() -> contextlib.AbstractContextManager[object]:
 class Run:
     """A model compiled with FOCUS, and what became of each graph that Dynamo captured.
 
-    ``inner`` compiles the programs, Inductor if None. Graphs are refused with an error.
+    ``inner`` compiles the programs, Inductor if None. Graphs are refused with an error. Options are
+    the paper's, unless others are given.
     """
 
     model: Qwen3ForCausalLM
@@ -207,7 +210,7 @@ class Run:
         chosen = {} if self.inner is None else {"inner": self.inner}
 
         def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            options = {"mask_token_id": MASK, "strict": True, **self.options}
+            options = {"mask_token_id": MASK, "strict": True, **PAPER, **self.options}
             program = focus_backend(gm, inputs, options=options, **chosen)
             if isinstance(program, Executable):
                 self.executables.append(program)

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from benchmarks.soak import MASK, census, soak
 from docs import reliability
 from focus_compile import focus_backend
-from tests.support.harness import eager_inner
+from tests.support.harness import PAPER, eager_inner
 
 GENERATIONS = 150
 FREELY = 30_000
@@ -22,7 +22,7 @@ FREELY = 30_000
 
 
 def backend(gm: Any, inputs: Any) -> Callable[..., Any]:
-    options = {"mask_token_id": MASK, "strict": True}
+    options = {"mask_token_id": MASK, "strict": True, **PAPER}
     return focus_backend(gm, inputs, options=options, inner=eager_inner)
 
 
