@@ -70,7 +70,7 @@ def propose(
     if processors or sample:
         scores = scores.to(torch.float32, copy=never is not None)
         if never is not None:
-            scores[:, never : never + 1] = -torch.inf
+            scores[:, never : never + 1].fill_(-torch.inf)
         scores, never = processors(context, scores), None  # type: ignore[arg-type]
     if sample:
         probabilities = torch.softmax(scores, dim=-1)

@@ -32,7 +32,7 @@ def most_probable(logits: Tensor, excluded: int | None = None) -> tuple[Tensor, 
         part = slice(start, start + together)
         scores = logits[part].to(torch.float32, copy=excluded is not None)
         if excluded is not None:
-            scores[:, excluded : excluded + 1] = -torch.inf
+            scores[:, excluded : excluded + 1].fill_(-torch.inf)
         probabilities = scores.softmax(1)
         tokens[part] = probabilities.argmax(1)
         largest[part] = probabilities.gather(1, tokens[part].unsqueeze(1)).squeeze(1)

@@ -45,7 +45,7 @@ def reports(folder: Path, processes: int, module: str, *args: str) -> list[dict[
 
 @pytest.mark.parametrize(("case", "processes", "inductor"), CASES)
 def test_equals_one_process(case: str, processes: int, inductor: str, tmp_path: Path) -> None:
-    """Tokens, retained tokens and steps of every rank, with FOCUS and densely."""
+    """Tokens, retained and rescued tokens, steps of every rank, with FOCUS and densely."""
     found = reports(tmp_path, processes, "tests.parallel.sharded", case, *filter(None, [inductor]))
     whole = found[0]["whole"]
     for report in found:
@@ -58,6 +58,8 @@ def test_equals_one_process(case: str, processes: int, inductor: str, tmp_path: 
     assert len(steps) == whole["focus"]["forwards"] > 4
     kept = [keep for step in steps for row in step for keep in row]
     assert any(kept) and not all(kept)
+    rescued = [any(row) for step in whole["focus"]["rescued"] for row in step]
+    assert any(rescued) and not all(rescued)
     assert whole["dense"]["retained"] == []
 
 
