@@ -146,7 +146,7 @@ def triton_kernel() -> str:
 def draw_funnel() -> None:
     """The picture: tokens that each layer computes in the call, dense and with FOCUS."""
     model, call = subject()
-    with torch.no_grad(), focus_compile.session(MASK) as focus:
+    with torch.no_grad(), focus_compile.session(MASK, first_step="evict") as focus:
         torch.compile(model, backend="focus")(**call)
         fed, kept = focus.stats.fed, focus.stats.retained
     names = ["layer 0", "layer 1: q, k, v", "layer 1: the rest", "layer 2", "logits"]

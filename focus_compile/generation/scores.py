@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from focus_compile.log import warning_once
+from focus_compile.runtime.controls import is_exact
 from focus_compile.runtime.reader import MaskedCall, Reader
 from focus_compile.runtime.session import PackedLogits, Session
 from focus_compile.runtime.statistics import SessionStats
@@ -91,7 +92,8 @@ def step_scores(
                 return _on_canvas(canvas, call.retained)
         if _unpack(calls, reader):
             continue
-        if all(bool(call.retained.all()) for call in calls):
+        exact = all(is_exact(call.program.config, focus) for call in calls)
+        if (len(calls) == 1 or exact) and all(bool(call.retained.all()) for call in calls):
             return _on_canvas(canvas, calls[0].retained)
         if len(calls) > 1:
             warning_once(log, PARTS, len(calls))

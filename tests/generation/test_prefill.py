@@ -153,10 +153,13 @@ def test_the_mask_of_a_prompt_has_one_line() -> None:
 
 
 def test_two_graphs_serve_a_generation() -> None:
-    """One for prompts, one for blocks and their commits, as when masks had a line per token."""
+    """One for prompts, one for blocks and their commits, as when masks had a line per token.
+
+    A third where history and block are as many as a head has numbers: tests/generation/test_cache.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     run = Run(build_model(Sizes(layers=2)), dynamic=True)
-    made = generate(run.compiled, tokens_per_step=2)
+    made = generate(run.compiled, tokens_per_step=2, block_length=BLOCK - 1)
     assert made.focus_steps == made.forwards
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

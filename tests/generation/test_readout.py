@@ -25,7 +25,7 @@ from focus_compile.reports.explanation import explain
 from focus_compile.runtime.executable import Executable
 from focus_compile.runtime.reader import Outputs, Reader
 from focus_compile.runtime.session import Session
-from tests.support.harness import CACHE, MASK, Sizes, build_model, eager_inner
+from tests.support.harness import CACHE, MASK, PAPER, Sizes, build_model, eager_inner
 from tests.support.toy import HIDDEN, VOCAB, Attention
 
 TOKENS, PROMPT = 8, 5
@@ -54,7 +54,7 @@ class Wrapped(nn.Module):
 
 def compiled(module: Any, seen: list[Any] | None = None) -> Any:
     def backend(gm: Any, inputs: Any) -> Any:
-        options = {"mask_token_id": MASK, "delayed_cache": False}
+        options = {"mask_token_id": MASK, "delayed_cache": False, **PAPER}
         made = focus_backend(gm, inputs, options=options, inner=eager_inner)
         if seen is not None:
             seen.append(made)
@@ -152,10 +152,14 @@ def test_shifts_behind_the_program_are_found() -> None:
         generated(inner(Wrapped(shift)))
 
 
-def test_a_wrapper_that_calls_twice_runs_dense(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("first_step", ["evict", "open"])
+def test_a_wrapper_that_calls_twice_runs_dense(
+    first_step: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From its first step on, whether or not that one evicts."""
     model = Wrapped(same, calls=2)
     expected = generated(build_model(Sizes(layers=2)))
-    with focus_compile.session(alpha=1.0):
+    with focus_compile.session(alpha=1.0, first_step=first_step):
         out = generated(inner(model))
     assert torch.equal(out.sequences, expected.sequences) and out.focus_steps == 0
     assert any("and each evicts tokens of its own" in line for line in caplog.messages)
@@ -268,7 +272,7 @@ def test_a_break_behind_the_logits_is_none(caplog: pytest.LogCaptureFixture) -> 
         return seen[-1]
 
     model, ids = Halves(4).eval(), torch.full((2, 9), 22)
-    with focus_compile.session(alpha=1.0, logits="packed") as focus:
+    with focus_compile.session(alpha=1.0, logits="packed", first_step="evict") as focus:
         logits = torch.compile(model, backend=backend)(ids)
         kept = focus.retain_mask
         assert focus.logits is None and kept is not None and not bool(kept.all())
