@@ -51,7 +51,7 @@ KINDS = (
         _words("pack pack_rows repack unpack restore site_index line_index extend"),
         kernels="^(un|re)?pack(_|$)",
     ),
-    Kind("join", _words("join replace clear"), kernels="^join(_|$)"),
+    Kind("join", _words("join store store_ replace clear"), kernels="^join(_|$)"),
     Kind(
         "attend",
         _words("attend site_mask visible causal extend_mask"),

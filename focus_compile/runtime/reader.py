@@ -18,6 +18,7 @@ from weakref import ref
 
 from torch import Tensor, nn
 
+from focus_compile.config import FocusConfig
 from focus_compile.torch_private import OptimizedModule
 
 __all__ = ["MaskedCall", "Outputs", "Program", "Reader", "outermost"]
@@ -51,10 +52,11 @@ class Program(Protocol):
     """A captured graph that evicts.
 
     ``read_as``: the models that returned one of its outputs as their logits, the very tensor, and
-    which output it was, by position.
+    which output it was, by position. ``config``: its options.
     """
 
     read_as: Outputs
+    config: FocusConfig
 
     @property
     def returns_logits(self) -> bool: ...
