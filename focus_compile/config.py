@@ -13,10 +13,12 @@ import torch
 from focus_compile.calibrated import read
 from focus_compile.torch_private import cudagraphs_by_default, inductor_modes, mode_options
 
-__all__ = ["FIRST_STEPS", "FocusConfig", "is_probability"]
+__all__ = ["FIRST_STEPS", "FocusConfig", "Rescue", "is_rescue"]
 
 _VISIBILITIES = ("written", "prefix")
 FIRST_STEPS = ("auto", "evict", "open")
+Rescue = float | Literal["auto"] | None
+"""A probability; ``"auto"``: whoever is asked next decides; None: nobody is rescued."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class FocusConfig:
     signal: str | tuple[float, float] = "delta"
     layers: tuple[int, int] = (0, 1)
     first_step: str = "auto"
-    rescue: float | Literal["auto"] | None = "auto"
+    rescue: Rescue = "auto"
     calibration: Any = None
     evict: bool = True
     exact: bool = False
@@ -105,8 +107,12 @@ class FocusConfig:
         valid = valid and 0 <= self.layers[0] < self.layers[1]
         _expect("layers", self.layers, valid, "two layers, (i, j) with 0 <= i < j")
         object.__setattr__(self, "layers", tuple(self.layers))
-        valid = self.rescue in (None, "auto") or is_probability(self.rescue)
-        _expect("rescue", self.rescue, valid, "a probability from 0 to 1, 'auto' or None")
+        _expect(
+            "rescue",
+            self.rescue,
+            is_rescue(self.rescue),
+            "a probability from 0 to 1, 'auto' or None",
+        )
         for name in ("delayed_cache", "stale_kv", "exact", "evict", "strict"):
             _expect(
                 name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
@@ -166,7 +172,10 @@ class FocusConfig:
         return patches | dict(self.inductor)
 
 
-def is_probability(value: Any) -> bool:
+def is_rescue(value: Any) -> bool:
+    """Whether a value is a :data:`Rescue`, a probability from 0 to 1."""
+    if value is None or value == "auto":
+        return True
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 

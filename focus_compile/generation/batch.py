@@ -105,9 +105,9 @@ class CachedBatch:
         largest value of all. Returns the logits of the last tokens, ``[B, V]``.
         """
         logits = self.forward(self.sequences, queries=1 if _is_transformers(self.model) else None)
-        layers: list[Any] = self.cache.layers
-        if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+        if not self.cache.is_initialized:
             raise ValueError(NO_KEYS)
+        layers: list[Any] = self.cache.layers
         self.held = _is_transformers(self.model) and hold(layers, self.room)
         for layer in () if self.held else layers:
             layer.keys, layer.values = _laid_out(layer.keys), _laid_out(layer.values)

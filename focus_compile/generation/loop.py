@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCrite
 from transformers.generation.streamers import BaseStreamer
 
 from focus_compile.backend import focus_backend
+from focus_compile.config import Rescue
 from focus_compile.entry import Backend
 from focus_compile.generation.batch import CachedBatch, CanvasBatch
 from focus_compile.generation.decoding import Decoder, Strategy, count_per_step, warpers
@@ -33,7 +34,6 @@ from focus_compile.generation.text import StopStrings
 from focus_compile.graph.sharding import is_sharded
 from focus_compile.models.vocabulary import check_ids, check_mask_token, rows_of
 from focus_compile.runtime.ambient import current_session, inside, open_elsewhere
-from focus_compile.runtime.demand import Rescue
 from focus_compile.runtime.reader import Reader
 from focus_compile.runtime.session import Session, warn_outside
 from focus_compile.runtime.statistics import SessionStats
@@ -110,7 +110,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
-    rescue: float | Literal["auto"] | None = "auto",
+    rescue: Rescue = "auto",
     first_step: str | None = None,
     progress: bool = False,
     return_dict: bool = False,
@@ -122,7 +122,8 @@ def generate(
     model's attention is transformers' eager one) that hides left padding only: the prompt attends
     to itself in both directions, a block to the history and to itself. Blocks are in lockstep; a
     row that has ended stays in the batch, idle. Runs in a session of its own, which takes alpha,
-    visibility, signal, enabled and exact from the session around it.
+    visibility, signal, enabled, exact, calibration and, where they are not given, rescue and
+    first_step from the session around it.
 
     Args:
         input_ids: ids ``[B, P]``, prompts padded on the left; attention_mask: ``[B, P]``, 0 at

@@ -24,11 +24,11 @@ def most_probable(logits: Tensor, excluded: int | None = None) -> tuple[Tensor, 
     Returns:
         fp32 ``[N]``, NaN where a row has one; int64 ``[N]``.
     """
-    count = len(logits)
-    together = count if logits.is_cuda else max(1, _PART // max(1, logits.shape[1]))
+    count, vocabulary = logits.shape
+    together = max(1, _PART // vocabulary if logits.device.type == "cpu" else count)
     largest = torch.empty(count, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
-    for start in range(0, count, max(1, together)):
+    for start in range(0, count, together):
         part = slice(start, start + together)
         scores = logits[part].to(torch.float32, copy=excluded is not None)
         if excluded is not None:

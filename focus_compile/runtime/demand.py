@@ -6,17 +6,14 @@ docs/algorithm.md section 11, items 1 and 2.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from focus_compile.config import is_probability
+from focus_compile.config import Rescue, is_rescue
 
-__all__ = ["Demand", "Rescue", "check_rescue", "demand_of", "in_need", "rescue_of"]
-
-Rescue = float | Literal["auto"] | None
-"""A probability; ``"auto"``: whoever is asked next decides; None: nobody is rescued."""
+__all__ = ["Demand", "check_rescue", "demand_of", "in_need", "rescue_of"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ def check_rescue(rescue: Any) -> Rescue:
     Raises:
         ValueError: it is none of them.
     """
-    if rescue in (None, "auto") or is_probability(rescue):
+    if is_rescue(rescue):
         return rescue  # type: ignore[no-any-return]
     raise ValueError(f"rescue={rescue!r}: expected a probability from 0 to 1, 'auto' or None")
 

@@ -13,11 +13,9 @@ from torch.nn import Parameter
 from focus_compile.calibrated import Calibrated
 from focus_compile.config import FocusConfig
 from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHistory
-from focus_compile.graph.sharding import local
 from focus_compile.log import warning_once
 from focus_compile.models.vocabulary import check_mask_token
 from focus_compile.ops.likelihood import most_probable
-from focus_compile.ops.packing import clear
 from focus_compile.ops.tables import feed, retained_tables
 from focus_compile.plan.controls import Selection, Tables
 from focus_compile.plan.plan import Domain
@@ -25,6 +23,7 @@ from focus_compile.programs.halves import Halves
 from focus_compile.programs.layout import Layout
 from focus_compile.programs.program import Program
 from focus_compile.runtime.ambient import current_session
+from focus_compile.runtime.arguments import arguments, held_slots
 from focus_compile.runtime.block import BlockState, History
 from focus_compile.runtime.controls import Constants, controls, empty_slots, is_exact, ranking
 from focus_compile.runtime.demand import Demand, demand_of, rescue_of
@@ -182,7 +181,7 @@ class Executable:
     def _focus(
         self, args: Sequence[Any], ids: Tensor, masked: Tensor, session: Session | None
     ) -> Any:
-        values = self._arguments(args, masked.shape[1])
+        values = arguments(self.layout, args, masked.shape[1])
         state = self._state(args, values, ids, masked, session)
         exact = is_exact(self.config, session)
         delayed = self.config.delayed_cache and not exact
@@ -193,7 +192,7 @@ class Executable:
         slots = state.slots or empty_slots(
             self.layout.slots, self.layout.inputs, values, masked.shape
         )
-        values |= slots | self._held(args, state)
+        values |= slots | held_slots(self.layout, args, state)
         values |= vars(
             controls(self.config, session, state, fed, reuse=reuse, constants=self.constants)
         )
@@ -400,30 +399,3 @@ class Executable:
             for slot, name in self.halves.slots.items()
             if name not in self.stored
         }
-
-    def _held(self, args: Sequence[Any], state: BlockState) -> dict[str, Tensor]:
-        """Slots that are the caller's: 0 where a block that begins holds nothing."""
-        made: dict[str, Tensor] = {}
-        for held in self.layout.held:
-            slots = made[held.slot] = local(args[held.argument])
-            if not state.goes_on:
-                clear(slots, state.written, held.dim)
-        return made
-
-    def _arguments(self, args: Sequence[Any], tokens: int) -> dict[str, Tensor]:
-        """The canonical graph's inputs, in the layout that the programs were compiled for.
-
-        ``tokens``: how many of a cache that holds them are of the block.
-        """
-        values: dict[str, Tensor] = {}
-        for given, argument in zip(self.layout.inputs, self.layout.arguments, strict=True):
-            value = local(args[argument])
-            if given.strided:
-                fits = value.stride(-1) == 1
-            else:
-                fits = not given.symbolic or value.is_contiguous()
-            values[given.name] = value if fits else value.contiguous()
-        for held in self.layout.held:
-            slots = values[held.past]
-            values[held.past] = slots.narrow(held.dim, 0, slots.shape[held.dim] - tokens)
-        return values

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from focus_compile.calibrated import read
-from focus_compile.config import FIRST_STEPS
+from focus_compile.config import FIRST_STEPS, Rescue
 from focus_compile.log import warning_once
 from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
 from focus_compile.runtime.block import BlockState
-from focus_compile.runtime.demand import Demand, Rescue, check_rescue
+from focus_compile.runtime.demand import Demand, check_rescue
 from focus_compile.runtime.reader import Reader
 from focus_compile.runtime.signals import Choice, check_signal
 from focus_compile.runtime.statistics import SessionStats

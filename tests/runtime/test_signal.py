@@ -85,7 +85,8 @@ def test_exact_match(trained: tuple[str, Any, Any], examples: list[Any]) -> None
         assert out.focus_steps == out.forwards and out.retained_fraction < 0.7
         assert sum(int(count.sum()) for count in out.steps_per_block) <= 1.15 * steps
         assert out.rescued > 0 or (name, settings) == ("aligned_checkpoint", {})
+        assert bool(out.retain_masks[0].all()), "the first step is not open"
     paper, out = answer(**PAPER)
-    assert out.retained_fraction < 0.3 and out.rescued == 0
+    assert out.retained_fraction < 0.3 and out.rescued == 0 and not bool(out.retain_masks[0].all())
     assert paper >= dense - 1 if name == "aligned_checkpoint" else paper <= 0.1 * COUNT
     assert answer(signal=noise, **PAPER)[0] <= 0.1 * COUNT
