@@ -1,4 +1,4 @@
-"""How often the host waits for a device in a denoising step: five times, one of them for N and R.
+"""How often the host waits for a device in a denoising step: five times, six, or ten with a rescue.
 
 Counted on the CPU by what would wait on a GPU: a number that is read, a tensor made of numbers, the
 positions of a mask. ``tests/gpu/test_waits.py`` asks a GPU.
@@ -78,20 +78,20 @@ def run(model: Qwen3ForCausalLM) -> Run:
     return Run(model, dynamic=True)
 
 
-def generate(model: Any, steps: int) -> focus_compile.Generated:
+def generate(model: Any, steps: int, **settings: Any) -> focus_compile.Generated:
     ids = torch.randint(0, MASK, (3, 7), generator=torch.Generator().manual_seed(0))
     out = focus_compile.generate(
         model, ids, max_new_tokens=12, block_length=12, mask_token_id=MASK,
-        remasking_strategy="fixed", denoising_steps=steps, return_dict=True,
+        remasking_strategy="fixed", denoising_steps=steps, return_dict=True, **settings,
     )  # fmt: skip
     assert isinstance(out, focus_compile.Generated) and out.forwards >= steps
     return out
 
 
-def of_a_generation(model: Any, steps: int) -> tuple[int, Counter[str]]:
+def of_a_generation(model: Any, steps: int, **settings: Any) -> tuple[int, Counter[str]]:
     waits = Waits()
     with ExitStack() as stack, waits.everywhere(stack):
-        out = generate(model, steps)
+        out = generate(model, steps, **settings)
     return out.forwards, waits.seen
 
 
@@ -110,6 +110,21 @@ def test_a_step_of_generate(run: Run) -> None:
     assert {name: count for name, count in steps.items() if count} == {
         "_local_scalar_dense": 1, "nonzero": 1, "tolist": 3,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("gate", "most"), [(None, 5), (0.0, 6), (1.0, 10)])
+def test_a_step_that_may_rescue(run: Run, gate: float | None, most: int) -> None:
+    """One more: whether a row is in need. Where one is: which, N and R of the second call, counts.
+
+    A generation's last steps evict nothing, and ask for less.
+    """
+    waits = []
+    for steps in (6, 12):
+        generate(run.compiled, steps, rescue=gate)
+        forwards, seen = of_a_generation(run.compiled, steps, rescue=gate)
+        waits.append(seen.total())
+        assert forwards == steps
+    assert most - 1 < (waits[1] - waits[0]) / 6 <= most
 
 
 def test_a_step_of_an_own_loop(run: Run) -> None:
