@@ -60,7 +60,7 @@ def main(
     model, work = prepare(shape, batch, f"trace:{task}")
     (contestant,) = contestants(model, work.mask, ["focus"]).values()
     work.run(contestant)
-    with profile() as seen, _marked():
+    with profile(acc_events=True) as seen, _marked():
         run = work.run(contestant)
     totals = {event.key: event.cpu_time_total / 1e6 for event in seen.key_averages()}
     report: dict[str, Any] = {"shape": shape, "batch": batch, "strategy": f"trace:{task}"}

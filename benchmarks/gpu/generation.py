@@ -178,7 +178,7 @@ def profiled(run: Callable[[], Run], device: str) -> tuple[Run, list[dict[str, A
     activities = [ProfilerActivity.CPU]
     if device != "cpu":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as seen:
+    with profile(activities=activities, acc_events=True) as seen:
         made = run()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"

@@ -12,7 +12,7 @@ from torch import nn
 
 import focus_compile
 from focus_compile.models.mask_token import FAMILIES, find_mask_token
-from tests.support.harness import MASK, Sizes, build_model, eager_logits, random_call
+from tests.support.harness import MASK, PAPER, Sizes, build_model, eager_logits, random_call
 
 
 class Model(nn.Module):
@@ -116,7 +116,7 @@ def test_it_runs_focus() -> None:
     model = build_model(Sizes(layers=2))
     compiled = focus_compile.compile(model, tokenizer(MASK), strict=True, alpha=1.0)
     call = random_call(1, model, 3, 9, 7)
-    with focus_compile.session() as focus:
+    with focus_compile.session(**PAPER) as focus:
         logits = compiled(**call.kwargs(model)).logits
     assert focus.stats.steps == 1 and 0 < focus.stats.retained_fraction < 1
     assert logits.shape == eager_logits(model, call).shape

@@ -18,7 +18,7 @@ from focus_compile.backend import focus_backend
 from focus_compile.views.cost import BATCH, FED, HISTORY, RETAINED, TOKENS
 from tests.backend.test_refusal import REFUSED
 from tests.support.dialects import DIALECTS, draw_call, qwen3
-from tests.support.harness import MASK
+from tests.support.harness import MASK, PAPER
 from tests.support.models.dream import Attention
 from tests.support.paths import ROOT
 from tests.support.toy import Toy
@@ -182,7 +182,7 @@ def test_a_real_run() -> None:
     assert made is not None and made.equal
     assert made.evicting is not None and max(made.dense, made.nothing_evicted) <= 1e-4
     assert made.fed == 30 > made.retained >= made.retained_row > 0
-    with torch.no_grad(), focus_compile.session(mask_token_id=MASK) as focus:
+    with torch.no_grad(), focus_compile.session(mask_token_id=MASK, **PAPER) as focus:
         torch._dynamo.reset()
         torch.compile(model, backend="focus")(**arguments)
     assert (focus.stats.fed, focus.stats.retained) == (made.fed, made.retained)

@@ -22,7 +22,7 @@ from focus_compile.axes.rules.table import RULES
 from tests.reference.emulation import Emulation
 from tests.reference.state import Config
 from tests.support.dialects import DIALECTS, DISTINCT, Dialect, Draw, Subject, draw_call, sdar_moe
-from tests.support.harness import MASK, retained
+from tests.support.harness import MASK, PAPER, retained
 from tests.support.models import dream, llada, parts
 from tests.support.models.dream import Dream
 from tests.support.models.llada2 import LLaDA2
@@ -360,7 +360,7 @@ def test_a_model_without_a_mask_token(caplog: pytest.LogCaptureFixture) -> None:
     model = dialect.build().eval()
     draw = draw_call(dialect, 1)
     compiled = torch.compile(model, backend="focus", options={"strict": True})
-    with focus_compile.session(alpha=1.2) as focus, caplog.at_level("WARNING"):
+    with focus_compile.session(alpha=1.2, **PAPER) as focus, caplog.at_level("WARNING"):
         dense = dialect.logits(compiled(**dialect.arguments(model, draw)))
         assert (focus.stats.steps, focus.stats.dense_calls) == (0, 1)
         focus.masked = draw.masked
