@@ -249,8 +249,8 @@ WRITES_TOKENS = Refusal(
 
 UNKNOWN_SHARDS = Refusal(
     "weights are sharded over processes in a way that is not known here",
-    "use transformers' tp_plan='auto', or load the whole model in every process and share the "
-    "prompts out instead",
+    "use transformers' tp_plan='auto' with PyTorch 2.13 or later, or load the whole model in every "
+    "process and share the prompts out instead",
 )
 OWN_COLLECTIVES = Refusal(
     "the model calls collectives of its own",

@@ -27,7 +27,7 @@ from focus_compile.errors import Unsupported
 from focus_compile.graph.inputs import Input, static_tensor
 from focus_compile.graph.nodes import expr_of, graph_inputs, graph_outputs, tensor_of
 from focus_compile.graph.replay import Replay
-from focus_compile.refusals import RETURNS_SIZE
+from focus_compile.refusals import NO_RULE, RETURNS_SIZE
 from focus_compile.torch_private import FakeTensorMode
 
 __all__ = ["Canonical", "canonicalize"]
@@ -166,7 +166,12 @@ def _emit(node: Node, env: dict[Node, Any], sizes: Sizes) -> None:
             env[node] = window(node, env[args[0]], sizes)
             return
         args, kwargs = fx.map_arg((args, kwargs), argument)
-    env[node] = sizes.replay.once(node.target, args, kwargs, like=node)
+    try:
+        env[node] = sizes.replay.once(node.target, args, kwargs, like=node)
+    except Unsupported as error:
+        if node in sizes.axes.unruled:
+            raise Unsupported(NO_RULE, node) from error
+        raise
     sizes.check(node, env[node].meta["val"])
 
 

@@ -83,7 +83,10 @@ class Sizes:
         if isinstance(extent, tuple):
             return self.replay.total(*(self.argument(term) for term in extent))
         if extent not in self.reads:
-            raise Unsupported(NO_SIZE, self.axes.current, extent=extent)
+            node = self.axes.current
+            if node is not None and makes_mask(node):
+                raise Unsupported(MAKES_MASK, node)
+            raise Unsupported(NO_SIZE, node, extent=extent)
         return self.replay.size(*self.reads[extent])
 
     def size(self, dim: Dim) -> Node | int:
