@@ -35,8 +35,9 @@ HEAD = """# Versions
 Which tests passed where, one row per run of a commit: on a CPU, unless a device is named. A failed
 test is named below its row. `.ci/run` installs the versions of `.ci/constraints.txt`. Two kinds of
 failure are the environment's: Triton 3.6's interpreter, which tests/fused uses, needs NumPy < 2.4;
-under Python 3.13.0 PyTorch warns and asks for 3.13.1 (tests overlook it now). The whole suite ran on 2.11.0 at 8c4045e, where lm_eval, tlparse and ruff were not installed: 8 of its 22 failures
-are those; the row of the next commit is the others again, after they were mended.
+under Python 3.13.0 PyTorch warns and asks for 3.13.1 (tests overlook it now). The whole suite ran
+on 2.11.0 at 8c4045e, where lm_eval, tlparse and ruff were not installed: 8 of its 22 failures are
+those; the row of the next commit is the others again, after they were mended.
 Written by `python -m docs.build` from docs/versions.json, which `python docs/versions.py` adds to.
 
 | torch | transformers | triton | Python | commit | tests | passed | failed | skipped | day |
