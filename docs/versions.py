@@ -1,8 +1,9 @@
 """Write docs/versions.md: which tests passed on which PyTorch, transformers and Python.
 
     python docs/versions.py --run tests/fused                run them here, and record it
-    python docs/versions.py --read report.xml                          record pytest --junitxml's
-    python docs/versions.py                                            write the page anew
+    python docs/versions.py --read report.xml                record pytest --junitxml's
+    python docs/versions.py --read report.xml --note TEXT    and say what explains its failures
+    python docs/versions.py                                  write the page anew
 
 What is recorded lies in docs/versions.json. A report must come from the interpreter that reads it.
 """
@@ -14,6 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -32,12 +34,8 @@ RECORD = PAGE.with_suffix(".json")
 OUTCOMES = ("passed", "failed", "skipped")
 HEAD = """# Versions
 
-Which tests passed where, one row per run of a commit: on a CPU, unless a device is named. A failed
-test is named below its row. `.ci/run` installs the versions of `.ci/constraints.txt`. Two kinds of
-failure are the environment's: Triton 3.6's interpreter, which tests/fused uses, needs NumPy < 2.4;
-under Python 3.13.0 PyTorch warns and asks for 3.13.1 (tests overlook it now). The whole suite ran
-on 2.11.0 at 8c4045e, where lm_eval, tlparse and ruff were not installed: 8 of its 22 failures are
-those; the row of the next commit is the others again, after they were mended.
+Which tests passed where, one row per run of a commit: on a CPU, unless a device is named. Failed
+tests are named below, run by run. `.ci/run` installs the versions of `.ci/constraints.txt`.
 Written by `python -m docs.build` from docs/versions.json, which `python docs/versions.py` adds to.
 
 | torch | transformers | triton | Python | commit | tests | passed | failed | skipped | day |
@@ -72,7 +70,9 @@ def outcomes(report: Path) -> dict[str, Any]:
     return {"files": counts, "failed": failed}
 
 
-def add(runs: list[dict[str, Any]], report: Path, where: dict[str, str]) -> list[dict[str, Any]]:
+def add(
+    runs: list[dict[str, Any]], report: Path, where: dict[str, str], note: str | None = None
+) -> list[dict[str, Any]]:
     """The record with a report; what it says of a test file replaces what was said before."""
     found = outcomes(report)
     same = [run for run in runs if all(run[name] == value for name, value in where.items())]
@@ -86,6 +86,8 @@ def add(runs: list[dict[str, Any]], report: Path, where: dict[str, str]) -> list
         "files": dict(sorted((files | found["files"]).items())),
         "failed": failed + found["failed"],
     }
+    notes = [run["note"] for run in same if "note" in run]
+    made["note"] = " ".join([*notes, note] if note else notes)
     return [*others, where | made | {"day": date.today().isoformat()}]
 
 
@@ -104,12 +106,18 @@ def text(runs: list[dict[str, Any]]) -> str:
         totals = [sum(counts[index] for counts in run["files"].values()) for index in range(3)]
         cells = [run[name] for name in ("torch", "transformers", "triton", "python", "commit")]
         lines.append("| " + " | ".join([*cells, told, *map(str, totals), run["day"]]) + " |")
-    notes = [
-        f"- torch {run['torch']}, {run['commit']}: `{name}` failed."
-        for run in runs
-        for name in run["failed"]
-    ]
-    return HEAD + "\n".join(lines) + "\n" + ("\n" + "\n".join(notes) + "\n" if notes else "")
+    return HEAD + "\n".join(lines) + "\n" + "".join(map(_failures, runs))
+
+
+def _failures(run: dict[str, Any]) -> str:
+    """What a run's note says, and the tests that failed."""
+    lines = [f"- `{name}`" for name in run["failed"]]
+    if run.get("note"):
+        lines = [*textwrap.wrap(run["note"], 100), "", *lines]
+    if not lines:
+        return ""
+    title = f"## torch {run['torch']}, {run['commit']}: {len(run['failed'])} failed"
+    return "\n" + "\n".join([title, "", *lines]).rstrip() + "\n"
 
 
 def _numbers(release: str) -> tuple[int, ...]:
@@ -120,18 +128,19 @@ def main(
     *,
     run: Annotated[list[str] | None, typer.Option(help="test file or folder to run here")] = None,
     read: Annotated[Path | None, typer.Option(help="a report of pytest --junitxml")] = None,
+    note: Annotated[str | None, typer.Option(help="what a reader must know of this run")] = None,
 ) -> None:
     """Record a run, if one is given, and write the page."""
     runs = record()
     where = here() | {"commit": commit()}
     if read is not None:
-        runs = add(runs, read, where)
+        runs = add(runs, read, where, note)
     if run:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             command = [sys.executable, "-m", "pytest", "-q", "--junitxml", str(report), *run]
             subprocess.run(command, cwd=ROOT, check=False)
-            runs = add(runs, report, where)
+            runs = add(runs, report, where, note)
     RECORD.write_text(json.dumps(runs, indent=1) + "\n")
     PAGE.write_text(text(runs))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
@@ -121,6 +121,11 @@ REFUSED: dict[str, tuple[Between, str, str]] = {
         lambda x: torch.conv1d(x.transpose(1, 2), KERNEL, padding=1, groups=12).transpose(1, 2),
         NO_RULE,
         "aten.conv1d.default",
+    ),
+    "channel shuffle": (  # fails on other sizes than the seen ones: still no rule
+        lambda x: nn.functional.channel_shuffle(x.unsqueeze(-1), 7).squeeze(-1),
+        NO_RULE,
+        "aten.channel_shuffle.default",
     ),
     "sum over processes": (
         lambda x: torch.ops._c10d_functional.all_reduce(x, "sum", "0"),

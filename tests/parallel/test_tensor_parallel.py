@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     not dist.is_gloo_available(), reason="this build of PyTorch has no gloo"
 )
 HEADS = 4
-KNOWN = pytest.mark.skipif(
+needs_torch_2_13 = pytest.mark.skipif(
     torch.__version__ < "2.13", reason="Dynamo hides what DTensors are called with: refused"
 )
 CASES = [("untied", 4, ""), ("experts", 2, ""), ("trained", 2, ""), ("tied", 2, "inductor")]
@@ -46,7 +46,7 @@ def reports(folder: Path, processes: int, module: str, *args: str) -> list[dict[
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
-@KNOWN
+@needs_torch_2_13
 @pytest.mark.parametrize(("case", "processes", "inductor"), CASES)
 def test_equals_one_process(case: str, processes: int, inductor: str, tmp_path: Path) -> None:
     """Tokens, retained and rescued tokens, steps of every rank, with FOCUS and densely."""
@@ -67,7 +67,7 @@ def test_equals_one_process(case: str, processes: int, inductor: str, tmp_path: 
     assert whole["dense"]["retained"] == []
 
 
-@KNOWN
+@needs_torch_2_13
 def test_plans(tmp_path: Path) -> None:
     """Heads may be whole; a plan whose calls are not known is refused, and computes what it did."""
     for report in reports(tmp_path, 2, "tests.parallel.plans"):
