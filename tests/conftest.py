@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from focus_compile.log import text_once
+from tests.support.dialects import Dialect, Subject
 from tests.support.harness import without_inductor
 from tests.tiers import MARKERS, tier
 
@@ -71,6 +73,12 @@ def dynamo() -> Iterator[None]:
     with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def subject_of() -> Callable[[Dialect], Subject]:
+    """A dialect's model, compiled once for all tests of a module."""
+    return functools.cache(Subject)
 
 
 @pytest.fixture

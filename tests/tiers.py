@@ -40,6 +40,7 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     # a few of what follows
     (r"test_inductor\.py::test_there_are_enough_draws", None),
     (r"test_inductor\.py::test_\w+\[sdpa\]", None),
+    (r"test_dialects\.py.*\[(llada-canvas|dream)(-written)?\]", None),
     (r"test_families\.py.*\[(llada-canvas|dream)\]", None),
     (r"test_families\.py.*\[sdar-moe-grouped\]", "wide"),
     (r"test_no_eviction\.py.*\[sdpa-(bool|static|3|8|1)", None),
@@ -77,9 +78,8 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     (r"test_soak\.py::test_nothing_grows", "soak"),
     (r"test_how_it_works\.py", "docs"),
     # many of a kind
-    (r"test_families\.py::test_\w+\[", "wide"),
+    (r"test_(dialects|families)\.py::test_\w+\[", "wide"),
     (r"test_no_eviction\.py", "wide"),
-    (r"system/test_rescue\.py.*\[(?!llada-canvas-written)", "wide"),
     (r"test_eviction\.py::test_equals_the_reference", "wide"),
     (r"fuzz/test_(fuzz|edges|found)\.py", "wide"),
     (r"gpu/test_(calls|graphs|generation|streams|kernels)\.py.*cpu-(?!llada)", "wide"),

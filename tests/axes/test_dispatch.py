@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import focus_compile
 from tests.support.dialects import DIALECTS, Dialect, Subject, draw_call
 from tests.support.models.llada2 import Experts, LLaDA2, grouped_mm
-from tests.system.test_families import TOLERANCE
+from tests.system.test_dialects import TOLERANCE
 
 Way = Callable[[Experts, Tensor, Tensor, Tensor], Tensor]
 

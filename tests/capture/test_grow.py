@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from transformers import DynamicCache, StaticCache
 
 import focus_compile
 from focus_compile.ops.fixed_cache import extend, extend_mask, replace
-from tests.support.dialects import DIALECTS, Subject, draw_call
+from tests.support.dialects import DIALECTS, Dialect, Subject, draw_call
 from tests.support.harness import CACHE, MASK
 from tests.support.models.llada import LLaDA
 
 STATIC = DIALECTS["sdar-static"]
+Of = Callable[[Dialect], Subject]
 
 
 def test_replaced_slots_by_hand() -> None:
@@ -37,9 +39,9 @@ def test_replaced_slots_by_hand() -> None:
 
 
 @torch.no_grad()
-def test_the_cache_is_written() -> None:
+def test_the_cache_is_written(subject_of: Of) -> None:
     """As eager execution writes it; with eviction, no slot outside the block changes."""
-    subject, gone = Subject(STATIC), 0
+    subject, gone = subject_of(STATIC), 0
     for seed in range(4):
         draw = draw_call(STATIC, seed)
         expected, actual, evicted = (STATIC.arguments(subject.model, draw) for _ in range(3))
@@ -64,9 +66,9 @@ def test_the_cache_is_written() -> None:
 
 
 @torch.no_grad()
-def test_blocks_in_a_cache_of_fixed_length() -> None:
+def test_blocks_in_a_cache_of_fixed_length(subject_of: Of) -> None:
     """Two blocks, each committed: the same logits as with a cache that grows."""
-    subject = Subject(STATIC)
+    subject = subject_of(STATIC)
     batch, tokens, prompt = 3, 8, 5
     ids = torch.randint(0, MASK, (batch, prompt), generator=torch.Generator().manual_seed(0))
     config = subject.model.config
@@ -118,9 +120,9 @@ def rewind(cache: Any, length: int) -> None:
 
 
 @torch.no_grad()
-def test_a_block_without_a_commit_in_between() -> None:
+def test_a_block_without_a_commit_in_between(subject_of: Of) -> None:
     """The slots that a block takes say how long its history is."""
-    subject = Subject(STATIC)
+    subject = subject_of(STATIC)
     draw = draw_call(STATIC, 1)
     arguments = STATIC.arguments(subject.model, draw)
     wide = torch.ones(len(draw.ids), 1, draw.ids.shape[1], draw.history + draw.ids.shape[1] + 5)
@@ -145,9 +147,9 @@ DUAL = DIALECTS["llada-dual"]
 
 
 @torch.no_grad()
-def test_nothing_of_a_replaced_slot_is_read() -> None:
+def test_nothing_of_a_replaced_slot_is_read(subject_of: Of) -> None:
     """Whatever lies in memory there."""
-    subject = Subject(DUAL)
+    subject = subject_of(DUAL)
     draw = draw_call(DUAL, 2)
     arguments = DUAL.arguments(subject.model, draw)
     expected = subject.compiled(**arguments).logits
@@ -161,9 +163,9 @@ def test_nothing_of_a_replaced_slot_is_read() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("places", [slice(2, 10), slice(6, 22, 2)])
-def test_a_block_that_moves_without_a_commit(places: slice) -> None:
+def test_a_block_that_moves_without_a_commit(subject_of: Of, places: slice) -> None:
     """To the left, or to other slots from the same one on: K/V of the block before have holes."""
-    subject = Subject(DUAL)
+    subject = subject_of(DUAL)
     draw = dataclasses.replace(draw_call(DUAL, 2), ids=torch.full((2, 8), MASK), history=14)
     arguments = DUAL.arguments(subject.model, draw)
     arguments["replace_position"] = torch.arange(6, 14)
@@ -185,9 +187,9 @@ def test_a_block_that_moves_without_a_commit(places: slice) -> None:
 
 
 @torch.no_grad()
-def test_caches_of_different_lengths_in_one_session() -> None:
+def test_caches_of_different_lengths_in_one_session(subject_of: Of) -> None:
     """Another request: its block starts where that of the one before did."""
-    subject = Subject(DUAL)
+    subject = subject_of(DUAL)
     draw = draw_call(DUAL, 2)
     wide = dataclasses.replace(draw, history=draw.history + 6)
     places = DUAL.arguments(subject.model, draw)["replace_position"]
@@ -201,9 +203,9 @@ def test_caches_of_different_lengths_in_one_session() -> None:
 
 
 @torch.no_grad()
-def test_slots_counted_from_the_end() -> None:
+def test_slots_counted_from_the_end(subject_of: Of) -> None:
     """As indexing counts them; other integers than int64 are refused."""
-    subject = Subject(DUAL)
+    subject = subject_of(DUAL)
     draw = draw_call(DUAL, 2)
     expected = subject.focus(draw)
     arguments = DUAL.arguments(subject.model, draw)
@@ -222,9 +224,9 @@ def test_slots_counted_from_the_end() -> None:
 
 
 @torch.no_grad()
-def test_masks_of_one_column() -> None:
+def test_masks_of_one_column(subject_of: Of) -> None:
     """They hide nothing, or all."""
-    subject = Subject(STATIC)
+    subject = subject_of(STATIC)
     draw = draw_call(STATIC, 2)
     column = torch.ones(len(draw.ids), 1, draw.ids.shape[1], 1, dtype=torch.bool)
     ours, theirs = (STATIC.arguments(subject.model, draw) for _ in range(2))
@@ -235,9 +237,9 @@ def test_masks_of_one_column() -> None:
 
 
 @torch.no_grad()
-def test_caches_that_share_memory(caplog: pytest.LogCaptureFixture) -> None:
+def test_caches_that_share_memory(subject_of: Of, caplog: pytest.LogCaptureFixture) -> None:
     """Keys of two layers in one buffer, two slots apart: the dense program runs, and says so."""
-    subject = Subject(DUAL)
+    subject = subject_of(DUAL)
     draw = draw_call(DUAL, 2)
     results = []
     for model in (subject.model, subject.compiled):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from transformers.models.diffusion_gemma import (
 )
 
 from focus_compile import focus_backend
+from focus_compile.analysis import Analysis, analyze
 from focus_compile.runtime.executable import Executable
 from tests.support.harness import CACHE, MASK, PAPER, eager_inner
 from tests.support.models.dream import Dream
@@ -282,28 +284,37 @@ of attention are among theirs, and tests/system/test_families.py and tests/fuzz 
 
 @dataclass
 class Subject:
-    """A model of a dialect, compiled; graphs are refused with an error."""
+    """A model of a dialect, compiled; graphs are refused with an error.
+
+    Attributes:
+        executables, analyses: of every graph that Dynamo captured.
+    """
 
     dialect: Dialect
     inner: Callable[..., Any] | None = eager_inner
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     executables: list[Executable] = field(default_factory=list)
+    analyses: list[Analysis] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        torch._dynamo.reset()
         torch.manual_seed(0)
         self.model = self.dialect.build().to(self.device, self.dtype).eval()
         chosen = {} if self.inner is None else {"inner": self.inner}
 
         def backend(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
             options = {"mask_token_id": MASK, "strict": True, **PAPER}
-            program = focus_backend(gm, inputs, options=options, **chosen)
+            with mock.patch("focus_compile.backend.analyze", self._analyze):
+                program = focus_backend(gm, inputs, options=options, **chosen)
             if isinstance(program, Executable):
                 self.executables.append(program)
             return program
 
         self.compiled = torch.compile(self.model, backend=backend, dynamic=True, fullgraph=True)
+
+    def _analyze(self, *given: Any) -> Analysis:
+        self.analyses.append(analyze(*given))
+        return self.analyses[-1]
 
     @torch.no_grad()
     def eager(self, draw: Draw) -> Tensor:

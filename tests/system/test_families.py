@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +17,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.testing._internal.two_tensor import TwoTensor
 
 import focus_compile
-from focus_compile.axes.rules.table import RULES
 from tests.reference.emulation import Emulation
 from tests.reference.state import Config
 from tests.support.dialects import DIALECTS, DISTINCT, Dialect, Draw, Subject, draw_call, sdar_moe
-from tests.support.harness import MASK, PAPER, retained
+from tests.support.harness import PAPER, retained
 from tests.support.models import dream, llada, parts
 from tests.support.models.dream import Dream
 from tests.support.models.llada2 import LLaDA2
@@ -30,148 +28,6 @@ from tests.support.models.llada2 import LLaDA2
 DRAWS = 30
 TOLERANCE = 1e-4
 NEAR_TIE = 1e-5
-
-
-@pytest.fixture(scope="module", params=DIALECTS)
-def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
-    yield Subject(DIALECTS[request.param])
-
-
-def test_nothing_evicted_equals_eager(subject: Subject) -> None:
-    for seed in range(DRAWS):
-        draw = draw_call(subject.dialect, seed)
-        with focus_compile.session(alpha=1e9):
-            actual = subject.focus(draw)
-        torch.testing.assert_close(actual, subject.eager(draw), atol=TOLERANCE, rtol=TOLERANCE)
-
-
-def test_evicting_equals_the_emulation(subject: Subject) -> None:
-    """Which tokens are retained, and their logits; most calls compute fewer than were fed."""
-    evicting = ties = 0
-    for seed in range(DRAWS):
-        draw = draw_call(subject.dialect, seed)
-        config = Config(1.0 + (seed % 4) / 2, ("written", "prefix")[seed % 2])
-        found = Emulation(config).step(
-            lambda d=draw: subject.eager(d), draw.ids, draw.masked, draw.history
-        )
-        with focus_compile.session(alpha=config.alpha, visibility=config.visibility):
-            actual = subject.focus(draw)
-        if found.margin < NEAR_TIE:
-            ties += 1
-            continue
-        assert torch.equal(retained(actual), found.retained)
-        expected = found.logits * found.retained.unsqueeze(-1)
-        torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
-        evicting += bool((~found.retained).any())
-    print(f"{evicting} of {DRAWS} calls retained fewer tokens than were fed, {ties} near ties")
-    assert evicting >= DRAWS // 2
-    assert ties <= 1
-
-
-def test_a_block_equals_the_emulation(subject: Subject) -> None:
-    """Steps of one block, with what a session carries: fed tokens, stale keys, averages."""
-    draw = draw_call(subject.dialect, 3)
-    draw = dataclasses.replace(draw, ids=torch.full_like(draw.ids, MASK))
-    emulation = Emulation(Config(1.2))
-    fed = evicted = 0
-    with focus_compile.session(alpha=1.2) as focus:
-        for _ in range(6):
-            masked = draw.ids == MASK
-            if not masked.any():
-                break
-            found = emulation.step(lambda d=draw: subject.eager(d), draw.ids, masked, draw.history)
-            actual = subject.focus(draw)
-            assert found.margin > NEAR_TIE
-            assert torch.equal(retained(actual), found.retained)
-            assert focus.stats.fed_per_step[-1] == int(found.fed.sum())
-            expected = found.logits * found.retained.unsqueeze(-1)
-            torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
-            fed += int((~found.fed).sum())
-            evicted += int((found.fed & ~found.retained).sum())
-            draw = decoded(draw, found.retained, emulation)
-    assert fed and evicted
-
-
-def test_exact_is_eager_at_every_step(subject: Subject) -> None:
-    """Two blocks to their ends, rows at their own pace, and the commits: nothing is left out."""
-    with focus_compile.session(alpha=1.0, exact=True) as focus, torch.no_grad():
-        for block in range(2):
-            draw = draw_call(subject.dialect, 3)
-            draw = dataclasses.replace(draw, ids=torch.full_like(draw.ids, MASK), seed=block)
-            for turn in itertools.count():
-                expected = subject.eager(draw)
-                torch.testing.assert_close(subject.focus(draw), expected, atol=1e-4, rtol=1e-5)
-                assert focus.stats.fed == focus.stats.retained == focus.stats.canvas
-                draw = at_random(draw, turn)
-                if not (draw.ids == MASK).any():
-                    break
-            assert turn > 3
-            arguments = subject.dialect.arguments(subject.model, draw)
-            committed = subject.dialect.logits(subject.compiled(**arguments))
-            torch.testing.assert_close(committed, subject.eager(draw), atol=1e-4, rtol=1e-5)
-
-
-def at_random(draw: Draw, turn: int) -> Draw:
-    """Some masks of every row become tokens, in one row more of them."""
-    source = torch.Generator().manual_seed(turn)
-    chosen = torch.rand(draw.ids.shape, generator=source) < 0.25
-    chosen[turn % 2] |= torch.rand(draw.ids.shape[1], generator=source) < 0.4
-    tokens = torch.randint(0, MASK, draw.ids.shape, generator=source)
-    return dataclasses.replace(draw, ids=torch.where(chosen & (draw.ids == MASK), tokens, draw.ids))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["dream-canvas", "dream"])
-def test_logits_of_the_last_tokens(name: str) -> None:
-    """The model is asked for fewer logits; which tokens are retained stays the same."""
-    subject = Subject(DIALECTS[name])
-    for seed, last in ((0, 3), (1, 3), (2, 5), (3, 40)):
-        draw = draw_call(subject.dialect, seed)
-        with focus_compile.session(alpha=1.2):
-            whole = subject.focus(draw)
-        arguments = subject.dialect.arguments(subject.model, draw)
-        with focus_compile.session(alpha=1.2):
-            out = subject.compiled(**arguments, num_logits_to_keep=last)
-        torch.testing.assert_close(subject.dialect.logits(out), whole[:, -last:])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["llada-canvas", "dream-canvas", "gemma"])
-def test_blocks_of_a_canvas(name: str) -> None:
-    """Prompt and all blocks in one call: only masks of the block at hand are candidates.
-
-    Everything else is fed in the first step of a block, and its keys stay as they were then.
-    """
-    subject = Subject(DIALECTS[name])
-    draw = draw_call(subject.dialect, 2)
-    batch, tokens = 3, 18
-    ids = torch.randint(0, MASK, (batch, tokens), generator=torch.Generator().manual_seed(0))
-    ids[:, 6:] = MASK
-    visible = torch.ones(batch, tokens, tokens, dtype=torch.bool)
-    draw = dataclasses.replace(draw, ids=ids, visible=visible)
-    with focus_compile.session(alpha=1.2) as focus:
-        for block in ((6, 12), (12, 18)):
-            focus.block = block
-            emulation = Emulation(Config(1.2))
-            inside = torch.zeros(batch, tokens, dtype=torch.bool)
-            inside[:, slice(*block)] = True
-            fed = []
-            while (masked := (draw.ids == MASK) & inside).any():
-                found = emulation.step(
-                    lambda d=draw: subject.eager(d), draw.ids, masked, draw.history
-                )
-                actual = subject.focus(draw)
-                assert found.margin > NEAR_TIE
-                assert torch.equal(retained(actual), found.retained)
-                expected = found.logits * found.retained.unsqueeze(-1)
-                torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
-                fed.append(focus.stats.fed_per_step[-1])
-                draw = decoded(draw, found.retained & masked, emulation)
-            assert fed[0] == batch * tokens
-            assert max(fed[1:]) <= batch * 8
-        focus.block = (12, 19)
-        with pytest.raises(ValueError, match=r"session.block=\(12, 19\): the call has 18 tokens"):
-            subject.focus(draw)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
@@ -226,21 +82,6 @@ def test_lora(merged: bool) -> None:
             assert torch.equal(retained(subject.focus(draw)), found.retained)
 
 
-@pytest.mark.parametrize("name", ["sdar-moe-grouped", "llada", "sdar-static"])
-def test_inference_mode(name: str) -> None:
-    """As under ``no_grad``, also on tensors that were made in inference mode."""
-    subject = Subject(DIALECTS[name])
-    for seed in range(3):
-        draw = draw_call(subject.dialect, seed)
-        with focus_compile.session(alpha=1.2):
-            expected = subject.focus(draw)
-        arguments = subject.dialect.arguments
-        with torch.inference_mode(), focus_compile.session(alpha=1.2) as focus:
-            out = subject.compiled(**arguments(subject.model, draw))
-            assert focus.stats.steps == 1
-            torch.testing.assert_close(subject.dialect.logits(out), expected)
-
-
 def test_accelerate_hooks() -> None:
     """They break graphs by their own choice: what to do is said, and helps."""
     dialect = DIALECTS["sdar-moe-grouped"]
@@ -270,22 +111,6 @@ def test_quantised_weights_are_refused_by_name() -> None:
     subject = Subject(dataclasses.replace(DIALECTS["dream-canvas"], build=build))
     with pytest.raises(BackendCompilerFailed, match="an input is a TwoTensor, a tensor made of"):
         subject.focus(draw_call(subject.dialect, 0))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["llada", "dream", "dream-heads"])
-def test_a_history_that_grows_without_a_commit(name: str) -> None:
-    """Its length is found wherever the cache has its tokens."""
-    subject = Subject(DIALECTS[name])
-    draw = draw_call(subject.dialect, 1)
-    tokens, keys = draw.ids.shape[1], draw.history + 2
-    visible = torch.ones(len(draw.ids), tokens, keys + tokens, dtype=torch.bool)
-    longer = dataclasses.replace(draw, history=keys, visible=visible)
-    with focus_compile.session():
-        subject.focus(draw)
-        with pytest.raises(focus_compile.UncommittedHistory) as error:
-            subject.focus(longer)
-    assert str(draw.history) in str(error.value) and str(keys) in str(error.value)
 
 
 def test_last_tokens_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,29 +227,3 @@ def test_graph_breaks_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         assert line in story.breaks[0].line
         assert remedy in (story.breaks[0].remedy or "")
         assert "ended by a graph break" in str(story)
-
-
-def decoded(draw: Draw, kept: torch.Tensor, emulation: Emulation) -> Draw:
-    """The leftmost two retained masks of every row become tokens."""
-    chosen = kept & (draw.ids == MASK)
-    chosen &= chosen.cumsum(1) <= 2
-    for row, count in zip(emulation.rows, chosen.sum(1).tolist(), strict=True):
-        row.record(count)
-    return dataclasses.replace(draw, ids=draw.ids.masked_fill(chosen, 7))
-
-
-def test_every_operator_of_the_dialects_has_a_rule() -> None:
-    """Overloads that no rule knows are those that never carry tokens."""
-    seen: set[str] = set()
-    for dialect in DIALECTS.values():
-        torch._dynamo.reset()
-        model = dialect.build().eval()
-        story = focus_compile.explain(model, **dialect.arguments(model, draw_call(dialect, 1)))
-        (graph,) = story.graphs
-        assert graph.analysis is not None
-        seen |= {
-            str(node.target)
-            for node in graph.analysis.captured.graph.nodes
-            if isinstance(node.target, torch._ops.OpOverload) and node.target not in RULES
-        }
-    assert seen <= {"aten.item.default", "aten.sym_size.int", "aten.scalar_tensor.default"}

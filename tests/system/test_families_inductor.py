@@ -10,7 +10,7 @@ from tests.reference.emulation import Emulation
 from tests.reference.state import Config
 from tests.support.dialects import DIALECTS, DISTINCT, Subject, draw_call
 from tests.support.harness import retained
-from tests.system.test_families import NEAR_TIE, TOLERANCE
+from tests.system.test_dialects import NEAR_TIE, TOLERANCE
 
 
 @pytest.mark.parametrize("name", DISTINCT)
