@@ -120,11 +120,13 @@ def test_cost() -> None:
     assert data["bytes"]["focus"] < data["bytes"]["dense"] < deep["bytes"]["dense"]
 
 
+@pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize("name", ["factory", "canvas_factory", "moe_factory"])
-def test_verify(name: str, request: pytest.FixtureRequest) -> None:
-    """Eager and FOCUS, evicting and not; fewer tokens retained than fed."""
-    if name != "factory":  # one goes through Inductor
-        request.getfixturevalue("no_inductor")
+def test_verify(name: str) -> None:
+    """Eager and FOCUS, evicting and not; fewer tokens retained than fed.
+
+    Through Inductor it is tests/reports/test_explain.py's real run: the command is its report.
+    """
     words = ["verify", f"tests.commands.test_cli:{name}", "--block", "9", "--history", "5"]
     made = run(*words, "--mask-token-id", str(MASK), "--json")
     assert made.exit_code == 0, made.output

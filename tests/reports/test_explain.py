@@ -196,6 +196,7 @@ def test_a_real_run() -> None:
     assert focus_compile.explain(model, **arguments).measured is None
 
 
+@pytest.mark.usefixtures("no_inductor")
 def test_a_real_run_finds_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass that changes numbers is told."""
     monkeypatch.setattr("focus_compile.reports.measure.focus_backend", wrong_backend)
