@@ -78,7 +78,7 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     (r"test_soak\.py::test_nothing_grows", "soak"),
     (r"test_how_it_works\.py", "docs"),
     # many of a kind
-    (r"test_(dialects|families)\.py::test_\w+\[", "wide"),
+    (r"test_(dialects|families)\.py::test_(\w+\[|the_distinct)", "wide"),
     (r"test_no_eviction\.py", "wide"),
     (r"test_eviction\.py::test_equals_the_reference", "wide"),
     (r"fuzz/test_(fuzz|edges|found)\.py", "wide"),

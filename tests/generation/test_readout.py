@@ -60,7 +60,9 @@ def compiled(module: Any, seen: list[Any] | None = None) -> Any:
             seen.append(made)
         return made
 
-    return torch.compile(module, backend=backend, dynamic=False)  # two shapes a test, captured quickly
+    return torch.compile(
+        module, backend=backend, dynamic=False
+    )  # two shapes a test, captured quickly
 
 
 def generated(model: Any) -> focus_compile.Generated:

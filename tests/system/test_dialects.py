@@ -14,7 +14,7 @@ from focus_compile.axes.rules.table import RULES
 from tests.reference.emulation import Emulation
 from tests.reference.state import Config, Visibility
 from tests.reference.trust import Judge
-from tests.support.dialects import DIALECTS, Dialect, Draw, Subject, draw_call
+from tests.support.dialects import DIALECTS, DISTINCT, Dialect, Draw, Subject, draw_call
 from tests.support.harness import MASK, retained
 
 DRAWS = 30
@@ -244,3 +244,26 @@ def test_every_operator_has_a_rule(subject: Subject) -> None:
     numbers = {"aten.item.default", "aten.sym_size.int"}
     numbers |= {"aten.scalar_tensor.default"}  # in graphs of torch 2.11
     assert seen <= numbers
+
+
+def test_the_distinct_ones_have_the_operators_of_nearly_all(
+    subject_of: Callable[[Dialect], Subject],
+) -> None:
+    """Of what their programs call, prefix and suffix apart: what goes through Inductor."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for name, dialect in DIALECTS.items():
+        subject = subject_of(dialect)
+        subject.focus(draw_call(dialect, 0))
+        found[name] = {
+            (half, str(node.target))
+            for analysis in subject.analyses
+            for half in ("prefix", "suffix")
+            for node in getattr(analysis.halves, half).gm.graph.nodes
+            if isinstance(node.target, torch._ops.OpOverload)
+        }
+    missing = set[tuple[str, str]]().union(*found.values())
+    missing -= set[tuple[str, str]]().union(*(found[name] for name in DISTINCT))
+    assert {operator for _, operator in missing} == {
+        "aten.bmm.default", "aten.repeat_interleave.self_int", "aten.squeeze.dim",  # as grouped_mm
+        "focus.causal.default",
+    }  # fmt: skip
