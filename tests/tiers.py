@@ -40,9 +40,7 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     # a few of what follows
     (r"test_inductor\.py::test_there_are_enough_draws", None),
     (r"test_inductor\.py::test_\w+\[sdpa\]", None),
-    (r"test_dialects\.py.*\[(llada-canvas|dream)(-written)?\]", None),
-    (r"test_families\.py.*\[(llada-canvas|dream)\]", None),
-    (r"test_families\.py.*\[sdar-moe-grouped\]", "wide"),
+    (r"test_(dialects|families)\.py.*\[llada-canvas(-written)?\]", None),
     (r"test_no_eviction\.py.*\[sdpa-(bool|static|3|8|1)", None),
     (r"test_eviction\.py.*\[(sdpa-cache-bool|sdpa-whole-bool|sdpa-cache-float|eager-cache)", None),
     (r"test_fuzz\.py.*(without_loops|\[(qwen3-two-layers|llada-canvas)\])", None),

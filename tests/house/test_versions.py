@@ -43,7 +43,15 @@ def test_a_report_is_counted_by_file(script: ModuleType, tmp_path: Path) -> None
     assert run["failed"] == ["tests/test_a::test_two", "tests/fused/test_b::test_four"]
     page = script.text([run])
     assert "| 2.11.0+cpu | 5 | none | 3 | c | fused/test_b, test_a | 1 | 2 | 1 |" in page
-    assert "`tests/test_a::test_two` failed" in page
+    assert "## torch 2.11.0+cpu, c: 2 failed\n\n- `tests/test_a::test_two`\n" in page
+
+
+def test_a_note_stands_before_the_failures(script: ModuleType, tmp_path: Path) -> None:
+    """Of the run that it was given for; another one is added to it."""
+    report = tmp_path / "report.xml"
+    report.write_text(REPORT)
+    (run,) = script.add(script.add([], report, WHERE, "No GPU."), report, WHERE, "No ruff.")
+    assert "c: 2 failed\n\nNo GPU. No ruff.\n\n- `tests/test_a::test_two`" in script.text([run])
 
 
 def test_a_later_report_replaces_its_files_only(script: ModuleType, tmp_path: Path) -> None:

@@ -107,15 +107,18 @@ def generated(options: dict[str, Any], inner: Any = eager_inner) -> Tensor:
     return made
 
 
-def test_generation_pads_and_decodes_the_same() -> None:
-    plain = generated({})
+@pytest.fixture(scope="module")
+def plain() -> Tensor:
+    return generated({})
+
+
+def test_generation_pads_and_decodes_the_same(plain: Tensor) -> None:
     assert torch.equal(generated({"buckets": list(BUCKETS)}), plain)
 
 
 @pytest.mark.usefixtures("dense_without_inductor")
-def test_programs_to_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_to_be_captured(plain: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor compiles them without the host's scalar; slots are copied; tokens are the same."""
-    plain = generated({})
     monkeypatch.setattr(FocusConfig, "captures", lambda *_: True)
     assert torch.equal(generated({"mode": "reduce-overhead", "buckets": [16, 33]}, None), plain)
 
