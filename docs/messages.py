@@ -41,7 +41,10 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "a session ends in which masked calls may have run eagerly": (
         "Dynamo compiles only so many graphs of one function",
         "focus_compile.compile, session(alpha=...), or a larger recompile_limit"),
-    "rescue and confidences are off": (
+    "eviction misses more than its calibration has seen": (
+        "an audit found fewer of dense's sure tokens kept than the calibration's prompts did",
+        "calibrate with prompts like those of now; rescue bounds what is lost meanwhile"),
+    "rescue, confidences and audits are off": (
         "a part of the model is compiled, and its logits are not seen",
         "compile the outermost module; or do without rescue"),
     # errors of a call

@@ -25,11 +25,14 @@ class Calibrated:
     Attributes:
         model: its name, for messages; weights: fingerprints of its parameters.
         options: ``signal``, ``layers``, ``first_step`` and ``rescue``; empty: do not evict.
+        hit_range: the 95 % interval of the share of evicting steps in which a token that dense was
+            sure of was kept; None: there was none, or it is not known.
     """
 
     model: str
     weights: frozenset[str]
     options: Mapping[str, Any]
+    hit_range: tuple[float, float] | None = None
 
     @property
     def in_session(self) -> dict[str, Any]:
@@ -69,13 +72,32 @@ def read(value: Any) -> Calibrated:
         else:
             data = value.to_dict()
         options = data["options"] or {}
+        hit_range = _hit_range(data.get("judged", ()), options)
         if "layers" in options:
             options = options | {"layers": tuple(options["layers"])}
         if isinstance(options.get("signal"), list):
             options = options | {"signal": tuple(options["signal"])}
-        return Calibrated(str(data["model"]), frozenset(data["weights"]), options)
+        return Calibrated(str(data["model"]), frozenset(data["weights"]), options, hit_range)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"calibration={value!r}: expected the file of focus-compile calibrate, or what "
             "focus_compile.calibrate returns"
         ) from error
+
+
+def _hit_range(
+    judged: Iterable[Mapping[str, Any]], options: Mapping[str, Any]
+) -> tuple[float, float] | None:
+    """Of the candidate that was chosen."""
+    names = ("signal", "layers", "first_step")
+    for each in judged:
+        candidate = {name: _plain(each["candidate"][name]) for name in names}
+        if candidate == {name: _plain(options.get(name)) for name in names}:
+            found = each["hit_range"]
+            return None if found is None else (float(found[0]), float(found[1]))
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """A tuple as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from focus_compile.calibration.replay import Candidate, Tally
+from focus_compile.intervals import wilson
 
-__all__ = ["Judged", "choose", "gate", "judge", "wilson"]
+__all__ = ["Judged", "choose", "gate", "judge"]
 
 ENOUGH = 200
 """Evicting steps of rows below which no signal is judged."""
@@ -106,12 +107,3 @@ def gate(tally: Tally, forced: Sequence[float], threshold: float) -> float:
     if quantile >= 1:
         return threshold
     return min(threshold, sorted(forced)[math.floor(quantile * len(forced))])
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share, by Wilson's score."""
-    z, share = 1.96, hits / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    spread /= 1 + z * z / count
-    return max(0.0, middle - spread), min(1.0, middle + spread)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from focus_compile.programs.layout import Layout
 from focus_compile.programs.program import Program
 from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.arguments import arguments, held_slots
+from focus_compile.runtime.audit import Look, dense_rows, look_at
 from focus_compile.runtime.block import BlockState, History
 from focus_compile.runtime.controls import Constants, controls, empty_slots, is_exact, ranking
 from focus_compile.runtime.demand import Demand, demand_of, rescue_of
@@ -63,8 +65,9 @@ HELD = (
 )
 
 NO_LOGITS = (
-    "rescue and confidences are off: no output of this program is known to hold the logits, which "
-    "tell whether a retained token is sure. Compile the outermost module, and remove graph breaks"
+    "rescue, confidences and audits are off: no output of this program is known to hold the "
+    "logits, which tell whether a retained token is sure. Compile the outermost module, and remove "
+    "graph breaks"
 )
 OVERLAP = (
     "backend 'focus' runs the dense program: the model writes into an input whose memory another "
@@ -222,6 +225,8 @@ class Executable:
                 stored=self.stored, overwrites=self.captured,
             )  # fmt: skip
             values |= again
+        if session is not None:
+            self._audit(args, masked, values, kept, rescued, session)  # before they are written
         domains = {Domain.FED: Packed(fed.tokens, fed.fed), Domain.RETAINED: kept}
         packed = None if session is None else self._packed(session)
         if session is not None and packed is not None and (own := self.halves.own[packed]):
@@ -284,23 +289,66 @@ class Executable:
 
         None where it is not known which output are the logits.
         """
+        look = self._look(values, shape, retained, session)
+        return None if look is None else look.confidence
+
+    def _look(
+        self,
+        values: Mapping[str, Tensor],
+        shape: torch.Size,
+        retained: Packed,
+        session: Session | None,
+    ) -> Look | None:
+        """What each retained token could be decoded to; None: no output is known to be logits."""
         at = self._logits(session)
         logits = None if at is None else self.halves.own[at]
         if logits is None:
             return None
-        token = self.config.mask_token_id
-        if session is not None and session.mask_token_id is not None:
-            token = session.mask_token_id
+        token, before, shifted = self._reading(session)
         packed = packed_logits(logits, values, retained)
-        sure = torch.full(shape, -1.0, device=packed.values.device)
-        sure.view(-1)[retained.tokens], _ = most_probable(packed.values, token)
-        if session is None or not session.shifted_logits:
-            return sure
-        last = session.last
-        first = torch.full_like(sure[:, 0], -1.0)
-        if last is not None:
-            first, _ = most_probable(last, token)
-        return torch.cat([first.unsqueeze(1), sure[:, :-1]], 1)
+        found = most_probable(packed.values, token)
+        return look_at(shape, retained.tokens, found, before, shifted=shifted)
+
+    def _reading(
+        self, session: Session | None
+    ) -> tuple[int | None, tuple[Tensor, Tensor] | None, bool]:
+        """The mask token; what the token before the block says of its first, if logits are shifted;
+        and whether they are."""
+        token = self.config.mask_token_id
+        if session is None:
+            return token, None, False
+        token = token if session.mask_token_id is None else session.mask_token_id
+        if not session.shifted_logits or session.last is None:
+            return token, None, session.shifted_logits
+        return token, most_probable(session.last, token), True
+
+    def _audit(
+        self,
+        args: Sequence[Any],
+        masked: Tensor,
+        values: Mapping[str, Tensor],
+        kept: Packed,
+        rescued: Tensor | None,
+        session: Session,
+    ) -> None:
+        """Count what dense makes of this step, if it is one of those that are audited."""
+        audit, at = session.stats.audit, self._logits(session)
+        if audit is None or not audit.due(session.stats.steps + 1):
+            return
+        focus = self._look(values, masked.shape, kept, session)
+        rows = None
+        if at is not None and (logits := self.halves.own[at]) is not None:
+            rows = dense_rows(self.dense, self.layout, args, at, logits)
+        if focus is None or rows is None:
+            warning_once(log, NO_LOGITS)
+            return
+        token, before, shifted = self._reading(session)
+        where = torch.arange(masked.numel(), device=rows.device)
+        found = most_probable(rows, token)
+        dense = look_at(masked.shape, where, found, before, shifted=shifted)
+        demand = self._demand(session) or session.decoding
+        threshold = math.inf if demand is None else demand.threshold
+        audit.record(masked, focus, dense, rescued, threshold)
 
     def _logits(self, session: Session | None) -> int | None:
         """Which output the caller reads as logits, if that is known."""

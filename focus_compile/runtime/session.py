@@ -16,6 +16,7 @@ from focus_compile.calibrated import read
 from focus_compile.config import FIRST_STEPS, Rescue
 from focus_compile.log import warning_once
 from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
+from focus_compile.runtime.audit import Audit
 from focus_compile.runtime.block import BlockState
 from focus_compile.runtime.demand import Demand, check_rescue
 from focus_compile.runtime.reader import Reader
@@ -43,6 +44,10 @@ OUTSIDE = (
 NO_MASKED_CALL = (
     "a session ends without one masked call, after %d dense ones: no token was %s. Give the id of "
     "the model's own mask token (tokenizer.mask_token_id), or session.masked"
+)
+MORE_MISSED = (
+    "eviction misses more than its calibration has seen: %s. There a sure token was kept in "
+    "%.1f %% to %.1f %% of such rows: calibrate anew, with prompts like these"
 )
 NOT_REACHED = (
     "a session ends in which masked calls may have run eagerly, without backend 'focus': Dynamo "
@@ -129,6 +134,7 @@ class Session:
         first_step: str | None = None,
         rescue: Rescue = "auto",
         calibration: Any = None,
+        audit: int | None = None,
     ) -> None:
         self.calibration = None if calibration is None else read(calibration)
         if self.calibration is not None:
@@ -155,7 +161,9 @@ class Session:
         self.visibility = visibility
         self.exact = exact
         self.signal = None if signal is None else check_signal(signal)
-        self.stats = SessionStats()
+        if audit is not None and not (isinstance(audit, int) and audit >= 1):
+            raise ValueError(f"audit={audit!r}: expected None, or a number of steps from 1 on")
+        self.stats = SessionStats(audit=None if audit is None else Audit(audit))
         self.retain_mask: Tensor | None = None
         self.rescue_mask: Tensor | None = None
         self.scores: Tensor | None = None
@@ -216,6 +224,13 @@ class Session:
             missed = bool(recompile_limits_hit()) and not self.reached
         if missed and self.enabled:
             warning_once(log, NOT_REACHED)
+        audit, calibrated = self.stats.audit, self.calibration
+        if audit is None or calibrated is None or calibrated.hit_range is None:
+            return
+        kept = audit.hit_range
+        if kept is not None and kept[1] < calibrated.hit_range[0]:
+            low, high = (100 * share for share in calibrated.hit_range)
+            warning_once(log, MORE_MISSED, audit, low, high)
 
     def take_any_masked(self) -> bool | None:
         known, self.any_masked = self.any_masked, None
@@ -324,6 +339,7 @@ def session(
     first_step: str | None = None,
     rescue: Rescue = "auto",
     calibration: Any = None,
+    audit: int | None = None,
 ) -> Iterator[Session]:
     """Scope of one generation: K/V slots, averages and progress live until it ends.
 
@@ -350,13 +366,17 @@ def session(
         calibration: the file of :func:`focus_compile.calibrate`, or what it returned: sets signal,
             first_step and rescue where they are not given, and enabled to False where it says "do
             not evict". The model must be compiled for its layers.
+        audit: one step in so many is computed densely as well, and ``session.stats.audit`` counts
+            what was missed, and what dense makes another token of. It costs a dense step each, and
+            changes nothing. None: none is. With a calibration, a warning comes at the session's end
+            if more is missed than it has seen.
 
     Raises:
         ValueError: a value is out of range.
     """
     opened = Session(
         mask_token_id, alpha, visibility, signal, logits, enabled, shifted_logits, exact,
-        first_step, rescue, calibration,
+        first_step, rescue, calibration, audit,
     )  # fmt: skip
     scope = Scope(opened)
     scope.enter()

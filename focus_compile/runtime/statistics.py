@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from focus_compile.runtime.audit import Audit
+
 __all__ = ["SessionStats"]
 
 
@@ -25,6 +27,7 @@ class SessionStats:
             the first had retained none that was sure; rescued_rows: rows and steps in which that
             was so.
         fed_per_step, retained_per_step, rescued_per_step: the same, one entry per step.
+        audit: of the steps that were computed densely as well, with ``session(audit=...)``.
     """
 
     steps: int = 0
@@ -35,6 +38,7 @@ class SessionStats:
     retained_per_step: list[int] = field(default_factory=list)
     rescued_per_step: list[int] = field(default_factory=list)
     rescued_rows: int = 0
+    audit: Audit | None = None
 
     @property
     def fed(self) -> int:

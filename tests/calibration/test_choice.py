@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from focus_compile.calibration.choice import Judged, choose, gate, wilson
+from focus_compile.calibration.choice import Judged, choose, gate
 from focus_compile.calibration.replay import Candidate, Tally
+from focus_compile.intervals import wilson
 
 
 def judged(signal: Any, predicted: float, first_step: str = "open", evicting: int = 500) -> Judged:

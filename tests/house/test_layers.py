@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("axes",),
     ("graph", "ops", "models"),
     ("config",),
-    ("errors", "log", "rounding", "calibrated"),
+    ("errors", "log", "rounding", "calibrated", "intervals"),
     ("torch_private",),
     ("refusals",),
 )

@@ -11,6 +11,7 @@ from focus_compile.programs.cut import cut
 from tests.passes.reading import subject
 from tests.passes.step import RETAINED, Step, controls
 from tests.passes.tiny import call, model
+from tests.support.harness import bound
 
 LAYERS = 4
 
@@ -33,7 +34,8 @@ def test_numbers(scored: tuple[int, int]) -> None:
     (logits, *kept), (mask, *_), _ = changed.run(gm, values)["output"]
     expected, *slots = model(values, Step(values, last=last).attend)
     assert torch.equal(mask, RETAINED)
-    torch.testing.assert_close(logits[RETAINED], expected[RETAINED], atol=5e-5, rtol=1e-5)
+    # sums of another order: by the largest logit, 28, as everywhere
+    torch.testing.assert_close(logits[RETAINED], expected[RETAINED], atol=bound(expected), rtol=0)
     torch.testing.assert_close(kept, slots, atol=5e-5, rtol=1e-5)
     halves = cut(gm, changed.plan)
     for layer in range(LAYERS):
