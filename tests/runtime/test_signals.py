@@ -126,4 +126,6 @@ def test_rescue_needs_logits(caplog: pytest.LogCaptureFixture) -> None:
         run.compiled(**call.kwargs(model))
         assert focus.stats.rescued == 0 and focus.retain_mask is not None
         assert not focus.retain_mask.all()
-    assert "rescue, confidences and audits are off: no output of this program is known" in caplog.text
+    assert (
+        "rescue, confidences and audits are off: no output of this program is known" in caplog.text
+    )
