@@ -5,18 +5,15 @@ docs/algorithm.md section 14. It measures and changes nothing; rescue protects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from focus_compile.intervals import wilson
-from focus_compile.programs.halves import Returned
-from focus_compile.programs.layout import Layout
+from focus_compile.runtime.looks import Look
 
-__all__ = ["Audit", "Look", "dense_rows", "look_at"]
+__all__ = ["Audit"]
 
 
 @dataclass
@@ -87,61 +84,6 @@ class Audit:
         self.unrescued += int((judged & ~(sure & able).any(1)).sum())
         self.decided += int(decided.sum())
         self.differ += int((decided & (focus.tokens != dense.tokens)).sum())
-
-
-@dataclass(frozen=True)
-class Look:
-    """The token that each position could be decoded to, int64 ``[B, T]``, and its confidence, fp32.
-
-    A confidence of -1: its logits were not computed.
-    """
-
-    confidence: Tensor
-    tokens: Tensor = field(repr=False)
-
-
-def look_at(
-    shape: torch.Size,
-    where: Tensor,
-    found: tuple[Tensor, Tensor],
-    before: tuple[Tensor, Tensor] | None,
-    *,
-    shifted: bool,
-) -> Look:
-    """Confidences and tokens of some rows of logits, on the canvas.
-
-    Args:
-        where: int64 ``[N]``, flat positions of the rows; found: their confidences and tokens.
-        before: those of the token in front of the block, ``[B]`` each; None: it has no logits.
-        shifted: the token at p is predicted by the row of p - 1.
-    """
-    confidence = torch.full(shape, -1.0, device=where.device)
-    tokens = torch.zeros(shape, dtype=torch.int64, device=where.device)
-    confidence.view(-1)[where], tokens.view(-1)[where] = found
-    if not shifted:
-        return Look(confidence, tokens)
-    if before is None:
-        before = torch.full_like(confidence[:, 0], -1.0), torch.zeros_like(tokens[:, 0])
-    return Look(
-        torch.cat([before[0].unsqueeze(1), confidence[:, :-1]], 1),
-        torch.cat([before[1].unsqueeze(1), tokens[:, :-1]], 1),
-    )
-
-
-def dense_rows(
-    dense: Callable[..., Any], layout: Layout, args: Sequence[Any], at: int, logits: Returned
-) -> Tensor | None:
-    """The dense program's logits of a call, ``[B * T, V]``; the call leaves no trace.
-
-    ``at``: which of its outputs they are; ``logits``: what is known of them. None: they are not
-    those of every token.
-    """
-    if logits.batch_dim is None or logits.last is not None:
-        return None
-    written = {*layout.written, *(held.argument for held in layout.held)}
-    copies = [arg.clone() if index in written else arg for index, arg in enumerate(args)]
-    canvas: Tensor = dense(*copies)[at]
-    return canvas.movedim((logits.batch_dim, logits.token_dim), (0, 1)).flatten(0, 1).flatten(1)
 
 
 def decidable(candidates: Tensor, confidence: Tensor, threshold: float) -> Tensor:

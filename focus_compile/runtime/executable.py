@@ -16,7 +16,6 @@ from focus_compile.config import FocusConfig
 from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHistory
 from focus_compile.log import warning_once
 from focus_compile.models.vocabulary import check_mask_token
-from focus_compile.ops.likelihood import most_probable
 from focus_compile.ops.tables import feed, retained_tables
 from focus_compile.plan.controls import Selection, Tables
 from focus_compile.plan.plan import Domain
@@ -25,13 +24,13 @@ from focus_compile.programs.layout import Layout
 from focus_compile.programs.program import Program
 from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.arguments import arguments, held_slots
-from focus_compile.runtime.audit import Look, dense_rows, look_at
 from focus_compile.runtime.block import BlockState, History
 from focus_compile.runtime.controls import Constants, controls, empty_slots, is_exact, ranking
 from focus_compile.runtime.demand import Demand, demand_of, rescue_of
 from focus_compile.runtime.identity import model_key, overlap, weights_of
+from focus_compile.runtime.logits import Logits, reading_of
 from focus_compile.runtime.outputs import Packed, packed_logits, returned
-from focus_compile.runtime.reader import MaskedCall, Outputs, outermost
+from focus_compile.runtime.reader import MaskedCall, Outputs
 from focus_compile.runtime.record import Record
 from focus_compile.runtime.rescue import recompute
 from focus_compile.runtime.session import Session, warn_outside
@@ -52,12 +51,6 @@ CAUSAL = (
     "attention_mask=None and of a 2-D mask, transformers makes a causal mask: pass one of shape "
     "[B, 1, T, S + T], focus_compile.block_mask(model, valid, tokens)"
 )
-NOT_PACKED = (
-    "session(logits='packed') leaves logits on the canvas, and session.logits is None: this "
-    "program's outputs are not known to be what the model returns as logits. Compile the outermost "
-    "module, and remove graph breaks; or read the model's output at session.retain_mask"
-)
-
 HELD = (
     "backend 'focus' runs the dense program: the model writes keys and values into a part of a "
     "cache, where those of evicted tokens have to stay until they are computed. generate() keeps "
@@ -112,6 +105,7 @@ class Executable:
         self.constants = Constants()
         self.stored = {halves.slots[held.slot] for held in layout.held}
         self.read_as = Outputs()
+        self.logits = Logits(halves, self.read_as)
         self.checked: set[tuple[Calibrated, tuple[int, ...]]] = set()
 
     @property
@@ -226,9 +220,9 @@ class Executable:
             )  # fmt: skip
             values |= again
         if session is not None:
-            self._audit(args, masked, values, kept, rescued, session)  # before they are written
+            self._audit(args, masked, values, kept, rescued, session)
         domains = {Domain.FED: Packed(fed.tokens, fed.fed), Domain.RETAINED: kept}
-        packed = None if session is None else self._packed(session)
+        packed = None if session is None else self.logits.packed(session, returns=self.returns)
         if session is not None and packed is not None and (own := self.halves.own[packed]):
             session.logits = packed_logits(own, values, domains[Domain.RETAINED])
         made = returned(self.halves, values, domains, packed)
@@ -289,38 +283,9 @@ class Executable:
 
         None where it is not known which output are the logits.
         """
-        look = self._look(values, shape, retained, session)
+        reading = reading_of(self.config.mask_token_id, session)
+        look = self.logits.look(values, shape, retained, reading)
         return None if look is None else look.confidence
-
-    def _look(
-        self,
-        values: Mapping[str, Tensor],
-        shape: torch.Size,
-        retained: Packed,
-        session: Session | None,
-    ) -> Look | None:
-        """What each retained token could be decoded to; None: no output is known to be logits."""
-        at = self._logits(session)
-        logits = None if at is None else self.halves.own[at]
-        if logits is None:
-            return None
-        token, before, shifted = self._reading(session)
-        packed = packed_logits(logits, values, retained)
-        found = most_probable(packed.values, token)
-        return look_at(shape, retained.tokens, found, before, shifted=shifted)
-
-    def _reading(
-        self, session: Session | None
-    ) -> tuple[int | None, tuple[Tensor, Tensor] | None, bool]:
-        """The mask token; what the token before the block says of its first, if logits are shifted;
-        and whether they are."""
-        token = self.config.mask_token_id
-        if session is None:
-            return token, None, False
-        token = token if session.mask_token_id is None else session.mask_token_id
-        if not session.shifted_logits or session.last is None:
-            return token, None, session.shifted_logits
-        return token, most_probable(session.last, token), True
 
     def _audit(
         self,
@@ -331,47 +296,19 @@ class Executable:
         rescued: Tensor | None,
         session: Session,
     ) -> None:
-        """Count what dense makes of this step, if it is one of those that are audited."""
-        audit, at = session.stats.audit, self._logits(session)
+        """Count what dense makes of this step, if it is audited; before arguments are written."""
+        audit = session.stats.audit
         if audit is None or not audit.due(session.stats.steps + 1):
             return
-        focus = self._look(values, masked.shape, kept, session)
-        rows = None
-        if at is not None and (logits := self.halves.own[at]) is not None:
-            rows = dense_rows(self.dense, self.layout, args, at, logits)
-        if focus is None or rows is None:
+        reading = reading_of(self.config.mask_token_id, session)
+        focus = self.logits.look(values, masked.shape, kept, reading)
+        dense = self.logits.dense_look(self.dense, self.layout, args, masked.shape, reading)
+        if focus is None or dense is None:
             warning_once(log, NO_LOGITS)
             return
-        token, before, shifted = self._reading(session)
-        where = torch.arange(masked.numel(), device=rows.device)
-        found = most_probable(rows, token)
-        dense = look_at(masked.shape, where, found, before, shifted=shifted)
         demand = self._demand(session) or session.decoding
         threshold = math.inf if demand is None else demand.threshold
         audit.record(masked, focus, dense, rescued, threshold)
-
-    def _logits(self, session: Session | None) -> int | None:
-        """Which output the caller reads as logits, if that is known."""
-        seen = None
-        if session is not None and session.reader is not None:
-            seen = self.read_as.get(session.reader.model)
-        if seen is None and len(self.halves.vocabulary) == 1:
-            return self.halves.vocabulary[0]
-        return seen
-
-    def _packed(self, session: Session) -> int | None:
-        """Which output stays packed: one that is known to be what the caller reads as logits."""
-        if not session.packed:
-            return None
-        if self.halves.logits is None:
-            raise ValueError("logits='packed': the model returns no value with a row per token")
-        if session.reader is not None:
-            return self.read_as.get(session.reader.model)
-        if len(self.halves.vocabulary) == 1 and self.returns and outermost():
-            return self.halves.vocabulary[0]
-        session.logits = None
-        warning_once(log, NOT_PACKED)
-        return None
 
     def _tell(
         self,
