@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
 import focus_compile
@@ -144,10 +146,11 @@ def test_a_refusal_as_a_script(name: str, tmp_path: Path) -> None:
     script = told.save(tmp_path) / "graph0_refused.py"
     text = script.read_text()
     assert reason in text and told.refusals[0].cure in text
-    made = run_python(script)
-    assert made.returncode != 0
+    torch._dynamo.reset()
     refusal = told.refusals[0]
-    assert f"Unsupported: {refusal.reason}" in made.stderr and refusal.op in made.stderr
+    with pytest.raises(BackendCompilerFailed) as raised:
+        runpy.run_path(str(script), run_name="__main__")
+    assert f"Unsupported: {refusal.reason}" in str(raised.value) and refusal.op in str(raised.value)
 
 
 @torch.no_grad()
@@ -213,20 +216,28 @@ def test_a_real_run_needs_a_mask_token() -> None:
         focus_compile.explain(lambda x: x, torch.zeros(2, 5), run=True)
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_logs(shown: bool) -> None:
-    """``TORCH_LOGS="+focus_compile"`` shows the passes and what they changed; else all is quiet."""
-    made = run_python("-c", TRACED, **({"TORCH_LOGS": "+focus_compile"} if shown else {}))
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What a process logs, and its structured trace."""
+    folder = tmp_path_factory.mktemp("trace")
+    made = run_python("-c", TRACED, TORCH_LOGS="+focus_compile", TORCH_TRACE=str(folder))
     assert made.returncode == 0, made.stderr
+    (log,) = folder.iterdir()
+    return made.stderr, log
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_logs(shown: bool, traced: tuple[str, Path]) -> None:
+    """``TORCH_LOGS="+focus_compile"`` shows the passes and what they changed; else all is quiet."""
+    told = traced[0] if shown else run_python("-c", TRACED).stderr
     for text in ("canonical: ", "retain: ", "what the passes changed", "focus.importance"):
-        assert (text in made.stderr) == shown
-    assert "leaves this graph as it is" in made.stderr
+        assert (text in told) == shown
+    assert "leaves this graph as it is" in told
 
 
-def test_artifacts_in_a_trace(tmp_path: Path) -> None:
+def test_artifacts_in_a_trace(traced: tuple[str, Path], tmp_path: Path) -> None:
     """tlparse finds the graphs before and after, the plan, and the reason of a refusal."""
-    assert run_python("-c", TRACED, TORCH_TRACE=str(tmp_path / "trace")).returncode == 0
-    (log,) = (tmp_path / "trace").iterdir()
+    log = traced[1]
     tlparse = Path(sys.executable).with_name("tlparse")
     subprocess.run(
         [tlparse, log, "-o", tmp_path / "out", "--no-browser"], check=True, capture_output=True
