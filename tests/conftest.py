@@ -5,20 +5,16 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule
 
 from focus_compile.log import text_once
 from tests.support.dialects import Dialect, Subject
-from tests.support.harness import without_inductor
+from tests.support.harness import halves_through_inductor, without_inductor
 from tests.tiers import MARKERS, tier
 
 torch.set_num_threads(1)
@@ -34,6 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """``--rest`` captures without PyTorch's cache of fake results, in processes that tests start,
+    too: small models are captured a fifth quicker. The default tier has it, as users have."""
+    if config.getoption("--rest"):
+        os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
+        torch._dynamo.config.fake_tensor_cache_enabled = False
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
 
@@ -72,18 +73,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def dynamo(pytestconfig: pytest.Config) -> Iterator[None]:
+def dynamo() -> Iterator[None]:
     """A fresh Dynamo for each module, whose tests may share compiled models.
 
     The recompile limit is far away, and reaching it is an error instead of eager execution.
-    ``--rest`` captures without PyTorch's cache of fake results, a fifth faster on small models; the
-    default tier has it, as users have.
     """
-    cached = not pytestconfig.getoption("--rest")
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(
-        recompile_limit=256, fail_on_recompile_limit_hit=True, fake_tensor_cache_enabled=cached
-    ):
+    with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
         yield
     torch._dynamo.reset()
 
@@ -105,14 +101,7 @@ def no_inductor() -> Iterator[None]:
 def dense_without_inductor() -> Iterator[None]:
     """Prefix and suffix go through Inductor; dense programs, which are plain Inductor's, do not."""
 
-    def compile_halves(graph: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        if not any(isinstance(value, FakeTensor) for value in inputs):  # Dynamo gives real tensors
-            return graph
-        halves.append(graph)
-        return compile_fx(graph, inputs, **options)
-
-    halves: list[GraphModule] = []
-    with mock.patch("focus_compile.backend.compile_fx", compile_halves):
+    with halves_through_inductor() as halves:
         yield
     assert halves
 

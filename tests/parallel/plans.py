@@ -1,20 +1,11 @@
-"""One rank of a small model, sharded by one plan after another; each call against eager.
-
-torchrun --nproc-per-node 2 -m tests.parallel.plans FOLDER
-
-Writes ``RANK.json``: for each plan of ``PLANS``, refusals, the processes that share heads out, and
-how far logits are from eager ones when nothing is evicted.
-"""
+"""One rank of a small model, sharded by one plan after another; each call against eager."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -31,13 +22,9 @@ PLANS: dict[str, dict[str, str]] = {
 
 
 @torch.no_grad()
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    if rank == 0:
-        folder_of("untied", folder)
-    dist.barrier()
+def report_of(folder: Path) -> dict[str, Any]:
+    """For each plan of ``PLANS``, refusals, the processes that share heads out, and how far logits
+    are from eager ones when nothing is evicted."""
     path = folder_of("untied", folder)
     report: dict[str, Any] = {}
     for name, plan in PLANS.items():
@@ -64,9 +51,4 @@ def main(folder: Path) -> None:
             "told": "heads shared out among" in str(story),
             "from_eager": float((logits - model(**call).logits).abs().max()),
         }
-    (folder / f"{rank}.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return report

@@ -1,15 +1,8 @@
-"""One rank of a model that transformers' ``tp_plan="auto"`` shards, against a whole one.
-
-torchrun --nproc-per-node 2 -m tests.parallel.sharded FOLDER CASE [inductor]
-
-Writes ``RANK.json``: what the rank's sharded model decoded and retained, with FOCUS and densely;
-rank 0 also runs a whole model.
-"""
+"""One rank of a model that transformers' ``tp_plan="auto"`` shards, against a whole one."""
 
 from __future__ import annotations
 
-import json
-import sys
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +14,7 @@ from transformers.distributed import DistributedConfig
 import focus_compile
 from focus_compile import focus_backend
 from tests.support.checkpoints import save_first_layers
-from tests.support.harness import eager_inner
+from tests.support.harness import eager_inner, halves_through_inductor
 from tests.support.paths import TINY
 
 CHECKPOINT = TINY / "aligned_checkpoint"
@@ -40,13 +33,15 @@ CONFIGS = {
 
 
 def folder_of(case: str, folder: Path) -> Path:
-    """A saved model: three layers of the trained one, or one of random weights."""
-    path = folder / "model"
-    if case == "trained" and not path.exists():
-        save_first_layers(CHECKPOINT, path)
-    elif not path.exists():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(CONFIGS[case]()).save_pretrained(path)
+    """A model that rank 0 saves: three layers of the trained one, or one of random weights."""
+    path = folder / case
+    if dist.get_rank() == 0:
+        if case == "trained":
+            save_first_layers(CHECKPOINT, path)
+        else:
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(CONFIGS[case]()).save_pretrained(path)
+    dist.barrier()
     return path
 
 
@@ -94,27 +89,20 @@ def run(model: Any, ids: torch.Tensor, mask: int, inductor: bool, rescue: float)
 
 
 @torch.no_grad()
-def main(folder: Path, case: str, inductor: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    if rank == 0:
-        folder_of(case, folder)
-    dist.barrier()
+def report_of(folder: Path, case: str, inductor: bool) -> dict[str, Any]:
+    """What the rank's sharded model decodes and retains, with FOCUS and densely; rank 0 also runs a
+    whole model. ``inductor``: prefix and suffix of the sharded one go through it."""
     path = folder_of(case, folder)
     mask = MASK if case != "trained" else AutoConfig.from_pretrained(path).vocab_size - 1
     ids = torch.randint(0, mask, (3, 7), generator=torch.Generator().manual_seed(0))
     plan = DistributedConfig(tp_plan="auto")
     model = AutoModelForCausalLM.from_pretrained(path, distributed_config=plan).eval()
     rescue = 0.2 if case == "trained" else 0.025  # some rows of some steps are sure of less
-    report = {"sharded": run(model, ids, mask, inductor, rescue)}
-    if rank == 0:
+    through = halves_through_inductor() if inductor else contextlib.nullcontext()
+    with through:
+        report = {"sharded": run(model, ids, mask, inductor, rescue)}
+    if dist.get_rank() == 0:
         torch._dynamo.reset()
         whole = AutoModelForCausalLM.from_pretrained(path).eval()
         report["whole"] = run(whole, ids, mask, inductor=False, rescue=rescue)
-    (folder / f"{rank}.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["inductor"])
+    return report

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +33,47 @@ HEADS = 4
 needs_torch_2_13 = pytest.mark.skipif(
     torch.__version__ < "2.13", reason="Dynamo hides what DTensors are called with: refused"
 )
-CASES = [("untied", 4, ""), ("experts", 2, ""), ("trained", 2, ""), ("tied", 2, "inductor")]
+CASES = {2: ("experts", "trained", "tied-inductor", "plans"), 4: ("untied",)}
+"""By the number of processes."""
+Reports = Callable[[int, str], list[dict[str, Any]]]
 
 
-def reports(folder: Path, processes: int, module: str, *args: str) -> list[dict[str, Any]]:
-    """What each rank writes; ranks that wait for one another are killed after some minutes."""
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """What each rank writes of a case; those of as many processes run in the same ones."""
+
+    @functools.cache
+    def started(processes: int) -> Path:
+        folder = tmp_path_factory.mktemp("ranks")
+        start(folder, processes, CASES[processes])
+        return folder
+
+    def of_case(processes: int, case: str) -> list[dict[str, Any]]:
+        paths = (started(processes) / case / f"{rank}.json" for rank in range(processes))
+        return [json.loads(path.read_text()) for path in paths]
+
+    return of_case
+
+
+def start(folder: Path, processes: int, cases: Sequence[str]) -> None:
+    """Ranks that wait for one another are killed after some minutes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", module, str(folder), *args]
+    command += ["--nproc-per-node", str(processes), "-m", "tests.parallel.rank", str(folder)]
+    command += cases
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, check=False, timeout=600,
+        text=True, check=False, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
 @needs_torch_2_13
-@pytest.mark.parametrize(("case", "processes", "inductor"), CASES)
-def test_equals_one_process(case: str, processes: int, inductor: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "case"), [(n, case) for n in CASES for case in CASES[n] if case != "plans"]
+)
+def test_equals_one_process(processes: int, case: str, reports: Reports) -> None:
     """Tokens, retained and rescued tokens, steps of every rank, with FOCUS and densely."""
-    found = reports(tmp_path, processes, "tests.parallel.sharded", case, *filter(None, [inductor]))
+    found = reports(processes, case)
     whole = found[0]["whole"]
     for report in found:
         sharded = report["sharded"]
@@ -68,9 +91,9 @@ def test_equals_one_process(case: str, processes: int, inductor: str, tmp_path: 
 
 
 @needs_torch_2_13
-def test_plans(tmp_path: Path) -> None:
+def test_plans(reports: Reports) -> None:
     """Heads may be whole; a plan whose calls are not known is refused, and computes what it did."""
-    for report in reports(tmp_path, 2, "tests.parallel.plans"):
+    for report in reports(2, "plans"):
         for name in ("mlp", "vocabulary", "features"):
             assert report[name]["refusals"] == [] and report[name]["ranks"] == [1]
             assert not report[name]["told"] and report[name]["steps"] == 1

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
@@ -190,6 +192,22 @@ def eager_inner(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]
 def without_inductor() -> contextlib.AbstractContextManager[object]:
     """The backend's programs run as the graphs that Inductor would get."""
     return mock.patch("focus_compile.backend.compile_fx", lambda graph, *_, **__: graph)
+
+
+@contextlib.contextmanager
+def halves_through_inductor() -> Iterator[list[GraphModule]]:
+    """Prefix and suffix go through Inductor, and are listed; dense programs, plain Inductor's, do
+    not."""
+
+    def compile_halves(graph: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        if not any(isinstance(value, FakeTensor) for value in inputs):  # Dynamo gives real tensors
+            return graph
+        halves.append(graph)
+        return compile_fx(graph, inputs, **options)
+
+    halves: list[GraphModule] = []
+    with mock.patch("focus_compile.backend.compile_fx", compile_halves):
+        yield halves
 
 
 @dataclass
