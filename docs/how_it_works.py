@@ -138,7 +138,7 @@ def triton_kernel() -> str:
     with tempfile.TemporaryDirectory() as folder:
         words = ["-m", "tests.gpu_lowering.lower", "--model", "qwen3", "--arch", "90"]
         subprocess.run([sys.executable, *words, "--out", folder], check=True, cwd=HERE.parent)
-        source = (Path(folder) / "suffix.py").read_text()
+        source = (Path(folder) / "qwen3" / "suffix.py").read_text()
     kernels = re.findall(r"(@triton\.jit\ndef \w*silu\w*\(.*?)\n'''", source, re.S)
     return kernels[0].strip()
 

@@ -1,9 +1,10 @@
 """Lower the programs of a model to Triton and cubins, on a machine without a GPU.
 
-python -m tests.gpu_lowering.lower --model qwen3 --arch 90 --out FOLDER [--mode reduce-overhead]
+python -m tests.gpu_lowering.lower --model qwen3 held/reduce-overhead --arch 90 --out FOLDER
 
-The model goes through the real backend; its tensors are fake ones on a fake GPU. Writes the output
-code of each program, ``dense.py``, ``prefix.py`` and ``suffix.py``, and ``report.json``.
+The models go through the real backend; their tensors are fake ones on a fake GPU. ``/`` is followed
+by Inductor's mode. Writes into a folder for each, named like it, the output code of each program,
+``dense.py``, ``prefix.py`` and ``suffix.py``, and ``report.json``.
 """
 
 from __future__ import annotations
@@ -256,21 +257,24 @@ def fake_draw(dialect: Dialect) -> Draw:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--model", nargs="+", required=True, help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--arch", type=int, choices=ARCHES, required=True)
-    parser.add_argument("--mode", help="Inductor's")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     reason = unfit()
     if reason is not None:
         parser.error(reason)
     torch.set_num_threads(1)
-    lowering = Lowering(MODELS[given.model], given.arch, given.mode)
-    report = {"model": given.model, **lowering.run()}
-    given.out.mkdir(parents=True, exist_ok=True)
-    for name, made in lowering.programs.items():
-        (given.out / f"{name}.py").write_text("".join(made.code))
-    (given.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    for each in given.model:
+        name, _, mode = each.partition("/")
+        counters.clear()
+        lowering = Lowering(MODELS[name], given.arch, mode or None)
+        report = {"model": name, **lowering.run()}
+        folder = given.out / each
+        folder.mkdir(parents=True, exist_ok=True)
+        for program, made in lowering.programs.items():
+            (folder / f"{program}.py").write_text("".join(made.code))
+        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

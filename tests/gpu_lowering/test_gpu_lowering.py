@@ -1,8 +1,8 @@
 """Prefix and suffix become Triton kernels for sm_80 and sm_90, without a GPU.
 
-Each model is lowered once for sm_90, and one for sm_80, too, cold, each time in a process of its
-own: the patches of ``fake_gpu.py`` change what PyTorch believes of the machine. bf16; every size is
-a symbol. This shows what is emitted, and that it compiles; nothing runs.
+Each model is lowered once for sm_90, and one for sm_80, too, cold, in a process for each
+architecture: the patches of ``fake_gpu.py`` change what PyTorch believes of the machine. bf16;
+every size is a symbol. This shows what is emitted, and that it compiles; nothing runs.
 """
 
 from __future__ import annotations
@@ -53,17 +53,25 @@ ATTENTION = {"attend", "join", "line_index", "site_index", "site_mask", "visible
 """``focus::`` operators around attention, in both."""
 
 
-GRAPHS = "reduce-overhead"
+GRAPHS = "/reduce-overhead"
+"""Inductor's mode, behind a model."""
+LOWERED = {
+    80: ("qwen3",),
+    90: (
+        "qwen3", "held", "moe", "canvas", "qwen3-5", "llada", "llada-5", f"qwen3{GRAPHS}",
+        f"held{GRAPHS}",
+    ),
+}  # fmt: skip
 
 
 @functools.cache
-def lowered(model: str, arch: int, mode: str | None = None) -> dict[str, Any]:
-    """What one process reports; ``mode``: Inductor's."""
+def reports(arch: int) -> dict[str, dict[str, Any]]:
+    """What one process reports of every model that is lowered for an architecture."""
     threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.gpu_lowering.lower", "--out", folder]
         done = subprocess.run(
-            [*command, "--model", model, "--arch", str(arch), *(("--mode", mode) if mode else ())],
+            [*command, "--arch", str(arch), "--model", *LOWERED[arch]],
             cwd=ROOT,
             env={**os.environ, **threads},
             capture_output=True,
@@ -71,8 +79,12 @@ def lowered(model: str, arch: int, mode: str | None = None) -> dict[str, Any]:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        report: dict[str, Any] = json.loads((Path(folder) / "report.json").read_text())
-        return report
+        paths = {model: Path(folder) / model / "report.json" for model in LOWERED[arch]}
+        return {model: json.loads(path.read_text()) for model, path in paths.items()}
+
+
+def lowered(model: str, arch: int = 90) -> dict[str, Any]:
+    return reports(arch)[model]
 
 
 @pytest.fixture(params=[*(f"qwen3-{arch}" for arch in ARCHES), "held-90", "moe-90", "canvas-90"])
@@ -128,12 +140,12 @@ def test_cuda_graphs() -> None:
     say the same of programs with a scalar of the host, whose value a recording freezes: in this
     mode they have none, in others one.
     """
-    programs = lowered("qwen3", 90, GRAPHS)["programs"]
+    programs = lowered(f"qwen3{GRAPHS}")["programs"]
     assert list(programs) == ["dense", "prefix", "suffix"]
     for name, program in programs.items():
         assert (program["cuda_graph_skips"], program["partitions"]) == (0, 1), name
         assert program["host_inputs"] == 0, name
-    plain = lowered("qwen3", 90)["programs"]
+    plain = lowered("qwen3")["programs"]
     assert all(program["partitions"] == 0 for program in plain.values())
     assert [program["host_inputs"] for program in plain.values()] == [0, 1, 1]
 
@@ -144,7 +156,7 @@ def test_cuda_graphs_write_into_the_cache() -> None:
     Not among the inputs that stay, yet: weights, of which the capture forgets that they are some,
     and the keys and values that a session keeps.
     """
-    programs = lowered("held", 90, GRAPHS)["programs"]
+    programs = lowered(f"held{GRAPHS}")["programs"]
     assert programs["prefix"]["fixed_inputs"] == 2 * 2  # keys and values of layers 0 and 1
     assert programs["suffix"]["fixed_inputs"] == 2  # of the last layer
 
@@ -212,11 +224,11 @@ def test_launches_of_a_layer(model: str, program: str, joins: str) -> None:
     """
     found = []
     for name in (model, f"{model}-5"):
-        given = lowered(name, 90)["programs"][program]
+        given = lowered(name)["programs"][program]
         total = sum(kernel["launches"] for kernel in given["kernels"])
         known = OWN | {"focus.join.default": JOIN[joins]}
         found.append(total + sum(known.get(op, 0) * n for op, n in given["operators"].items()))
-    fewer, more = (lowered(name, 90)["programs"][program] for name in (model, f"{model}-5"))
+    fewer, more = (lowered(name)["programs"][program] for name in (model, f"{model}-5"))
     counts = more["operators"].items() - fewer["operators"].items()
     assert {name for name, _ in counts} <= known.keys(), "an operator whose launches are not known"
     each = (found[1] - found[0]) / 2
@@ -231,7 +243,7 @@ def test_masks_are_padded_once() -> None:
     Two masks: of the queries of the second scored layer, and of those of all others.
     """
     for name in ("qwen3", "qwen3-5"):
-        kernels = lowered(name, 90)["programs"]["suffix"]["kernels"]
+        kernels = lowered(name)["programs"]["suffix"]["kernels"]
         assert sum(k["launches"] for k in kernels if "constant_pad_nd" in k["name"]) == 2
 
 
