@@ -13,6 +13,7 @@ from torch import Tensor
 
 import focus_compile
 from focus_compile import PackedLogits, Session
+from focus_compile.runtime.logits import Logits
 from tests.support.harness import CACHE, MASK, VOCAB, Call, Run, Sizes, build_model, random_call
 
 BATCH, TOKENS, HISTORY = 3, 9, 7
@@ -166,14 +167,14 @@ def test_no_canvas_of_logits_in_generate(run: Run) -> None:
 
 def test_packed_logits_of_a_model_that_returns_none(run: Run) -> None:
     program = run.program_of(first_call(run))
-    halves = program.halves
-    program.halves = dataclasses.replace(halves, logits=None)
+    known = program.logits
+    program.logits = Logits(dataclasses.replace(program.halves, logits=None), program.read_as)
     try:
         message = "the model returns no value with a row per token"
         with focus_compile.session(logits="packed"), pytest.raises(ValueError, match=message):
             run.compiled(**first_call(run).kwargs(run.model))
     finally:
-        program.halves = halves
+        program.logits = known
 
 
 def test_focus_switched_off(run: Run) -> None:
