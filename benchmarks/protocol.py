@@ -15,7 +15,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -252,6 +252,7 @@ def main(
     batch: int = 200,
     threads: int = 2,
     out: Path = ROOT / "docs" / "protocol.json",
+    model: Annotated[list[str] | None, typer.Option(help="some of the models")] = None,
     quick: bool = False,
 ) -> None:
     """Measure what the file lacks. ``quick``: 8 prompts of one model, and few contestants."""
@@ -264,7 +265,7 @@ def main(
     about |= {"torch": torch.__version__, "transformers": transformers.__version__, "cpu": cpu()}
     report = about | {"rows": report["rows"]}
     done = {(row["model"], row["task"], row["name"]) for row in report["rows"]}
-    for name in list(MODELS)[: 1 if quick else None]:
+    for name in (model or list(MODELS))[: 1 if quick else None]:
         kinds = dict.fromkeys(each.model for each in everyone)
         for kind in kinds:
             left = [
