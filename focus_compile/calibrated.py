@@ -72,7 +72,8 @@ def read(value: Any) -> Calibrated:
         else:
             data = value.to_dict()
         options = data["options"] or {}
-        hit_range = _hit_range(data.get("judged", ()), options)
+        seen = (data.get("chosen") or {}).get("hit_range")
+        hit_range = None if seen is None else (float(seen[0]), float(seen[1]))
         if "layers" in options:
             options = options | {"layers": tuple(options["layers"])}
         if isinstance(options.get("signal"), list):
@@ -83,21 +84,3 @@ def read(value: Any) -> Calibrated:
             f"calibration={value!r}: expected the file of focus-compile calibrate, or what "
             "focus_compile.calibrate returns"
         ) from error
-
-
-def _hit_range(
-    judged: Iterable[Mapping[str, Any]], options: Mapping[str, Any]
-) -> tuple[float, float] | None:
-    """Of the candidate that was chosen."""
-    names = ("signal", "layers", "first_step")
-    for each in judged:
-        candidate = {name: _plain(each["candidate"][name]) for name in names}
-        if candidate == {name: _plain(options.get(name)) for name in names}:
-            found = each["hit_range"]
-            return None if found is None else (float(found[0]), float(found[1]))
-    return None
-
-
-def _plain(value: Any) -> Any:
-    """A tuple as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value

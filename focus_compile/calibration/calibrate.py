@@ -32,7 +32,7 @@ class Calibration:
             decoded, densely; steps: row-steps.
         judged: every candidate, cheapest first; weights: fingerprints of the model's parameters.
         options: for ``torch.compile(..., options=...)`` or ``session(...)``; None: do not evict.
-        why: the choice in a sentence.
+        why: the choice in a sentence. chosen: who is behind the options, one of ``judged``.
     """
 
     model: str
@@ -48,9 +48,12 @@ class Calibration:
     weights: tuple[str, ...]
     options: dict[str, Any] | None
     why: str
+    chosen: Judged | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"judged": [each.to_dict() for each in self.judged]}
+        chosen = None if self.chosen is None else self.chosen.to_dict()
+        judged = [each.to_dict() for each in self.judged]
+        return asdict(self) | {"judged": judged, "chosen": chosen}
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
@@ -157,6 +160,7 @@ def calibrate(
         weights=tuple(sorted({fingerprint(each) for each in model.parameters()})),
         options=options,
         why=why,
+        chosen=chosen,
     )
 
 

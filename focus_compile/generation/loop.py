@@ -339,7 +339,7 @@ def _session(
             warn_outside()
         around = Session()
     around.reached += 1
-    return Session(
+    request = Session(
         mask_token_id=mask_token_id,
         alpha=around.alpha,
         visibility=around.visibility,
@@ -352,6 +352,8 @@ def _session(
         rescue=around.rescue if rescue == "auto" else rescue,
         calibration=around.calibration,
     )
+    request.stats.audit = around.stats.audit  # one for all requests in a session
+    return request
 
 
 def _generator(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from focus_compile.intervals import wilson
-from focus_compile.runtime.looks import Look
+from focus_compile.runtime.predictions import Predictions
 
 __all__ = ["Audit"]
 
@@ -21,26 +21,30 @@ class Audit:
     """Counts over the steps that were computed densely as well.
 
     Attributes:
-        every: one step in so many is one of them.
-        steps: how many there were.
+        every: one step in so many is one of them; calls: steps so far, of all generations.
+        steps: how many were audited.
         rows: rows of them in which a masked token was evicted and dense was sure of one; missed:
             those of these in which none of dense's sure tokens was retained at first; unrescued:
             and none after rescue.
+        calibrated: the interval of ``hit_range`` that a calibration has seen; None: there is none.
         decided: tokens that FOCUS could decode in these steps, in all rows: the sure ones, else the
             surest of a row; differ: those of which dense makes another token.
     """
 
     every: int
+    calls: int = 0
     steps: int = 0
     rows: int = 0
     missed: int = 0
     unrescued: int = 0
     decided: int = 0
     differ: int = 0
+    calibrated: tuple[float, float] | None = None
 
-    def due(self, step: int) -> bool:
-        """Whether a step is one of them; the first one has the number 1."""
-        return step % self.every == 0
+    def next_is_due(self) -> bool:
+        """Count a step; whether it is one of them."""
+        self.calls += 1
+        return self.calls % self.every == 0
 
     @property
     def hit_range(self) -> tuple[float, float] | None:
@@ -51,6 +55,12 @@ class Audit:
     def differ_range(self) -> tuple[float, float] | None:
         """The 95 % interval of the share of decided tokens of which dense makes another."""
         return wilson(self.differ, self.decided) if self.decided else None
+
+    @property
+    def misses_more(self) -> bool:
+        """Whether more is missed than the calibration has seen, and the intervals do not meet."""
+        found, seen = self.hit_range, self.calibrated
+        return found is not None and seen is not None and found[1] < seen[0]
 
     def __str__(self) -> str:
         parts = [f"{self.steps} steps audited"]
@@ -64,7 +74,12 @@ class Audit:
         return "; ".join(parts)
 
     def record(
-        self, masked: Tensor, focus: Look, dense: Look, rescued: Tensor | None, threshold: float
+        self,
+        masked: Tensor,
+        focus: Predictions,
+        dense: Predictions,
+        rescued: Tensor | None,
+        threshold: float,
     ) -> None:
         """A step.
 

@@ -284,8 +284,8 @@ class Executable:
         None where it is not known which output are the logits.
         """
         reading = reading_of(self.config.mask_token_id, session)
-        look = self.logits.look(values, shape, retained, reading)
-        return None if look is None else look.confidence
+        found = self.logits.predictions(values, shape, retained, reading)
+        return None if found is None else found.confidence
 
     def _audit(
         self,
@@ -298,14 +298,16 @@ class Executable:
     ) -> None:
         """Count what dense makes of this step, if it is audited; before arguments are written."""
         audit = session.stats.audit
-        if audit is None or not audit.due(session.stats.steps + 1):
+        if audit is None or not audit.next_is_due():
             return
         reading = reading_of(self.config.mask_token_id, session)
-        focus = self.logits.look(values, masked.shape, kept, reading)
-        dense = self.logits.dense_look(self.dense, self.layout, args, masked.shape, reading)
+        focus = self.logits.predictions(values, masked.shape, kept, reading)
+        dense = self.logits.dense_predictions(self.dense, self.layout, args, masked.shape, reading)
         if focus is None or dense is None:
             warning_once(log, NO_LOGITS)
             return
+        calibration = session.calibration or self.config.calibration
+        audit.calibrated = None if calibration is None else calibration.hit_range
         demand = self._demand(session) or session.decoding
         threshold = math.inf if demand is None else demand.threshold
         audit.record(masked, focus, dense, rescued, threshold)

@@ -13,8 +13,8 @@ from focus_compile.log import warning_once
 from focus_compile.ops.likelihood import most_probable
 from focus_compile.programs.halves import Halves
 from focus_compile.programs.layout import Layout
-from focus_compile.runtime.looks import Look, Reading, look_at
 from focus_compile.runtime.outputs import Packed, packed_logits
+from focus_compile.runtime.predictions import Predictions, Reading, on_canvas
 from focus_compile.runtime.reader import Outputs, outermost
 from focus_compile.runtime.session import Session
 
@@ -72,13 +72,13 @@ class Logits:
         warning_once(log, NOT_PACKED)
         return None
 
-    def look(
+    def predictions(
         self,
         values: Mapping[str, Tensor],
         shape: torch.Size,
         retained: Packed,
         reading: Reading,
-    ) -> Look | None:
+    ) -> Predictions | None:
         """What each retained token could be decoded to; None: no output is known to be logits."""
         at = self.at(reading)
         logits = None if at is None else self.halves.own[at]
@@ -86,16 +86,16 @@ class Logits:
             return None
         packed = packed_logits(logits, values, retained)
         found = most_probable(packed.values, reading.excluded)
-        return look_at(shape, retained.tokens, found, reading)
+        return on_canvas(shape, retained.tokens, found, reading)
 
-    def dense_look(
+    def dense_predictions(
         self,
         dense: Callable[..., Any],
         layout: Layout,
         args: Sequence[Any],
         shape: torch.Size,
         reading: Reading,
-    ) -> Look | None:
+    ) -> Predictions | None:
         """What the dense program could decode each token to; the call leaves no trace.
 
         None: no output is known to be the logits of every token.
@@ -110,4 +110,4 @@ class Logits:
         rows = canvas.movedim((logits.batch_dim, logits.token_dim), (0, 1))
         where = torch.arange(shape.numel(), device=rows.device)
         found = most_probable(rows.flatten(0, 1).flatten(1), reading.excluded)
-        return look_at(shape, where, found, reading)
+        return on_canvas(shape, where, found, reading)

@@ -224,13 +224,9 @@ class Session:
             missed = bool(recompile_limits_hit()) and not self.reached
         if missed and self.enabled:
             warning_once(log, NOT_REACHED)
-        audit, calibrated = self.stats.audit, self.calibration
-        if audit is None or calibrated is None or calibrated.hit_range is None:
-            return
-        kept = audit.hit_range
-        if kept is not None and kept[1] < calibrated.hit_range[0]:
-            low, high = (100 * share for share in calibrated.hit_range)
-            warning_once(log, MORE_MISSED, audit, low, high)
+        audit = self.stats.audit
+        if audit is not None and audit.calibrated is not None and audit.misses_more:
+            warning_once(log, MORE_MISSED, audit, *(100 * share for share in audit.calibrated))
 
     def take_any_masked(self) -> bool | None:
         known, self.any_masked = self.any_masked, None

@@ -46,7 +46,7 @@ def named(found: Calibration, first_step: str = "evict") -> dict[str, Any]:
     }
 
 
-def test_a_signal_that_fails() -> None:
+def test_a_signal_that_fails(tmp_path: Path) -> None:
     """On this model the delta misses, and both importances and the position hit."""
     found = measured("checkpoint", 12)
     by_name = named(found)
@@ -56,6 +56,10 @@ def test_a_signal_that_fails() -> None:
     assert found.options is not None and found.options["signal"] in ("position", "importance")
     assert found.options["rescue"] == 0.9 and found.steps > 200 and found.layers == 8
     assert "delta 1-0" in str(found) and found.why in str(found)
+    assert found.chosen in found.judged and found.chosen.candidate.signal == found.options["signal"]
+    found.save(tmp_path / "calibration.json")  # what an audit is held against
+    for taken in (read(found), read(tmp_path / "calibration.json")):
+        assert taken.hit_range == found.chosen.hit_range is not None
     # every masked step of dense is replayed, and predicted costs are of dense
     assert all(0.2 < each.predicted < 1 for each in found.judged)
     open_, evict = named(found, "open"), by_name

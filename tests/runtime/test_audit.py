@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,16 +10,16 @@ import torch
 from torch import Tensor
 
 import focus_compile
-from focus_compile import Session
+from focus_compile import Generated, Session
 from focus_compile.calibrated import Calibrated, fingerprint
+from focus_compile.runtime.audit import Audit
 from focus_compile.runtime.demand import Demand
-from tests.support.dialects import DIALECTS, Dialect, Draw, Subject
-from tests.support.harness import MASK, PAPER, retained
+from tests.support.dialects import DIALECTS, Draw, Subject, SubjectOf
+from tests.support.harness import MASK, PAPER, Run, Sizes, build_model, retained
 
 THRESHOLDS = {"llada": 0.12, "sdar-static": 0.1, "dream-canvas": 0.075}
 """Caches that grow and that are written into, and none; each model is sure of some tokens."""
 WRONG: dict[str, Any] = {"alpha": 1.0, "signal": (1.0, -1.0)}
-Of = Callable[[Dialect], Subject]
 
 
 def by_hand(
@@ -72,7 +71,9 @@ def decoded(draw: Draw, kept: Tensor, shifted: bool) -> Draw:
 
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("name", THRESHOLDS)
-def test_counts_are_those_of_the_eager_model(name: str, shifted: bool, subject_of: Of) -> None:
+def test_counts_are_those_of_the_eager_model(
+    name: str, shifted: bool, subject_of: SubjectOf
+) -> None:
     """Steps of a block whose tokens are ranked the wrong way round; nothing else is changed."""
     subject, threshold = subject_of(DIALECTS[name]), THRESHOLDS[name]
     settings = WRONG | {"shifted_logits": shifted}
@@ -110,7 +111,7 @@ def steps(subject: Subject, count: int = 6) -> None:
         draw = decoded(draw, retained(made), shifted=False)
 
 
-def test_rescue_is_told_apart(subject_of: Of) -> None:
+def test_rescue_is_told_apart(subject_of: SubjectOf) -> None:
     """Most of what was missed at first is there after rescue; not where FOCUS is sure of a token
     of which dense is not."""
     subject = subject_of(DIALECTS["llada"])
@@ -122,7 +123,7 @@ def test_rescue_is_told_apart(subject_of: Of) -> None:
     assert audit.missed > 2 * audit.unrescued
 
 
-def test_without_a_threshold_no_token_is_sure(subject_of: Of) -> None:
+def test_without_a_threshold_no_token_is_sure(subject_of: SubjectOf) -> None:
     """In a loop of one's own, without rescue: the surest tokens are compared."""
     with focus_compile.session(**WRONG, **PAPER, audit=3) as focus:
         steps(subject_of(DIALECTS["llada"]))
@@ -131,21 +132,79 @@ def test_without_a_threshold_no_token_is_sure(subject_of: Of) -> None:
     assert audit.hit_range is None and audit.differ_range is not None
 
 
-@pytest.mark.parametrize("kept", [0.99, 0.1])
+@pytest.mark.parametrize(("kept", "option"), [(0.99, False), (0.99, True), (0.1, False)])
 def test_more_is_missed_than_the_calibration_saw(
-    kept: float, subject_of: Of, caplog: pytest.LogCaptureFixture
+    kept: float,
+    option: bool,
+    subject_of: SubjectOf,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A warning at the end of a session, where the intervals do not meet."""
+    """A warning at the end of a session, where the intervals do not meet; the calibration is the
+    session's, or an option of the model."""
     subject = subject_of(DIALECTS["llada"])
     options = {"signal": (1.0, -1.0), "first_step": "evict", "layers": (0, 1)}
     weights = frozenset(map(fingerprint, subject.model.parameters()))
     calibrated = Calibrated("toy", weights, options, (kept, 1.0))
-    rescue = THRESHOLDS["llada"]
-    with focus_compile.session(alpha=1.0, rescue=rescue, calibration=calibrated, audit=1):
+    settings: dict[str, Any] = {"alpha": 1.0, "rescue": THRESHOLDS["llada"], "audit": 1}
+    if option:
+        steps(subject)  # there is a program
+        for program in subject.executables:
+            config = dataclasses.replace(program.config, calibration=calibrated)
+            monkeypatch.setattr(program, "config", config)
+        settings |= WRONG | {"first_step": "evict"}
+    else:
+        settings["calibration"] = calibrated
+    with focus_compile.session(**settings):
         steps(subject)
     told = [line for line in caplog.messages if line.startswith("eviction misses more than")]
     assert len(told) == (kept == 0.99)
     assert all("99.0 % to 100.0 % of such rows: calibrate anew" in line for line in told)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_generate(exact: bool, generating: Run) -> None:
+    """The cache is the caller's, which dense must not write into: tokens and steps are those
+    without an audit. Exactly computed, no token is another one."""
+
+    def generated(audit: int | None) -> tuple[Generated, Audit | None]:
+        ids = torch.randint(0, MASK, (3, 7), generator=torch.Generator().manual_seed(0))
+        settings = PAPER | {"alpha": 1.0, "exact": exact, "audit": audit}
+        with focus_compile.session(**settings) as focus:
+            out = focus_compile.generate(
+                generating.compiled, ids, max_new_tokens=22, block_length=11, mask_token_id=MASK,
+                confidence_threshold=0.2, rescue=None, return_dict=True,
+            )  # fmt: skip
+        return out, focus.stats.audit
+
+    (plain, _), (out, audit) = generated(None), generated(1)
+    assert torch.equal(out.sequences, plain.sequences) and out.forwards == plain.forwards
+    assert all(map(torch.equal, out.retain_masks, plain.retain_masks))
+    assert generating.executables[-1].layout.held  # the cache is written where it lies
+    assert audit is not None and audit.steps == out.focus_steps == out.forwards > 8
+    assert audit.decided > 0 and (audit.differ == 0) == exact
+    assert audit.rows == 0  # nothing is sure at this threshold, or nothing was evicted
+
+
+def test_every_so_many_steps_of_all_generations(generating: Run) -> None:
+    """Short generations are counted on, and what the session around them reports is theirs."""
+    ids = torch.randint(0, MASK, (3, 7), generator=torch.Generator().manual_seed(0))
+    steps = 0
+    with focus_compile.session(**PAPER, alpha=1.0, audit=5) as focus:
+        for _ in range(3):
+            out = focus_compile.generate(
+                generating.compiled, ids, max_new_tokens=11, block_length=11, mask_token_id=MASK,
+                remasking_strategy="fixed", tokens_per_step=4, return_dict=True,
+            )  # fmt: skip
+            steps += out.focus_steps
+            assert out.focus_steps < 5
+    audit = focus.stats.audit
+    assert audit is not None and audit.calls == steps and audit.steps == steps // 5 > 0
+
+
+@pytest.fixture(scope="module")
+def generating() -> Run:
+    return Run(build_model(Sizes(layers=3)), dynamic=True)
 
 
 @pytest.mark.parametrize("audit", [0, -3, 0.5, "all"])

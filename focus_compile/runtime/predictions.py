@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Look", "Reading", "look_at"]
+__all__ = ["Predictions", "Reading", "on_canvas"]
 
 
 @dataclass(frozen=True)
-class Look:
+class Predictions:
     """The token that each position could be decoded to, int64 ``[B, T]``, and its confidence, fp32.
 
     A confidence of -1: its logits were not computed.
@@ -38,9 +38,9 @@ class Reading:
     before: tuple[Tensor, Tensor] | None = None
 
 
-def look_at(
+def on_canvas(
     shape: torch.Size, where: Tensor, found: tuple[Tensor, Tensor], reading: Reading
-) -> Look:
+) -> Predictions:
     """Confidences and tokens of some rows of logits, on the canvas.
 
     Args:
@@ -50,11 +50,11 @@ def look_at(
     tokens = torch.zeros(shape, dtype=torch.int64, device=where.device)
     confidence.view(-1)[where], tokens.view(-1)[where] = found
     if not reading.shifted:
-        return Look(confidence, tokens)
+        return Predictions(confidence, tokens)
     before = reading.before
     if before is None:
         before = torch.full_like(confidence[:, 0], -1.0), torch.zeros_like(tokens[:, 0])
-    return Look(
+    return Predictions(
         torch.cat([before[0].unsqueeze(1), confidence[:, :-1]], 1),
         torch.cat([before[1].unsqueeze(1), tokens[:, :-1]], 1),
     )
