@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 import focus_compile
 from benchmarks.provenance import commit, cpu
+from benchmarks.quality import decoded_batches, random_signal
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny_dllm"
@@ -61,10 +62,6 @@ class Contestant:
     def model(self) -> tuple[float, torch.dtype]:
         """Contestants of the same are compared with one another."""
         return self.scale, self.dtype
-
-
-def random_signal(step: focus_compile.Step) -> focus_compile.Signal:
-    return focus_compile.Signal((0.0, 0.0), torch.rand(step.masked.shape))
 
 
 SIGNALS: dict[str, Any] = {
@@ -160,57 +157,32 @@ def measure(
     pair, dense = (0, 1), contestant.dense
     if contestant.fit:
         fit = subject.fitted(task)
-        dense = fit.options is None
-        options: dict[str, Any] = dict(fit.options or {})
-        pair = tuple(options.pop("layers", pair))
-        settings |= options if contestant.fit == "all" else _gate(fit)
-        pair = pair if contestant.fit == "all" else (0, 1)
+        found = fit.options or {}  # none: do not evict
+        if contestant.fit == "gate":
+            settings["rescue"] = found.get("rescue", THRESHOLD)
+        else:
+            dense = not found
+            settings |= found
+            pair = settings.pop("layers", pair)
     rescue = settings.pop("rescue", THRESHOLD)
     model = subject.model if dense else subject.compiled(pair)
-    drawn, wrong, total = examples(task, n, 1), list[int](), _Total(subject.layers, pair[1] + 1)
+    drawn, total = examples(task, n, 1), _Total(subject.layers, pair[1] + 1)
     torch.manual_seed(0)
-    for start in range(0, n, batch):
-        part = drawn[start : start + batch]
-        texts = [example.prompt for example in part]
-        inputs = subject.words(texts, padding=True, padding_side="left", return_tensors="pt")
-        with focus_compile.session(**settings):
-            made = focus_compile.generate(
-                model, inputs["input_ids"], inputs["attention_mask"], max_new_tokens=NEW,
-                block_length=BLOCK, confidence_threshold=THRESHOLD, rescue=rescue,
-                mask_token_id=subject.words.mask_token_id,
-                eos_token_id=subject.words.eos_token_id, return_dict=True,
-            )  # fmt: skip
-        answers = made.sequences[:, inputs["input_ids"].shape[1] :]
-        texts = subject.words.batch_decode(answers, skip_special_tokens=True)
-        pairs = zip(texts, part, strict=True)
-        wrong += [start + row for row, (text, want) in enumerate(pairs) if text != want.answer]
+    options = {"max_new_tokens": NEW, "block_length": BLOCK, "confidence_threshold": THRESHOLD}
+    good: list[bool] = []
+    for made, right in decoded_batches(
+        model, subject.words, drawn, batch, settings, rescue=rescue, **options
+    ):
+        good += right
         total.add(made)
         assert dense or made.focus_steps == made.forwards, "a masked call ran the dense program"
+    wrong = [index for index, right in enumerate(good) if not right]
     told: dict[str, Any] = {"n": n, "wrong": wrong, **total.told()}
     if fit is not None:
-        found = {each.candidate.name: each for each in fit.judged}
-        told["fit"] = {"options": fit.options, "why": fit.why, "judged": len(found)}
-        if fit.options is not None:
-            told["fit"]["predicted"] = _predicted(fit)
+        told["fit"] = {"options": fit.options, "why": fit.why}
+        if fit.chosen is not None:
+            told["fit"]["predicted"] = fit.chosen.predicted
     return told
-
-
-def _gate(fit: focus_compile.Calibration) -> dict[str, Any]:
-    """The gate of what was chosen; the threshold where nothing was."""
-    return {"rescue": THRESHOLD if fit.options is None else fit.options["rescue"]}
-
-
-def _predicted(fit: focus_compile.Calibration) -> float:
-    """The cost that was predicted of what was chosen, over dense's."""
-    assert fit.options is not None
-    (chosen,) = (
-        each.predicted
-        for each in fit.judged
-        if each.candidate.signal == fit.options["signal"]
-        and tuple(each.candidate.layers) == tuple(fit.options["layers"])
-        and each.candidate.first_step == fit.options["first_step"]
-    )
-    return chosen
 
 
 @dataclass
@@ -251,18 +223,27 @@ def main(
     n: int = 400,
     batch: int = 200,
     threads: int = 2,
-    out: Path = ROOT / "docs" / "protocol.json",
+    out: Path | None = None,
     model: Annotated[list[str] | None, typer.Option(help="some of the models")] = None,
     quick: bool = False,
 ) -> None:
-    """Measure what the file lacks. ``quick``: 8 prompts of one model, and few contestants."""
+    """Measure what the file lacks, docs/protocol.json unless another is named.
+
+    ``quick``: 8 prompts of one model, and two contestants, into no file unless one is named.
+    """
     torch.set_num_threads(threads)
+    out = ROOT / "docs" / "protocol.json" if out is None and not quick else out
     everyone = contestants()
     if quick:
         n, everyone = 8, [each for each in everyone if each.name in ("dense", "defaults")]
-    report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    report: dict[str, Any] = {"rows": []}
+    if out is not None and out.exists():
+        report = json.loads(out.read_text())
     about = {"n": n, "batch": batch, "threshold": THRESHOLD, "block": BLOCK, "threads": threads}
     about |= {"torch": torch.__version__, "transformers": transformers.__version__, "cpu": cpu()}
+    for name in ("n", "batch"):
+        if report.get(name, about[name]) != about[name]:
+            raise typer.BadParameter(f"{out} holds rows of {name}={report[name]}: name another")
     report = about | {"rows": report["rows"]}
     done = {(row["model"], row["task"], row["name"]) for row in report["rows"]}
     for name in (model or list(MODELS))[: 1 if quick else None]:
@@ -283,7 +264,8 @@ def main(
                 row = {"model": name, "task": task, "name": each.name, "factor": each.factor}
                 row |= measure(each, subject, task, count, batch) | {"commit": commit()}
                 report["rows"].append(row)
-                out.write_text(json.dumps(report) + "\n")
+                if out is not None:
+                    out.write_text(json.dumps(report) + "\n")
                 print({key: len(value) if key == "wrong" else value for key, value in row.items()})
 
 

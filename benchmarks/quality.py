@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +78,7 @@ def _measure(
         for alpha in ALPHAS:
             settings = {"alpha": alpha, "visibility": visibility}
             contestants[f"focus, alpha {alpha:g}, {visibility}"] = (focus, settings)
-    contestants["focus, alpha 1.5, random signal"] = (focus, {"signal": _random_signal})
+    contestants["focus, alpha 1.5, random signal"] = (focus, {"signal": random_signal})
     contestants["focus, alpha 1.5, layer 0 alone"] = (focus, {"signal": LAYER_0})
     contestants[DEFAULT] = (focus, {"first_step": None, "rescue": "auto"})
     contestants = {name: each for name, each in contestants.items() if not only or name in only}
@@ -99,8 +100,39 @@ def _measure(
     return rows
 
 
-def _random_signal(step: focus_compile.Step) -> focus_compile.Signal:
+def random_signal(step: focus_compile.Step) -> focus_compile.Signal:
     return focus_compile.Signal((0.0, 0.0), torch.rand(step.masked.shape))
+
+
+def decoded_batches(
+    model: Any,
+    tokenizer: Any,
+    drawn: Sequence[Example],
+    batch: int,
+    settings: Mapping[str, Any],
+    **options: Any,
+) -> Iterator[tuple[focus_compile.Generated, list[bool]]]:
+    """Generations of examples, and which rows hold the right answer.
+
+    ``settings``: of a session for each; ``options``: of ``generate``.
+    """
+    for start in range(0, len(drawn), batch):
+        part = drawn[start : start + batch]
+        texts = [example.prompt for example in part]
+        inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        with focus_compile.session(**settings):
+            made = focus_compile.generate(
+                model,
+                inputs["input_ids"],
+                inputs["attention_mask"],
+                mask_token_id=tokenizer.mask_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                return_dict=True,
+                **options,
+            )
+        answers = made.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        yield made, [text == want.answer for text, want in zip(texts, part, strict=True)]
 
 
 def _row(
@@ -116,24 +148,11 @@ def _row(
     right = steps = blocks = decoded = focus_steps = forwards = rescued = 0
     fed: list[float] = []
     retained: list[float] = []
-    for start in range(0, len(drawn), batch):
-        part = drawn[start : start + batch]
-        texts = [example.prompt for example in part]
-        inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-        with focus_compile.session(**PAPER | settings):
-            result = focus_compile.generate(
-                model,
-                inputs["input_ids"],
-                inputs["attention_mask"],
-                max_new_tokens=96,
-                confidence_threshold=threshold,
-                mask_token_id=tokenizer.mask_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                return_dict=True,
-            )
-        answers = result.sequences[:, inputs["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        right += sum(a == example.answer for a, example in zip(texts, part, strict=True))
+    options = {"confidence_threshold": threshold, "max_new_tokens": 96}
+    for result, good in decoded_batches(
+        model, tokenizer, drawn, batch, PAPER | settings, **options
+    ):
+        right += sum(good)
         steps += sum(int(count.sum()) for count in result.steps_per_block)
         blocks += sum(int((count > 0).sum()) for count in result.steps_per_block)
         decoded += result.decoded
@@ -142,7 +161,7 @@ def _row(
         rescued += result.rescued_rows
         fed.append(result.fed_fraction * result.forwards)
         retained.append(result.retained_fraction * result.forwards)
-        bar.advance(job, len(part))
+        bar.advance(job, len(good))
     return {
         "exact_match": right / len(drawn),
         "steps_per_block": steps / blocks,
