@@ -6,14 +6,14 @@ import functools
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from focus_compile.log import text_once
-from tests.support.dialects import Dialect, Subject
+from tests.support.dialects import Subject, SubjectOf
 from tests.support.harness import halves_through_inductor, without_inductor
 from tests.tiers import MARKERS, tier
 
@@ -85,7 +85,7 @@ def dynamo() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def subject_of() -> Callable[[Dialect], Subject]:
+def subject_of() -> SubjectOf:
     """A dialect's model, compiled once for all tests of a module."""
     return functools.cache(Subject)
 

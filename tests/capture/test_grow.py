@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,12 +13,11 @@ from transformers import DynamicCache, StaticCache
 
 import focus_compile
 from focus_compile.ops.fixed_cache import extend, extend_mask, replace
-from tests.support.dialects import DIALECTS, Dialect, Subject, draw_call
+from tests.support.dialects import DIALECTS, Subject, SubjectOf, draw_call
 from tests.support.harness import CACHE, MASK
 from tests.support.models.llada import LLaDA
 
 STATIC = DIALECTS["sdar-static"]
-Of = Callable[[Dialect], Subject]
 
 
 def test_replaced_slots_by_hand() -> None:
@@ -39,7 +37,7 @@ def test_replaced_slots_by_hand() -> None:
 
 
 @torch.no_grad()
-def test_the_cache_is_written(subject_of: Of) -> None:
+def test_the_cache_is_written(subject_of: SubjectOf) -> None:
     """As eager execution writes it; with eviction, no slot outside the block changes."""
     subject, gone = subject_of(STATIC), 0
     for seed in range(4):
@@ -66,7 +64,7 @@ def test_the_cache_is_written(subject_of: Of) -> None:
 
 
 @torch.no_grad()
-def test_blocks_in_a_cache_of_fixed_length(subject_of: Of) -> None:
+def test_blocks_in_a_cache_of_fixed_length(subject_of: SubjectOf) -> None:
     """Two blocks, each committed: the same logits as with a cache that grows."""
     subject = subject_of(STATIC)
     batch, tokens, prompt = 3, 8, 5
@@ -120,7 +118,7 @@ def rewind(cache: Any, length: int) -> None:
 
 
 @torch.no_grad()
-def test_a_block_without_a_commit_in_between(subject_of: Of) -> None:
+def test_a_block_without_a_commit_in_between(subject_of: SubjectOf) -> None:
     """The slots that a block takes say how long its history is."""
     subject = subject_of(STATIC)
     draw = draw_call(STATIC, 1)
@@ -147,7 +145,7 @@ DUAL = DIALECTS["llada-dual"]
 
 
 @torch.no_grad()
-def test_nothing_of_a_replaced_slot_is_read(subject_of: Of) -> None:
+def test_nothing_of_a_replaced_slot_is_read(subject_of: SubjectOf) -> None:
     """Whatever lies in memory there."""
     subject = subject_of(DUAL)
     draw = draw_call(DUAL, 2)
@@ -163,7 +161,7 @@ def test_nothing_of_a_replaced_slot_is_read(subject_of: Of) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("places", [slice(2, 10), slice(6, 22, 2)])
-def test_a_block_that_moves_without_a_commit(subject_of: Of, places: slice) -> None:
+def test_a_block_that_moves_without_a_commit(subject_of: SubjectOf, places: slice) -> None:
     """To the left, or to other slots from the same one on: K/V of the block before have holes."""
     subject = subject_of(DUAL)
     draw = dataclasses.replace(draw_call(DUAL, 2), ids=torch.full((2, 8), MASK), history=14)
@@ -187,7 +185,7 @@ def test_a_block_that_moves_without_a_commit(subject_of: Of, places: slice) -> N
 
 
 @torch.no_grad()
-def test_caches_of_different_lengths_in_one_session(subject_of: Of) -> None:
+def test_caches_of_different_lengths_in_one_session(subject_of: SubjectOf) -> None:
     """Another request: its block starts where that of the one before did."""
     subject = subject_of(DUAL)
     draw = draw_call(DUAL, 2)
@@ -203,7 +201,7 @@ def test_caches_of_different_lengths_in_one_session(subject_of: Of) -> None:
 
 
 @torch.no_grad()
-def test_slots_counted_from_the_end(subject_of: Of) -> None:
+def test_slots_counted_from_the_end(subject_of: SubjectOf) -> None:
     """As indexing counts them; other integers than int64 are refused."""
     subject = subject_of(DUAL)
     draw = draw_call(DUAL, 2)
@@ -224,7 +222,7 @@ def test_slots_counted_from_the_end(subject_of: Of) -> None:
 
 
 @torch.no_grad()
-def test_masks_of_one_column(subject_of: Of) -> None:
+def test_masks_of_one_column(subject_of: SubjectOf) -> None:
     """They hide nothing, or all."""
     subject = subject_of(STATIC)
     draw = draw_call(STATIC, 2)
@@ -237,7 +235,7 @@ def test_masks_of_one_column(subject_of: Of) -> None:
 
 
 @torch.no_grad()
-def test_caches_that_share_memory(subject_of: Of, caplog: pytest.LogCaptureFixture) -> None:
+def test_caches_that_share_memory(subject_of: SubjectOf, caplog: pytest.LogCaptureFixture) -> None:
     """Keys of two layers in one buffer, two slots apart: the dense program runs, and says so."""
     subject = subject_of(DUAL)
     draw = draw_call(DUAL, 2)

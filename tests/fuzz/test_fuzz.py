@@ -17,9 +17,9 @@ from tests.fuzz.subjects import EDGES, FIXED, SUBJECTS, subject
 from tests.reference import algorithm
 
 PER_SUBJECT = 20
-MORE = (*EDGES, *FIXED)
+WITH_SINGLE = (*EDGES, *FIXED)
 """Those that get calls of one token too: Dynamo captures each model anew for them."""
-FEWER = tuple(event for event in EVENTS if event != "single")
+NOT_SINGLE = tuple(event for event in EVENTS if event != "single")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_sequences_equal_the_emulation(
     name: str, tally: Counter[str], pytestconfig: pytest.Config
 ) -> None:
     wanted = pytestconfig.getoption("--fuzz")
-    events = EVENTS if wanted or name in MORE else FEWER
+    events = EVENTS if wanted or name in WITH_SINGLE else NOT_SINGLE
     chosen = settings(
         max_examples=PER_SUBJECT if wanted is None else -(-wanted // len(SUBJECTS)),
         deadline=None,

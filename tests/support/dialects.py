@@ -331,6 +331,10 @@ class Subject:
         return sum(program.suffix.calls for program in self.executables)
 
 
+SubjectOf = Callable[[Dialect], Subject]
+"""The fixture ``subject_of``: a dialect, compiled once for all tests of a module."""
+
+
 def draw_call(dialect: Dialect, seed: int) -> Draw:
     """Another batch, length, history and share of masks for every seed.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from focus_compile.axes.rules.table import RULES
 from tests.reference.emulation import Emulation
 from tests.reference.state import Config, Visibility
 from tests.reference.trust import Judge
-from tests.support.dialects import DIALECTS, DISTINCT, Dialect, Draw, Subject, draw_call
+from tests.support.dialects import DIALECTS, DISTINCT, Draw, Subject, SubjectOf, draw_call
 from tests.support.harness import MASK, retained
 
 DRAWS = 30
@@ -23,7 +22,7 @@ NEAR_TIE = 1e-5
 
 
 @pytest.fixture(params=DIALECTS)
-def subject(request: pytest.FixtureRequest, subject_of: Callable[[Dialect], Subject]) -> Subject:
+def subject(request: pytest.FixtureRequest, subject_of: SubjectOf) -> Subject:
     """A dialect's model, compiled once for all tests of this file."""
     return subject_of(DIALECTS[request.param])
 
@@ -247,7 +246,7 @@ def test_every_operator_has_a_rule(subject: Subject) -> None:
 
 
 def test_the_distinct_ones_have_the_operators_of_nearly_all(
-    subject_of: Callable[[Dialect], Subject],
+    subject_of: SubjectOf,
 ) -> None:
     """Of what their programs call, prefix and suffix apart: what goes through Inductor."""
     found: dict[str, set[tuple[str, str]]] = {}

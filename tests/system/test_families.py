@@ -1,4 +1,4 @@
-"""Every dialect of public diffusion LLMs: equal to eager, and with eviction to eager FOCUS."""
+"""What some dialects alone do: half precision, adapters, hooks, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ from tests.support.models import dream, llada, parts
 from tests.support.models.dream import Dream
 from tests.support.models.llada2 import LLaDA2
 
-DRAWS = 30
 TOLERANCE = 1e-4
-NEAR_TIE = 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
