@@ -98,9 +98,10 @@ def report_of(folder: Path, case: str, inductor: bool) -> dict[str, Any]:
     plan = DistributedConfig(tp_plan="auto")
     model = AutoModelForCausalLM.from_pretrained(path, distributed_config=plan).eval()
     rescue = 0.2 if case == "trained" else 0.025  # some rows of some steps are sure of less
-    through = halves_through_inductor() if inductor else contextlib.nullcontext()
-    with through:
+    through = halves_through_inductor() if inductor else contextlib.nullcontext([])
+    with through as halves:
         report = {"sharded": run(model, ids, mask, inductor, rescue)}
+    assert bool(halves) == inductor
     if dist.get_rank() == 0:
         torch._dynamo.reset()
         whole = AutoModelForCausalLM.from_pretrained(path).eval()

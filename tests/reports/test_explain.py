@@ -163,10 +163,13 @@ def test_the_script_of_a_refusal_is_short(tmp_path: Path) -> None:
         torch._dynamo.reset()
         told = focus_compile.explain(model, ids)
         (refusal,) = told.refusals
-        text = (told.save(tmp_path / str(layers)) / "graph0_refused.py").read_text()
+        script = told.save(tmp_path / str(layers)) / "graph0_refused.py"
+        text = script.read_text()
         assert refusal.reason in text
         lines.append(len(text.splitlines()))
     assert lines[0] == lines[1]
+    made = run_python(script)  # in a process that has imported nothing
+    assert made.returncode != 0 and f"Unsupported: {refusal.reason}" in made.stderr
 
 
 def real_call() -> dict[str, Any]:
@@ -229,7 +232,11 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 @pytest.mark.parametrize("shown", [True, False])
 def test_logs(shown: bool, traced: tuple[str, Path]) -> None:
     """``TORCH_LOGS="+focus_compile"`` shows the passes and what they changed; else all is quiet."""
-    told = traced[0] if shown else run_python("-c", TRACED).stderr
+    told = traced[0]
+    if not shown:
+        made = run_python("-c", TRACED)
+        assert made.returncode == 0, made.stderr
+        told = made.stderr
     for text in ("canonical: ", "retain: ", "what the passes changed", "focus.importance"):
         assert (text in told) == shown
     assert "leaves this graph as it is" in told
