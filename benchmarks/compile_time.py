@@ -1,6 +1,7 @@
 """Wall time to the end of the second block, compilation counted: plain Inductor and FOCUS.
 
     python -m benchmarks.compile_time --out docs/compile_time.json
+    python -m benchmarks.compile_time --quick
 
 "capture": one call of a block with masks and one of the same shape without, so that a single graph
 is captured and each of its programs is compiled. Every run is a process of its own; "cold" has an
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -99,6 +100,9 @@ def main(
     runs: int = 3,
     threads: int = 2,
     out: Path | None = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="one capture of three layers, cold")
+    ] = False,
     as_child: str | None = None,
 ) -> None:
     """Measure all shapes; with ``--as-child shape,contestant,work`` one run."""
@@ -106,22 +110,27 @@ def main(
         shape, contestant, what = as_child.split(",")
         print(json.dumps(child(shape, contestant, what, threads)))
         return
+    wanted, caches = list(itertools.product(SHAPES, WORK)), ["cold", "warm"]
+    if quick:
+        wanted, caches, runs = [("bench-3l", "capture")], ["cold"], 1
     rows = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
     done = {(row["shape"], row["work"]) for row in rows}
-    for shape, what in itertools.product(SHAPES, WORK):
+    for shape, what in wanted:
         if (shape, what) in done:
             continue
-        cold: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-        warm: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+        seconds: dict[str, dict[str, list[float]]] = {
+            label: {name: [] for name in CONTESTANTS} for label in caches
+        }
         for _ in range(runs):
             for name in CONTESTANTS:
                 with tempfile.TemporaryDirectory() as cache:
-                    for kind in (cold, warm):
-                        kind[name].append(_spawn(f"{shape},{name},{what}", threads, cache))
-                        print(shape, what, name, f"{kind[name][-1]:.1f} s", flush=True)
+                    for label in caches:
+                        spent = _spawn(f"{shape},{name},{what}", threads, cache)
+                        seconds[label][name].append(spent)
+                        print(shape, what, name, label, f"{spent:.1f} s", flush=True)
         row: dict[str, Any] = {"shape": shape, "work": what, "runs": runs, "threads": threads}
         row |= {"torch": torch.__version__, "machine": cpu(), "commit": commit()}
-        for label, kind in (("cold", cold), ("warm", warm)):
+        for label, kind in seconds.items():
             ratios = [f / d for d, f in zip(kind["inductor"], kind["focus"], strict=True)]
             row[label] = {
                 **{name: statistics.median(kind[name]) for name in CONTESTANTS},

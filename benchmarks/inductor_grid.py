@@ -4,6 +4,7 @@ Every case: a budget that evicts nothing against eager, with plain Inductor's er
 an evicting budget against the eager reference. Run it from the root of the repository:
 
     python -m benchmarks.inductor_grid --out grid.jsonl
+    python -m benchmarks.inductor_grid --quick
 
 Cases that are in the file already are not run again; ``--summary FILE`` runs none, and writes a
 record of what the file holds, from which docs/inductor_grid.md is made (``python -m docs.build``).
@@ -11,16 +12,16 @@ record of what the file holds, from which docs/inductor_grid.md is made (``pytho
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from benchmarks.provenance import commit
 from tests.reference.state import Config
@@ -146,11 +147,11 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return {Case(**line["case"]).key: line for line in lines}
 
 
-def run_grid(path: Path) -> None:
-    done = read(path)
+def run_grid(wanted: Iterable[Case], path: Path | None) -> None:
+    done = read(path) if path is not None else {}
     torch.set_num_threads(1)
     run, exact, group = None, None, None
-    for case in cases():
+    for case in wanted:
         if case.key in done:
             continue
         if group != (case.attention, case.mask, case.dtype, case.dynamic):
@@ -164,12 +165,13 @@ def run_grid(path: Path) -> None:
         assert run is not None
         with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
             line = {"case": asdict(case), **measure(case, run, exact)}
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        if path is not None:
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
 
 
-def summary(path: Path) -> dict[str, Any]:
+def summarized(path: Path) -> dict[str, Any]:
     """How many cases are ok, and the largest errors, by attention, mask and dtype."""
     lines = list(read(path).values())
     key = ("attention", "mask", "dtype")
@@ -197,16 +199,20 @@ def summary(path: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("inductor_grid.jsonl"))
-    parser.add_argument("--summary", type=Path, help="write a record, run nothing")
-    args = parser.parse_args()
-    if args.summary is None:
-        run_grid(args.out)
+def main(
+    *,
+    out: Path = Path("inductor_grid.jsonl"),
+    summary: Annotated[Path | None, typer.Option(help="write a record, run nothing")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="two cases, into no file")] = False,
+) -> None:
+    """Run the cases that the file lacks."""
+    if summary is not None:
+        summary.write_text(json.dumps(summarized(out), indent=1) + "\n")
+    elif quick:
+        run_grid(itertools.islice(cases(), 2), None)
     else:
-        args.summary.write_text(json.dumps(summary(args.out), indent=1) + "\n")
+        run_grid(cases(), out)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

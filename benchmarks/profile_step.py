@@ -1,6 +1,7 @@
 """Where a denoising step of FOCUS spends its time, by kind of work.
 
     python -m benchmarks.profile_step --shape sdar-0.6b --batch 16 --out docs/profile.json
+    python -m benchmarks.profile_step --quick
 
 Replays a trace under PyTorch's profiler, whose own cost weighs on small operators.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
 import torch
@@ -54,9 +55,12 @@ def main(
     task: str = "chain",
     threads: int = 2,
     out: Path | None = None,
+    quick: Annotated[bool, typer.Option("--quick", help="three layers, batch 4")] = False,
 ) -> None:
     """Profile one block."""
     torch.set_num_threads(threads)
+    if quick:
+        shape, batch = "bench-3l", 4
     model, work = prepare(shape, batch, f"trace:{task}")
     (contestant,) = contestants(model, work.mask, ["focus"]).values()
     work.run(contestant)

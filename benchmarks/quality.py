@@ -3,6 +3,7 @@
     python -m benchmarks.quality --n 1000 --out docs/quality.json
     python -m benchmarks.quality --n 200 --batch 200 --only dense --only "focus, alpha 1.5, written"
         --only "focus, by default" --out docs/safeguards.json
+    python -m benchmarks.quality --quick
 
 Writes JSON; ``docs/quality.md`` is made from it by ``python -m docs.build``.
 """
@@ -41,11 +42,18 @@ def main(
     seed: int = 1,
     threads: int = 2,
     threshold: float = 0.9,
-    out: Path = ROOT / "docs" / "quality.json",
+    out: Path | None = None,
     only: Annotated[list[str] | None, typer.Option(help="some contestants")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="dense and the defaults, 8 prompts")
+    ] = False,
 ) -> None:
     """Decode ``n`` prompts per task with every contestant."""
     torch.set_num_threads(threads)
+    if quick:
+        n, only = 8, ["dense", DEFAULT]
+    elif out is None:
+        out = ROOT / "docs" / "quality.json"
     rows: list[dict[str, Any]] = []
     for checkpoint in CHECKPOINTS:
         rows += _measure(checkpoint, n, batch, seed, threshold, only or [])
@@ -61,7 +69,8 @@ def main(
         "transformers": transformers.__version__,
         "rows": rows,
     }
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _measure(

@@ -1,6 +1,7 @@
 """One and two worker processes on one file of prompts, with an empty cache and with a full one.
 
     python -m benchmarks.scale --out docs/scale.json
+    python -m benchmarks.scale --quick
 
 Runs examples/batch_torchrun.py, one thread per worker. Cold runs begin with an empty Inductor
 cache, warm ones with that of the cold run before. Contestants take turns.
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -54,10 +55,12 @@ def prompts(path: Path, count: int) -> None:
     path.write_text("".join(json.dumps({"prompt": each.prompt}) + "\n" for each in drawn))
 
 
-def run(workers: int, given: Path, out: Path, cache: Path, batch: int) -> dict[str, Any]:
+def run(
+    workers: int, given: Path, out: Path, cache: Path, batch: int, dense: bool
+) -> dict[str, Any]:
     """One job: seconds of the whole process, and what its workers say of themselves."""
     script = [str(EXAMPLES / "batch_torchrun.py"), str(given), str(out)]
-    options = ["--batch", str(batch), "--cache", str(cache)]
+    options = ["--batch", str(batch), "--cache", str(cache), *["--dense"] * dense]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     start = time.perf_counter()
     made = subprocess.run(
@@ -126,19 +129,31 @@ def cost() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(*, count: int = 576, batch: int = 8, rounds: int = 2, out: Path | None = None) -> None:
+def main(
+    *,
+    count: int = 576,
+    batch: int = 8,
+    rounds: int = 2,
+    out: Path | None = None,
+    quick: Annotated[bool, typer.Option("--quick", help="one worker, densely")] = False,
+) -> None:
     """Run one and two workers in turns, each cold and then warm."""
-    names = ("1 cold", "1 warm", "2 cold", "2 warm")
+    if quick:
+        count, rounds = 24, 1
+    counts = (1,) if quick else (1, 2)
+    names = [f"{workers} {state}" for workers in counts for state in ("cold", "warm")]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     texts = set()
     for number in track(range(rounds)):
-        for workers in (1, 2):
+        for workers in counts:
             with tempfile.TemporaryDirectory() as folder:
                 root = Path(folder)
                 prompts(root / "prompts.jsonl", count)
                 for state in ("cold", "warm"):
                     made = root / f"{state}.jsonl"
-                    figures = run(workers, root / "prompts.jsonl", made, root / "cache", batch)
+                    figures = run(
+                        workers, root / "prompts.jsonl", made, root / "cache", batch, quick
+                    )
                     runs[f"{workers} {state}"].append(figures)
                     texts.add(made.read_text())
                     print(number, workers, state, figures, flush=True)

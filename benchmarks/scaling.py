@@ -1,6 +1,7 @@
 """Time of one FOCUS step against retained tokens, batch, block and history, and fitted slopes.
 
     python -m benchmarks.scaling --out docs/scaling.json
+    python -m benchmarks.scaling --quick
 
 Random weights. Each step is the first of a block: all its tokens are fed, and a signal makes every
 row retain its ``kept`` leftmost tokens. The contestants of a curve take turns.
@@ -13,7 +14,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -45,11 +46,21 @@ CURVES = {
 
 
 def main(
-    *, shape: str = "bench-12l", repeats: int = 9, threads: int = 2, out: Path | None = None
+    *,
+    shape: str = "bench-12l",
+    repeats: int = 9,
+    threads: int = 2,
+    out: Path | None = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="three layers, retained tokens alone")
+    ] = False,
 ) -> None:
     """Measure every curve."""
     torch.set_num_threads(threads)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    curves = CURVES
+    if quick:
+        shape, repeats, curves = "bench-3l", 3, {"kept": CURVES["kept"]}
     model = build(shape)
     mask = model.config.vocab_size - 1
     options = {"mask_token_id": mask, "strict": True}
@@ -67,10 +78,10 @@ def main(
         "curves": {},
     }
     with Progress() as bar, torch.no_grad():
-        job = bar.add_task("steps", total=sum(map(len, CURVES.values())) * (repeats + 2))
-        for name, points in CURVES.items():
+        job = bar.add_task("steps", total=sum(map(len, curves.values())) * (repeats + 2))
+        for name, points in curves.items():
             report["curves"][name] = _curve(compiled, mask, name, points, repeats, bar, job)
-    for name in CURVES:
+    for name in curves:
         print(name, json.dumps(report["curves"][name]))
     if out is not None:
         out.write_text(json.dumps(report, indent=1) + "\n")

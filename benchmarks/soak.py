@@ -1,6 +1,7 @@
 """Thousands of generations in one process: does memory grow, do caches?
 
     python -m benchmarks.soak --out docs/soak.json
+    python -m benchmarks.soak --quick
 
 A tiny Qwen3 with random weights through Inductor. Every generation has another batch, prompt and
 number of blocks; every tenth is interrupted by an exception in mid-block. Dynamo's recompile limit
@@ -17,7 +18,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -171,7 +172,13 @@ def focus(gm: Any, inputs: Any) -> Any:
     return focus_backend(gm, inputs, options={"mask_token_id": MASK, "strict": True})
 
 
-def main(*, generations: int = 2000, threads: int = 1, out: Path | None = None) -> None:
+def main(
+    *,
+    generations: int = 2000,
+    threads: int = 1,
+    out: Path | None = None,
+    quick: Annotated[bool, typer.Option("--quick", help="100 generations")] = False,
+) -> None:
     """Run through Inductor; print, and write, what was found."""
     torch.set_num_threads(threads)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -188,7 +195,7 @@ def main(*, generations: int = 2000, threads: int = 1, out: Path | None = None) 
         "prompts": [min(PROMPTS), max(PROMPTS)],
         "blocks": [min(BLOCKS), max(BLOCKS)],
         "block_lengths": list(LENGTHS),
-        **soak(generations, focus),
+        **soak(100 if quick else generations, focus),
     }
     print(json.dumps(report))
     if out is not None:

@@ -55,6 +55,8 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "a session cannot change the layers that programs are compiled for", "what it says"),
     "expected the file of focus-compile calibrate": (
         "the file, or the object, is something else", "run `focus-compile calibrate`"),
+    "the signal is that of a calibration": (
+        "`signal='auto'` without a calibration", "`calibration=...` beside it, or another signal"),
     "there are no prompts": ("an empty list of prompts", "give 32 or more"),
     "this program is not known to return logits": (
         "a part of the model is compiled, and its logits are not seen",

@@ -1,4 +1,4 @@
-"""docs/scaling.json, docs/quality.json -> the pictures of docs/performance.md and quality.md.
+"""Pictures of docs/performance.md, quality.md and protocol.md, from the records that these are of.
 
     python -m docs.pictures
 
@@ -13,6 +13,8 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+
+from docs.protocol import cost, dense_of, lost
 
 DOCS = Path(__file__).resolve().parent
 
@@ -59,10 +61,55 @@ def quality(rows: list[dict[str, Any]], tasks: list[str], picture: Path) -> None
     plt.close(figure)
 
 
+def pareto(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Answers lost against cost, and the contestants that no other beats in both."""
+    places = list(dict.fromkeys((row["model"], row["task"]) for row in rows))
+    models = list(dict.fromkeys(model for model, _ in places))
+    columns = len(places) // len(models)
+    figure, grid = plt.subplots(
+        len(models), columns, figsize=(4.6 * columns, 3.6 * len(models)), layout="constrained"
+    )
+    for panel, place in zip(grid.flat, places, strict=True):
+        mine = [row for row in rows if (row["model"], row["task"]) == place]
+        plain = next(row for row in mine if row["name"] == "dense")
+        usual = [row for row in mine if dense_of(row, rows) is plain]
+        found = [(cost(row, plain), lost(row, plain)) for row in usual]
+        for factor in dict.fromkeys(row["factor"] for row in usual):
+            points = [at for at, row in zip(found, usual, strict=True) if row["factor"] == factor]
+            panel.plot(*zip(*points, strict=True), "o", label=factor, alpha=0.7, markersize=4)
+        for at in dict.fromkeys((round(spent, 2), gone) for spent, gone in found):
+            if not any(_beats((round(spent, 2), gone), at) for spent, gone in found):
+                panel.annotate(_names(at, found, usual), at, (4, 8), textcoords="offset points")
+        panel.set_title(", ".join(place))
+        panel.set_yscale("symlog", linthresh=1)
+        panel.set_ylim(-0.2, 1000)
+        panel.set_xlim(0.25, 1.7)
+        panel.set_xlabel("cost over dense's")
+    grid.flat[0].set_ylabel("answers lost")
+    grid.flat[0].legend(fontsize=6)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def _names(at: tuple[float, int], found: list[Any], rows: list[dict[str, Any]]) -> str:
+    """Contestants at a place, the first of them by name."""
+    here = [
+        row["name"]
+        for (spent, gone), row in zip(found, rows, strict=True)
+        if (round(spent, 2), gone) == at
+    ]
+    return here[0] + (f" (+{len(here) - 1})" if here[1:] else "")
+
+
+def _beats(one: tuple[float, int], other: tuple[float, int]) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+
 def main() -> None:
     """Draw all of them anew."""
     mpl.use("Agg")
     scaling(json.loads((DOCS / "scaling.json").read_text()), DOCS / "performance_scaling.png")
+    pareto(json.loads((DOCS / "protocol.json").read_text())["rows"], DOCS / "protocol.png")
     rows = json.loads((DOCS / "quality.json").read_text())["rows"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     for checkpoint in dict.fromkeys(row["checkpoint"] for row in rows):

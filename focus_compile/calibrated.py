@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Calibrated", "fingerprint", "read"]
+__all__ = ["Calibrated", "check_auto", "fingerprint", "read"]
 
 SAMPLE = 64
 """Values of a weight that tell it from another."""
@@ -49,6 +49,19 @@ class Calibrated:
                     f"the calibration is of another model than this one, or of another dtype: it "
                     f"names {self.model}; run focus-compile calibrate on this model"
                 )
+
+
+def check_auto(calibration: Any) -> None:
+    """What ``signal="auto"`` asks for.
+
+    Raises:
+        ValueError: there is no calibration, whose signal it would be.
+    """
+    if calibration is None:
+        raise ValueError(
+            "signal='auto': the signal is that of a calibration, and there is none; give "
+            "calibration=..., the file of focus-compile calibrate"
+        )
 
 
 def fingerprint(parameter: Tensor) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from focus_compile.calibrated import read
+from focus_compile.calibrated import check_auto, read
 from focus_compile.torch_private import cudagraphs_by_default, inductor_modes, mode_options
 
 __all__ = ["FIRST_STEPS", "FocusConfig", "Rescue", "is_rescue"]
@@ -36,7 +36,8 @@ class FocusConfig:
         stale_kv: whether the keys and values of evicted tokens stay visible in later steps
             (section 5.2); without, only those of this step and of final tokens are.
         signal: what ranks tokens (section 12): ``"delta"``, ``"importance"``, ``"position"``,
-            ``"confidence"``, or the weights of both importances. Functions go to a session.
+            ``"confidence"``, or the weights of both importances. ``"auto"``: that of
+            ``calibration``, which must be given. Functions go to a session.
         layers: the two layers whose attention ranks tokens; the second one is cut in two: later
             layers compute retained tokens alone.
         first_step: what a session does in the first step of a block (section 10): ``"evict"``,
@@ -149,6 +150,12 @@ class FocusConfig:
                 f"unknown option {unknown[0]!r}: the options of backend 'focus' are "
                 f"{', '.join(names)}"
             )
+        if options.get("signal") == "auto":
+            try:
+                check_auto(options.get("calibration"))
+            except ValueError as error:
+                raise ValueError(f"option {error}") from error
+            del options["signal"]
         if options.get("calibration") is not None:
             try:
                 found = read(options["calibration"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +32,7 @@ STAGES = ("numbers", *CELLS)
 
 def main(
     *,
-    stage: Annotated[str, typer.Option(help=", ".join(STAGES))],
+    stage: Annotated[str, typer.Option(help=", ".join(STAGES))] = "steps",
     models: Annotated[str, typer.Option(help="0.6B, 1.7B, 8B or names of shapes")] = "0.6B",
     batches: str = "1,32,256",
     budget: Annotated[float, typer.Option(help="seconds after which no cell is begun")] = 300.0,
@@ -51,8 +52,12 @@ def main(
         ROOT / ".cache" / "gpu"
     ),
     commit: Annotated[str, typer.Option(help="of the code, where there is no git")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="three layers, batch 2, on a CPU")] = False,
 ) -> None:
     """Measure the cells of a stage that its JSON lacks."""
+    if quick:
+        device, models, batches, contestants = "cpu", "bench-3l", "2", "focus;inductor"
+        repeats, inductor, out = 1, False, Path(tempfile.mkdtemp())
     if stage not in STAGES:
         raise typer.BadParameter(f"expected one of {', '.join(STAGES)}", param_hint="--stage")
     if device != "cpu" and not torch.cuda.is_available():

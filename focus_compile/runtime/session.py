@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from focus_compile.calibrated import read
+from focus_compile.calibrated import check_auto, read
 from focus_compile.config import FIRST_STEPS, Rescue
 from focus_compile.log import warning_once
 from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
@@ -90,7 +90,8 @@ class Session:
             an own loop.
         signal: overrides the model's option where not None: a name, the weights of both
             importances, a :class:`~focus_compile.runtime.signals.Signal`, or a function of the
-            :class:`~focus_compile.runtime.signals.Step` that returns one.
+            :class:`~focus_compile.runtime.signals.Step` that returns one. ``"auto"``: that of
+            ``calibration``, which must be given.
         enabled: whether masked calls run FOCUS's programs, or the dense one like all others.
         packed: where the compiled program is the whole model and has one output as wide as the
             vocabulary, masked calls return no logits on the canvas but one zero, expanded, and
@@ -136,6 +137,9 @@ class Session:
         calibration: Any = None,
         audit: int | None = None,
     ) -> None:
+        if isinstance(signal, str) and signal == "auto":
+            check_auto(calibration)
+            signal = None
         self.calibration = None if calibration is None else read(calibration)
         if self.calibration is not None:
             found = self.calibration.in_session

@@ -113,6 +113,22 @@ def test_a_file_as_an_option(model: Any, tmp_path: Path) -> None:
         compiled(other, calibration=file)(**call.kwargs(other))
 
 
+def options_of(**given: Any) -> focus_compile.FocusConfig:
+    return focus_compile.FocusConfig.from_options(given)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_signal_that_is_asked_for(inside: bool, model: Any, tmp_path: Path) -> None:
+    """``signal="auto"`` is the calibration's, and nothing else."""
+    file = tmp_path / "calibration.json"
+    file.write_text(json.dumps(calibration(model, {"signal": "importance", "layers": [0, 1]})))
+    make: Any = focus_compile.Session if inside else options_of
+    assert make(signal="auto", calibration=file).signal == "importance"
+    assert make(signal="delta", calibration=file).signal == "delta"
+    with pytest.raises(ValueError, match=r"signal='auto': the signal is that of a calibration"):
+        make(signal="auto")
+
+
 @torch.no_grad()
 def test_do_not_evict(model: Any, tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
