@@ -141,6 +141,7 @@ class _Step:
             self.mask, float(kept), signal=self.signal, logits="packed", enabled=enabled,
             first_step="evict",
         ) as focus:  # fmt: skip
+            focus.owns_kv = True  # each step writes the block's anew
             start = time.perf_counter()
             self.rows.peek(self.block)
             spent = time.perf_counter() - start
