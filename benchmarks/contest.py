@@ -6,16 +6,27 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import focus_compile
-from benchmarks.shapes import build
+from benchmarks.shapes import ALIGNED, build
 from benchmarks.trace import BLOCK, Replay, Trace, prompts, record, trained
 
-__all__ = ["PAPER", "Contestant", "Run", "Timed", "Work", "contestants", "now", "prepare"]
+__all__ = [
+    "PAPER",
+    "Contestant",
+    "Run",
+    "Timed",
+    "Work",
+    "answering",
+    "contestants",
+    "now",
+    "prepare",
+]
 
 PROMPT = 64
 """Tokens of a prompt of random ids."""
@@ -104,7 +115,7 @@ class Work:
         if self.trace is not None:
             replay = Replay(self.trace)
             arguments["remasking_strategy"], signal = replay.choose, replay.signal
-        with focus_compile.session(signal=signal, **PAPER | contestant.scope):
+        with focus_compile.session(**PAPER | {"signal": signal} | contestant.scope):
             result = focus_compile.generate(
                 timed,  # type: ignore[arg-type]
                 self.ids,
@@ -157,7 +168,7 @@ def prepare(
     """A model, and what it has to generate; the trained one is fp32 on the CPU."""
     kind, _, what = strategy.partition(":")
     if shape == "tiny":
-        return _trained(batch, what)
+        return answering(what, batch)
     model = build(shape, device, dtype)
     mask = model.config.vocab_size - 1
     ids = torch.randint(0, mask, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
@@ -167,9 +178,9 @@ def prepare(
     return model, Work(ids, mask, {"remasking_strategy": kind, "tokens_per_step": int(what)})
 
 
-def _trained(batch: int, task: str) -> tuple[Any, Work]:
-    """The trained model on prompts of a task, decoded by confidence 0.9 to their ends."""
-    model, tokenizer = trained()
+def answering(task: str, batch: int, folder: Path = ALIGNED) -> tuple[Any, Work]:
+    """A trained model on prompts of a task, decoded by confidence 0.9 to their ends."""
+    model, tokenizer = trained(folder)
     drawn = prompts(task, batch)
     given = tokenizer(
         [example.prompt for example in drawn],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,10 +81,10 @@ class Trace:
         )
 
 
-def trained() -> tuple[Qwen3ForCausalLM, Any]:
-    """The aligned checkpoint and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(ALIGNED)
-    return Qwen3ForCausalLM.from_pretrained(ALIGNED).eval(), tokenizer
+def trained(folder: Path = ALIGNED) -> tuple[Qwen3ForCausalLM, Any]:
+    """A checkpoint, the aligned one unless told otherwise, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Qwen3ForCausalLM.from_pretrained(folder).eval(), tokenizer
 
 
 def prompts(task: str, count: int) -> list[Example]:

@@ -169,7 +169,12 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "--prompt is empty": ("a prompt without text", "give a text"),
     "no tokenizer": ("PATH is a function", "give a folder, or token ids"),
     "is less than --retained": ("more is retained than fed", "swap them"),
-    "is no trace": (TRACE, AGAIN),
+    "is no ...: ...": (
+        "`--trace` or `--calibration` is no JSON",
+        "the file of `generate --trace`, or of `calibrate`"),
+    "is missing or unknown; expected the file": (
+        "the file is no calibration, or one of an older release",
+        "run `focus-compile calibrate -o FILE` again"),
     "expected 0 <= retained <= fed <= 1": ("shares out of range", "give shares within it"),
     "no benchmarks here": ("an installed package", "run it in a checkout"),
     "FOCUS was not applied": ("the graph was refused", "see refusals.md"),

@@ -57,6 +57,19 @@ nothing, its cost over dense's.
 |---|---|---|---|---|---|---|
 """
 
+SPEED = """
+## What it costs in time
+
+Times faster than plain Inductor, median (least to most) of {pairs} turns; batch {batch},
+{threads} threads, {dtype}, {cpu}, torch {torch}, commits {commits}, by
+`python -m benchmarks.protocol_speed`. These models have eight layers of width 128: what FOCUS saves
+is little, and the time of small operators counts ([performance.md](performance.md) has larger
+sizes). The machine is shared: a difference of a tenth is none.
+
+| model | task | {names} |
+|---|---|{rules}
+"""
+
 TABLE = """
 ## {model}, {task}
 
@@ -72,11 +85,27 @@ def text() -> str:
     report: Row = json.loads((DOCS / "protocol.json").read_text())
     rows: list[Row] = report["rows"]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    page = HEAD.format(**report, commits=commits) + _summary(rows) + _fits(rows)
+    page = HEAD.format(**report, commits=commits) + _summary(rows) + _fits(rows) + _speed()
     for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows):
         page += TABLE.format(model=model, task=task)
         mine = [row for row in rows if (row["model"], row["task"]) == (model, task)]
         page += "".join(map(_line, mine, [dense_of(row, rows) for row in mine]))
+    return page
+
+
+def _speed() -> str:
+    """The table of times, from a record of its own."""
+    report: Row = json.loads((DOCS / "protocol_speed.json").read_text())
+    rows: list[Row] = report["rows"]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    names = [name for name, found in rows[0].items() if isinstance(found, dict)][1:]
+    told = {"names": " | ".join(names), "rules": "---|" * len(names), "commits": commits}
+    page = SPEED.format(**report, **told)
+    for row in rows:
+        cells = [
+            "{median:.2f} ({min:.2f} to {max:.2f})".format(**row[name]["ratio"]) for name in names
+        ]
+        page += "| " + " | ".join([row["model"], row["task"], *cells]) + " |\n"
     return page
 
 

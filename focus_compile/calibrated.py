@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Calibrated", "check_auto", "fingerprint", "read"]
+__all__ = ["Calibrated", "fingerprint", "given_signal", "read"]
 
 SAMPLE = 64
 """Values of a weight that tell it from another."""
@@ -51,17 +51,20 @@ class Calibrated:
                 )
 
 
-def check_auto(calibration: Any) -> None:
-    """What ``signal="auto"`` asks for.
+def given_signal(signal: Any, calibration: Any) -> Any:
+    """The signal that takes precedence over a calibration's; None: that is to be used.
 
     Raises:
-        ValueError: there is no calibration, whose signal it would be.
+        ValueError: it is ``"auto"``, the calibration's, and there is no calibration.
     """
+    if not isinstance(signal, str) or signal != "auto":
+        return signal
     if calibration is None:
         raise ValueError(
             "signal='auto': the signal is that of a calibration, and there is none; give "
             "calibration=..., the file of focus-compile calibrate"
         )
+    return None
 
 
 def fingerprint(parameter: Tensor) -> str:

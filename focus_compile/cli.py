@@ -191,16 +191,20 @@ def report(
     trace: Annotated[
         Path | None, typer.Option(help="a generation, from `generate --trace`", exists=True)
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="how signals rank, from `calibrate -o`", exists=True)
+    ] = None,
     trust_remote_code: Trusted = False,
     as_json: AsJson = False,
     traceback: WithTrace = False,
 ) -> None:
-    """Write one HTML file: graphs, funnel, difference, refusals, cost, and a generation's steps."""
+    """Write one HTML file: graphs, funnel, difference, refusals, cost, a generation, signals."""
     options = {"batch": batch, "block": block, "history": history, "fed": fed, "retained": retained}
     with one_line(traceback):
         if fed is not None and retained is not None:
             _check_shares(fed, retained)
-        steps = None if trace is None else _read_trace(trace)
+        steps = None if trace is None else _read_json(trace, "trace")
+        signals = None if calibration is None else _read_json(calibration, "calibration")
         sizes = (int(block or ASSUMED["block"]), int(ASSUMED["history"]))
         story = _story(
             path, 2, sizes[0], sizes[1] if history is None else history, trust_remote_code
@@ -215,6 +219,7 @@ def report(
                 history=history,
                 fed=fed,
                 retained=retained,
+                calibration=signals,
             )
             counts = counts_of(options, steps)
         except ValueError as error:
@@ -397,11 +402,11 @@ def _check_shares(fed: float, retained: float) -> None:
         raise BadInput(f"--fed {fed} is less than --retained {retained}")
 
 
-def _read_trace(path: Path) -> Any:
+def _read_json(path: Path, kind: str) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise BadInput(f"{path} is no trace: {error}") from error
+        raise BadInput(f"{path} is no {kind}: {error}") from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from focus_compile.calibrated import check_auto, read
+from focus_compile.calibrated import given_signal, read
 from focus_compile.torch_private import cudagraphs_by_default, inductor_modes, mode_options
 
 __all__ = ["FIRST_STEPS", "FocusConfig", "Rescue", "is_rescue"]
@@ -152,10 +152,9 @@ class FocusConfig:
             )
         if options.get("signal") == "auto":
             try:
-                check_auto(options.get("calibration"))
+                given_signal(options.pop("signal"), options.get("calibration"))
             except ValueError as error:
                 raise ValueError(f"option {error}") from error
-            del options["signal"]
         if options.get("calibration") is not None:
             try:
                 found = read(options["calibration"])

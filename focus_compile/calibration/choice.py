@@ -37,6 +37,7 @@ class Judged:
             there a rescue comes.
         auc, recall: how the signal ranks what dense decodes, and the share of it among the first
             K; None where there was nothing to rank. kept: share of the masks, in evicting steps.
+        picture: the first row of the first block, see :class:`Tally`.
     """
 
     candidate: Candidate
@@ -48,6 +49,7 @@ class Judged:
     auc: float | None
     recall: float | None
     kept: float
+    picture: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -66,6 +68,7 @@ def judge(candidate: Candidate, tally: Tally, layers: int, block: int) -> Judged
         auc=tally.auc / tally.ranked if tally.ranked else None,
         recall=tally.recall / tally.ranked if tally.ranked else None,
         kept=tally.kept / tally.evicting if tally.evicting else 1.0,
+        picture=tuple(tally.picture),
     )
 
 

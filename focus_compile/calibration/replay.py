@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,7 +13,21 @@ from focus_compile.ops.selection import retain, target
 from focus_compile.runtime.block import BlockState, History
 from focus_compile.runtime.signals import Signal, Step, signal_of
 
-__all__ = ["Candidate", "Tally", "replay"]
+__all__ = ["CELLS", "Candidate", "Tally", "replay"]
+
+CELLS = {
+    "d": ("decoded", "masked, kept, and decoded by dense"),
+    "m": ("missed", "masked and decoded by dense, but evicted: decoded later"),
+    "s": (
+        "rescued",
+        "masked and evicted, with nothing sure among what was kept: computed after all",
+    ),
+    "r": ("retained", "masked and kept"),
+    "e": ("evicted", "masked and evicted"),
+    "a": ("again", "decoded before, fed once more"),
+    "o": ("done", "decoded before, not fed"),
+}
+"""What a picture's letters are, and mean."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,7 @@ class Tally:
         sure: evicting steps in which dense decoded a token above the threshold; hits: of these,
             those in which one of them was kept; kept: shares of the masks that were, summed.
         ranked: steps with a ranking to judge; auc, recall: of dense's tokens in it, summed.
+        picture: the first row of the first block: a line a step, a letter of :data:`CELLS` a token.
     """
 
     steps: int = 0
@@ -69,6 +84,7 @@ class Tally:
     ranked: int = 0
     auc: float = 0.0
     recall: float = 0.0
+    picture: list[str] = field(default_factory=list)
 
     def predicted(self, layers: int, block: int) -> float:
         """Cost relative to dense, for each decoded token."""
@@ -97,6 +113,7 @@ def replay(
     early = candidate.layers[1] + 1
     late = layers - early
     generator = torch.Generator().manual_seed(0)
+    drawn = not tally.steps
     for index, step in enumerate(steps):
         if index:
             state.observe(ids, step.masked, NO_HISTORY)
@@ -119,6 +136,8 @@ def replay(
         decoded = step.decoded.sum(1)
         extra = late * (number_fed - number_kept)
         spent = early * number_fed + late * number_kept
+        if drawn and bool(rows[0]):
+            tally.picture.append(_letters(step, fed[0], kept[0], bool(missed[0])))
         both = (step.decoded & kept).sum(1).clamp_min(1)
         tally.steps += int(rows.sum())
         tally.decoded += int(decoded.sum())
@@ -139,6 +158,21 @@ def replay(
         state.advance(fed, computed, {}, delayed_cache=True)
         state.computed(step.confidence.masked_fill(~computed, -1))
         state.retained = torch.ones_like(fed)  # dense decodes whatever it likes
+
+
+def _letters(step: DenseStep, fed: Tensor, kept: Tensor, missed: bool) -> str:
+    """The first row of a step."""
+    letters = ""
+    for masked, decoded, is_fed, is_kept in zip(
+        *(each.tolist() for each in (step.masked[0], step.decoded[0], fed, kept)), strict=True
+    ):
+        if not masked:
+            letters += "a" if is_fed else "o"
+        elif is_kept:
+            letters += "d" if decoded else "r"
+        else:
+            letters += "s" if missed else "m" if decoded else "e"
+    return letters
 
 
 def _scores(candidate: Candidate, step: DenseStep, signal: Signal) -> Tensor:

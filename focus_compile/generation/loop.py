@@ -339,21 +339,13 @@ def _session(
             warn_outside()
         around = Session()
     around.reached += 1
-    request = Session(
+    return around.request(
         mask_token_id=mask_token_id,
-        alpha=around.alpha,
-        visibility=around.visibility,
-        signal=around.signal,
         logits="packed",
-        enabled=around.enabled,
         shifted_logits=shifted_logits,
-        exact=around.exact,
         first_step=first_step or around.first_step,
         rescue=around.rescue if rescue == "auto" else rescue,
-        calibration=around.calibration,
     )
-    request.stats.audit = around.stats.audit  # one for all requests in a session
-    return request
 
 
 def _generator(

@@ -11,11 +11,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from focus_compile.analysis import Analysis
+from focus_compile.calibration.replay import CELLS as RANKED
 from focus_compile.graph.sizes import GENERIC
 from focus_compile.reports.counts import Counts, counts_of
 from focus_compile.reports.curves import Curve, curves, svg
 from focus_compile.reports.explanation import Explanation, GraphReport
 from focus_compile.reports.heatmap import CELLS, grids
+from focus_compile.reports.signals import HEADS, rankings
 from focus_compile.views.cost import BATCH, FED, HISTORY, RETAINED, TOKENS, Cost
 from focus_compile.views.describe import describe, difference
 from focus_compile.views.dot import AFTER, BEFORE, dot
@@ -82,6 +84,7 @@ def page(
     history: int | None = None,
     fed: float | None = None,
     retained: float | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> str:
     """HTML text of the report.
 
@@ -91,9 +94,10 @@ def page(
         batch, block, history: sizes of the step whose cost is told; fed, retained: shares of its
             tokens, from 0 to 1. What is None is read off the trace, or else assumed, and the page
             says so: see :mod:`focus_compile.reports.counts`.
+        calibration: of the model, for a table and a picture of each signal.
 
     Raises:
-        ValueError: the trace is malformed, or more is retained than fed.
+        ValueError: trace or calibration are malformed, or more is retained than fed.
     """
     heat = None if trace is None else grids(trace)
     options = {"batch": batch, "block": block, "history": history, "fed": fed, "retained": retained}
@@ -111,8 +115,16 @@ def page(
         sections=list(_sections(explanation, counts)),
         counts=counts,
         primes=GENERIC,
-        legends={"before": BEFORE, "after": AFTER, "cells": CELLS},
+        legends={
+            "before": BEFORE,
+            "after": AFTER,
+            "cells": CELLS,
+            "signals": dict(RANKED.values()),
+        },
         grids=heat,
+        rankings=None if calibration is None else rankings(calibration),
+        ranking_heads=HEADS,
+        calibration=calibration,
         style=Markup(_asset("page.css")),  # ours, like the scripts: nothing of a model is in them
         scripts=[Markup(_asset(name)) for name in SCRIPTS],
     )

@@ -234,7 +234,7 @@ class Executable:
             retained = kept.keep.clone()  # it outlives this call
             state.advance(fed.fed, retained, self._slots(values), delayed)
             choice = ranking(self.config, session)
-            if choice == "confidence" or (session.confidences and reads_confidence(choice)):
+            if reads_confidence(choice) and (session.confidences or isinstance(choice, str)):
                 sure = self._sure(values, masked.shape, kept, session)
                 if sure is not None and session.shifted_logits:
                     sure[:, 0] = -1  # judged by logits of another block

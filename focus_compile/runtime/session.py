@@ -7,12 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from focus_compile.calibrated import check_auto, read
+from focus_compile.calibrated import given_signal, read
 from focus_compile.config import FIRST_STEPS, Rescue
 from focus_compile.log import warning_once
 from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
@@ -137,9 +138,7 @@ class Session:
         calibration: Any = None,
         audit: int | None = None,
     ) -> None:
-        if isinstance(signal, str) and signal == "auto":
-            check_auto(calibration)
-            signal = None
+        signal = given_signal(signal, calibration)
         self.calibration = None if calibration is None else read(calibration)
         if self.calibration is not None:
             found = self.calibration.in_session
@@ -209,6 +208,15 @@ class Session:
         self.logits = None
 
     close = reset  # for contextlib.closing
+
+    def request(self, **changes: Any) -> Session:
+        """The session of a generation inside this one: what :class:`Session` takes, as it is here,
+        ``changes`` excepted; the audit is shared."""
+        names = [name for name in signature(Session).parameters if name not in ("logits", "audit")]
+        inner = Session(**{name: getattr(self, name) for name in names} | changes)
+        inner.confidences = self.confidences
+        inner.stats.audit = self.stats.audit
+        return inner
 
     @property
     def is_plain(self) -> bool:
@@ -375,9 +383,19 @@ def session(
         ValueError: a value is out of range.
     """
     opened = Session(
-        mask_token_id, alpha, visibility, signal, logits, enabled, shifted_logits, exact,
-        first_step, rescue, calibration, audit,
-    )  # fmt: skip
+        mask_token_id=mask_token_id,
+        alpha=alpha,
+        visibility=visibility,
+        signal=signal,
+        logits=logits,
+        enabled=enabled,
+        shifted_logits=shifted_logits,
+        exact=exact,
+        first_step=first_step,
+        rescue=rescue,
+        calibration=calibration,
+        audit=audit,
+    )
     scope = Scope(opened)
     scope.enter()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,24 @@ def test_a_signal_that_fails(tmp_path: Path) -> None:
     assert all(0.2 < each.predicted < 1 for each in found.judged)
     open_, evict = named(found, "open"), by_name
     assert open_["delta 1-0"].evicting < evict["delta 1-0"].evicting
+    _check_pictures(found)
+
+
+def _check_pictures(found: Calibration) -> None:
+    """A step each, of the same block; dense's tokens are the same whatever is kept."""
+    decoded = set()
+    for each in found.judged:
+        steps = each.picture
+        masked = [[letter not in "ao" for letter in step] for step in steps]
+        assert all(masked[0]) and len({len(step) for step in steps}) == 1 and len(steps) > 2
+        decoded.add(tuple(tuple(step) for step in masked))
+        if each.candidate.name == "position":
+            for step in steps:  # what is kept is the leftmost
+                assert re.fullmatch(r"[dr]*[mes]*", re.sub("[ao]", "", step)), step
+        if each.candidate.first_step == "open":
+            assert set(steps[0]) <= {"d", "r"}
+    assert len(decoded) == 1
+    assert {"d", "r", "e"} <= {letter for each in found.judged for letter in "".join(each.picture)}
 
 
 def test_too_few_prompts() -> None:

@@ -30,7 +30,7 @@ from tests.support.models.llada import LLaDA
 LAYERS = 3
 PLACES = range(LAYERS + 3)
 """Of a graph break: before the embedding, after each layer, before the head and after it."""
-LOUD = ("interrupt", "crash", "evicted", "grow", "misshape")
+LOUD = ("interrupt", "crash", "evicted", "grow", "misshape", "gate")
 QUIET = tuple(name for name in EVENTS if name not in LOUD)
 """Events that a graph which is left unchanged takes as well as FOCUS's programs do."""
 

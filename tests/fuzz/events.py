@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace as changed
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,6 @@ from tests.fuzz.faults import Accident, failing_program, failing_signal
 from tests.fuzz.level import Level
 from tests.fuzz.oracle import TOLERANCE, Oracle
 from tests.fuzz.subjects import outside as elsewhere
-from tests.reference.state import Config
 
 if TYPE_CHECKING:
     from tests.fuzz.play import Player
@@ -260,9 +260,18 @@ def budget(player: Player, number: int) -> None:
     focus.alpha = (1.0, 1.3, 2.5)[number % 3]
     focus.visibility = ("written", "prefix")[number % 2]
     alpha = player.config.alpha if player.plan.exact else focus.alpha
-    player.here.oracle.config = Config(
-        alpha, focus.visibility, player.config.delayed_cache, player.config.stale_kv
-    )
+    oracle = player.here.oracle
+    oracle.config = changed(oracle.config, alpha=alpha, visibility=focus.visibility)
+    player.masked()
+
+
+def gate(player: Player, number: int) -> None:
+    """From here on rows are rescued where nothing retained is as sure, or no longer."""
+    level = player.here
+    if level.focus is None:
+        return
+    level.focus.rescue = (0.05, 0.12, 1.0, None)[number % 4]
+    level.oracle.config = changed(level.oracle.config, rescue=level.focus.rescue)
     player.masked()
 
 

@@ -18,6 +18,8 @@ from focus_compile import EvictedTokenDecoded, UncommittedHistory
 from tests.fuzz.subjects import RowDraw
 from tests.reference.emulation import Emulated, Emulation
 from tests.reference.state import Config, RowState
+from tests.reference.trust import Judge
+from tests.support.harness import MASK
 
 TOLERANCE = 1e-4
 
@@ -92,6 +94,7 @@ class Oracle:
         if last is None:
             self.emulation = Emulation()
         self.emulation.config = self.config
+        self.emulation.judge = Judge(MASK, shifted=self.shifted)
         for b, row in enumerate(self.emulation.rows):
             assert last is not None
             if self._starts_anew(b, draw, last):

@@ -13,7 +13,7 @@ STEP = "step"
 EVENTS = (
     "commit", "interrupt", "reset", "remask", "rewrite", "swap", "replace", "resize", "dense",
     "outside", "enter", "leave", "crash", "evicted", "grow", "shrink", "misshape", "budget",
-    "window", "single", "manner",
+    "window", "single", "manner", "gate",
 )  # fmt: skip
 """What happens between the steps of a block; functions of :mod:`tests.fuzz.events`."""
 

@@ -102,8 +102,8 @@ class Player:
         if self.subject.refusable and self.subject.suffixes() == before:
             return self._dense(draw, logits)
         found = oracle.step(lambda: self.subject.logits(self.subject.model, draw), draw)
-        assert self.subject.suffixes() == before + 1
-        if found.margin < NEAR_TIE:
+        assert self.subject.suffixes() == before + 1 + bool(found.rescued.any())
+        if min(found.margin, found.need_margin) < NEAR_TIE:
             raise NearTie
         self._compare(found, logits, draw, focus)
         return None
@@ -140,6 +140,8 @@ class Player:
             assert torch.equal(focus.retain_mask, kept)
             assert focus.stats.fed_per_step[-1] == int(found.fed.sum())
             assert focus.stats.retained_per_step[-1] == int(kept.sum())
+            assert focus.stats.rescued_per_step[-1] == int(found.rescued.sum())
+            self.tally["rescued"] += bool(found.rescued.any())
         if focus is not None and focus.logits is not None:
             packed = focus.logits
             assert focus.packed and not logits.any()
@@ -155,7 +157,7 @@ class Player:
         self.tally["calls"] += 1
         self.tally["fewer fed"] += bool((~found.fed).any())
         self.tally["fewer retained"] += bool((found.fed & ~kept).any())
-        if kept.all():
+        if kept.all() and not found.rescued.any():  # else those retained saw less
             dense = self.subject.logits(self.subject.model, draw)
             torch.testing.assert_close(logits, dense, atol=TOLERANCE, rtol=TOLERANCE)
             self.tally["nothing evicted"] += 1

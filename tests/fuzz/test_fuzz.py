@@ -30,7 +30,14 @@ def tally() -> Iterator[Counter[str]]:
     print(f"\n{dict(tally)}")
     if tally["subjects"] == len(SUBJECTS):
         assert not [name for name in EVENTS if not tally[name]]
-        for name in ("UncommittedHistory", "EvictedTokenDecoded", "Accident", "nothing evicted"):
+        seen = (
+            "UncommittedHistory",
+            "EvictedTokenDecoded",
+            "Accident",
+            "nothing evicted",
+            "rescued",
+        )
+        for name in seen:
             assert tally[name] > 10
         assert tally["fewer fed"] > tally["calls"] / 10  # 14 % of the long campaign's
         assert tally["fewer retained"] > tally["calls"] / 5  # 45 %

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from inspect import signature
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +126,21 @@ def test_what_starts_a_row_anew(run: Run, change: Callable[[Call], Call]) -> Non
             assert (fresh[row] - going_on[row]).abs().max() > bound(expected)
     assert fed > len(anew) * TOKENS - 1
     assert fed < len(changed.ids) * TOKENS or len(anew) == len(changed.ids)
+
+
+def test_a_generation_has_the_settings_around_it() -> None:
+    """Every parameter but the form of its logits; the audit is one for all."""
+    settings: dict[str, Any] = {
+        "mask_token_id": 7, "alpha": 2.5, "visibility": "prefix", "signal": "position",
+        "enabled": False, "shifted_logits": True, "exact": True, "first_step": "open",
+        "rescue": 0.5, "calibration": None, "audit": 3,
+    }  # fmt: skip
+    assert {*settings, "logits"} == {*signature(Session).parameters}
+    around = Session(**settings)
+    inner = around.request(alpha=3.5)
+    for name, value in settings.items() - {("alpha", 2.5), ("audit", 3)}:
+        assert getattr(inner, name) == value != getattr(Session(), name) or value is None
+    assert inner.alpha == 3.5 and inner.stats.audit is around.stats.audit is not None
 
 
 def test_a_dense_call_ends_every_block(run: Run) -> None:

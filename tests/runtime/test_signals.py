@@ -12,7 +12,7 @@ import focus_compile
 from focus_compile import FocusConfig, Signal, Step
 from focus_compile.ops.selection import select
 from focus_compile.runtime.signals import SIGNALS, check_signal, reads_confidence, signal_of
-from tests.support.harness import Run, Sizes, build_model, eager_logits, random_call
+from tests.support.harness import MASK, Run, Sizes, build_model, eager_logits, random_call
 
 
 def step(masked: Tensor, **values: Tensor) -> Step:
@@ -82,18 +82,24 @@ def test_a_function_asks_for_confidences(wanted: bool) -> None:
     """They take a softmax of every step, so they come where they are wanted."""
     model = build_model(Sizes(layers=3))
     run, call = Run(model, dynamic=True), random_call(1, model, 3, 9, 7)
-    seen: list[Step] = []
+    seen: dict[str, list[Step]] = {"loop": [], "generate": []}
+    now = "loop"
 
     def watch(given: Step) -> Signal:
-        seen.append(given)
+        seen[now].append(given)
         return Signal()
 
     with focus_compile.session(signal=watch) as focus:
         focus.confidences = wanted
         for _ in range(2):
             run.logits(call)
-    confidence = seen[1].confidence
-    assert confidence is not None and bool((confidence > 0).any()) == wanted
+        now = "generate"
+        focus_compile.generate(
+            run.compiled, call.ids[:, :5], max_new_tokens=8, block_length=8, mask_token_id=MASK
+        )
+    for steps in seen.values():
+        confidence = steps[1].confidence
+        assert confidence is not None and bool((confidence > 0).any()) == wanted
 
 
 @torch.no_grad()
