@@ -79,6 +79,10 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "commit each block by one call of its decoded tokens; crop the cache after masked calls; "
         "where a prompt holds the mask token, its prefill is no masked call once session.masked is "
         "all zeros (`generate` does so)"),
+    "slots of evicted tokens in the past": (
+        "what a masked call returned was kept, in whatever form",
+        "run the call that fills the cache with session.enabled = False, or crop the cache after "
+        "every masked call"),
     "which the last call evicted": (
         "a token was decoded that has no logits", "choose among session.retain_mask"),
     "was not compiled, and this call gave no result": (
@@ -172,9 +176,6 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "is no ...: ...": (
         "`--trace` or `--calibration` is no JSON",
         "the file of `generate --trace`, or of `calibrate`"),
-    "is missing or unknown; expected the file": (
-        "the file is no calibration, or one of an older release",
-        "run `focus-compile calibrate -o FILE` again"),
     "expected 0 <= retained <= fed <= 1": ("shares out of range", "give shares within it"),
     "no benchmarks here": ("an installed package", "run it in a checkout"),
     "FOCUS was not applied": ("the graph was refused", "see refusals.md"),
@@ -240,7 +241,7 @@ def _told(tree: ast.Module) -> list[tuple[str, ast.Call]]:
             out += [
                 (node.name, call)
                 for call in ast.walk(node)
-                if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__"
+                if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("__init__")
             ]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "warning_once":
             out.append(("warning", node))

@@ -12,6 +12,7 @@ from focus_compile.refusals import Refusal
 
 __all__ = [
     "EmptyCall",
+    "EvictedHistory",
     "EvictedTokenDecoded",
     "NotCompiled",
     "NothingToEvict",
@@ -135,6 +136,18 @@ class UncommittedHistory(Picklable, RuntimeError):
             "block with one forward of its decoded tokens before the next block starts, and crop "
             "the cache after every masked call; where a prompt holds the mask token, set "
             "session.masked to zeros before its call: nothing of it is to be decoded"
+        )
+
+
+class EvictedHistory(UncommittedHistory):
+    """The history holds what a masked call returned of tokens that it had evicted."""
+
+    def __init__(self, slots: int) -> None:
+        RuntimeError.__init__(
+            self,
+            f"slots of evicted tokens in the past: {slots}. What a masked call returned was kept, "
+            "and has no keys and values of them. Run the call that fills the cache densely "
+            "(session.enabled = False), or crop the cache after every masked call",
         )
 
 

@@ -92,11 +92,14 @@ def join(
     return store(out, new, tokens, length, token_dim)
 
 
-def clear(slots: Tensor, written: Tensor, token_dim: int) -> None:
-    """Write 0 where the block holds nothing: ``[B, G, S + T, D]``, written bool ``[B, T]``."""
+def clear(slots: Tensor, written: Tensor, token_dim: int, value: float = 0.0) -> None:
+    """Write 0, or another value, where the block holds nothing.
+
+    slots: ``[B, G, S + T, D]``; written: bool ``[B, T]``.
+    """
     length = written.shape[1]
     block = slots.narrow(token_dim, slots.shape[token_dim] - length, length)
-    block.movedim(token_dim, 1).movedim((0, 1), (-2, -1)).masked_fill_(~written, 0)
+    block.movedim(token_dim, 1).movedim((0, 1), (-2, -1)).masked_fill_(~written, value)
 
 
 def store(slots: Tensor, new: Tensor, tokens: Tensor, length: int, token_dim: int) -> Tensor:

@@ -43,10 +43,12 @@ class Layout:
         ids: the argument that holds the token ids.
         slots: inputs for the K/V of the step before, layer by layer.
         held: slots that are arguments, which hold history and block.
-        past: name of the last layer's past keys; past_dim: their dim that is the history.
+        past: name of the last layer's past keys; past_dim: their dim that is the history;
+            past_values, values_dim: likewise.
         index: computes which slots of a cache of fixed length the block takes, int64 ``[T]``; None
             where the block follows the history.
         written: arguments that the model writes into; their values are the last ones returned.
+        masked: whether the caller's mask hides slots of a cache of fixed length.
         causal: whether a mask that the model makes itself hides later tokens.
         buffers: arguments that are tensors of the model, beside its weights.
         key_program: what computes keys and values
@@ -60,8 +62,11 @@ class Layout:
     slots: tuple[Input, ...]
     past: str | None
     past_dim: int
+    past_values: str | None
+    values_dim: int
     index: Half | None
     written: tuple[int, ...]
+    masked: bool = False
     causal: bool = False
     buffers: tuple[int, ...] = ()
     key_program: str = ""
@@ -73,7 +78,7 @@ def layout_of(
     canonical: Canonical, plan: Plan, written: tuple[int, ...], own: Sequence[int]
 ) -> Layout:
     """The layout of a planned graph; ``own``: arguments that are the model's, not the call's."""
-    keys = plan.sites[-1].writes[0]
+    keys, made = plan.sites[-1].writes
     nodes = {node.name: node for node in canonical.gm.graph.nodes}
     argument = {
         given.name: at for given, at in zip(canonical.inputs, canonical.arguments, strict=True)
@@ -88,8 +93,11 @@ def layout_of(
         slots=tuple(slot for pair in plan.slots for slot in pair),
         past=keys.past,
         past_dim=keys.token_dim,
+        past_values=made.past,
+        values_dim=made.token_dim,
         index=index,
         written=written,
+        masked=index is not None and _hides(canonical, plan, index),
         causal=any(is_causal(canonical.gm, site) for site in plan.sites),
         buffers=_buffers(canonical, plan, {*own} - {*written}),
         key_program=key_program(canonical.gm, (w for site in plan.sites for w in site.writes)),
@@ -109,6 +117,16 @@ def _held(plan: Plan, argument: dict[str, int]) -> tuple[Held, ...]:
         for write, slot in pairs
         if slot.held and write.past is not None
     )
+
+
+def _hides(canonical: Canonical, plan: Plan, index: Half) -> bool:
+    """Whether the last layer's mask comes of more than the places that the block takes."""
+    mask = plan.sites[-1].mask
+    node = next((node for node in canonical.gm.graph.nodes if node.name == mask), None)
+    if node is None:
+        return False
+    pasts = {write.past for site in plan.sites for write in site.writes}
+    return bool({*part(canonical.gm, node).inputs} - pasts - {*index.inputs})
 
 
 def _buffers(canonical: Canonical, plan: Plan, own: set[int]) -> tuple[int, ...]:

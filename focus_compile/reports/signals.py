@@ -52,8 +52,7 @@ def rankings(calibration: Mapping[str, Any]) -> list[Ranking]:
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"calibration: {error} is missing or unknown; expected the file of focus-compile "
-            "calibrate, of this release"
+            f"calibration: {error}: expected the file of focus-compile calibrate, of this release"
         ) from error
 
 

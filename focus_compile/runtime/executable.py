@@ -27,6 +27,7 @@ from focus_compile.runtime.arguments import arguments, held_slots
 from focus_compile.runtime.block import BlockState, History
 from focus_compile.runtime.controls import Constants, controls, empty_slots, is_exact, ranking
 from focus_compile.runtime.demand import Demand, demand_of, rescue_of
+from focus_compile.runtime.holes import Holes
 from focus_compile.runtime.identity import model_key, overlap, weights_of
 from focus_compile.runtime.logits import Logits, reading_of
 from focus_compile.runtime.outputs import Packed, packed_logits, returned
@@ -106,6 +107,7 @@ class Executable:
         self.stored = {halves.slots[held.slot] for held in layout.held}
         self.read_as = Outputs()
         self.logits = Logits(halves, self.read_as)
+        self.holes = Holes(halves, layout)
         self.checked: set[tuple[Calibrated, tuple[int, ...]]] = set()
 
     @property
@@ -126,6 +128,9 @@ class Executable:
         if not ids.numel():
             raise EmptyCall(tuple(ids.shape))
         self._check_calibration(args, session)
+        owns = session is not None and session.owns_kv
+        if not owns:
+            self.holes.refuse(args, ids.shape[-1])
         if session is not None and not session.enabled:
             return self._dense(args, session)
         masked = self._masked(ids, session)
@@ -135,7 +140,6 @@ class Executable:
         if not self.config.evict:
             self.record.dense_call("evict=False")
             return self._dense(args, session, masked=True)
-        owns = session is not None and session.owns_kv
         if self.layout.held and not owns:
             warning_once(log, HELD)
             self.record.dense_call("keys and values are written into a part of a cache")
@@ -225,7 +229,7 @@ class Executable:
         packed = None if session is None else self.logits.packed(session, returns=self.returns)
         if session is not None and packed is not None and (own := self.halves.own[packed]):
             session.logits = packed_logits(own, values, domains[Domain.RETAINED])
-        made = returned(self.halves, values, domains, packed)
+        made = returned(self.halves, self._shown(values, kept, session), domains, packed)
         count_own = len(made) - len(self.layout.written)
         for argument, value in zip(self.layout.written, made[count_own:], strict=True):
             args[argument].copy_(value)
@@ -233,8 +237,7 @@ class Executable:
         if session is not None:
             retained = kept.keep.clone()  # it outlives this call
             state.advance(fed.fed, retained, self._slots(values), delayed)
-            choice = ranking(self.config, session)
-            if reads_confidence(choice) and (session.confidences or isinstance(choice, str)):
+            if self._reads_confidences(session):
                 sure = self._sure(values, masked.shape, kept, session)
                 if sure is not None and session.shifted_logits:
                     sure[:, 0] = -1  # judged by logits of another block
@@ -265,6 +268,19 @@ class Executable:
             if each is not None and (each, key) not in self.checked:
                 each.check(arg for arg in args if isinstance(arg, Parameter))
                 self.checked.add((each, key))
+
+    def _shown(
+        self, values: dict[str, Tensor], kept: Packed, session: Session | None
+    ) -> dict[str, Tensor]:
+        """What the caller sees: nothing of evicted tokens that it could take for theirs."""
+        drops = session is not None and session.owns_kv
+        if drops or len(kept.tokens) == kept.keep.numel():
+            return values
+        return self.holes.marked(values, kept.keep)
+
+    def _reads_confidences(self, session: Session) -> bool:
+        choice = ranking(self.config, session)
+        return reads_confidence(choice) and (session.confidences or isinstance(choice, str))
 
     def _demand(self, session: Session | None) -> Demand | None:
         """When rows are rescued: by the session's setting, the option, or how they are decoded."""

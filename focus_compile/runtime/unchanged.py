@@ -8,6 +8,7 @@ from typing import Any
 from focus_compile.capture.modes import refuse_modes
 from focus_compile.errors import Unsupported
 from focus_compile.runtime.ambient import current_session
+from focus_compile.runtime.holes import refuse_any
 from focus_compile.runtime.identity import model_key
 
 __all__ = ["Unchanged"]
@@ -23,6 +24,7 @@ class Unchanged:
         self.dense = dense
 
     def __call__(self, *args: Any) -> Any:
+        refuse_any(args)
         session = current_session()
         if session is None:
             return self.dense(*args)

@@ -120,12 +120,12 @@ def enter(player: Player, number: int) -> None:
     arguments: dict[str, Any] = {"logits": "packed" if plan.packed else "canvas"}
     if plan.named:
         arguments |= {"alpha": plan.alpha, "visibility": plan.visibility, "exact": plan.exact}
-    scope = focus_compile.session(shifted_logits=plan.shifted, **arguments)
+    scope = focus_compile.session(shifted_logits=plan.shifted, rescue=plan.rescue, **arguments)
     focus = scope.__enter__()
     focus.owns_kv, focus.commits_exactly = plan.owns, plan.commits and plan.delayed
     fixed = player.subject.fixed
     skips = focus.commits_exactly and not plan.exact
-    oracle = Oracle(player.config, plan.shifted, skips, fixed)
+    oracle = Oracle(changed(player.config, rescue=plan.rescue), plan.shifted, skips, fixed)
     caller = Caller(plan.seed + number, outer.batch, plan.tokens, plan.history, plan.given)
     player.levels.append(Level(caller, oracle, focus, scope))
 

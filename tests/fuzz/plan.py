@@ -45,6 +45,7 @@ class Plan:
     commits: bool = False
     shifted: bool = False
     exact: bool = False
+    rescue: float | None = None
 
 
 def plans(
@@ -72,4 +73,5 @@ def plans(
         commits=st.booleans(),
         shifted=st.booleans(),
         exact=st.sampled_from((False,) * 5 + (True,)),
+        rescue=st.sampled_from((None, None, 0.12, 1.0)),
     )

@@ -84,7 +84,7 @@ def test_command_line(tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     checkpoint = str(TINY / "checkpoint")
     words = ["report", checkpoint, "-o", str(tmp_path / "page.html"), "--calibration", str(file)]
-    for text, told in (("{", " is no calibration: "), ("{}", "calibration: 'chosen' is missing")):
+    for text, told in (("{", " is no calibration: "), ("{}", "calibration: 'chosen': expected")):
         file.write_text(text)
         made = CliRunner().invoke(app, words)
         assert made.exit_code == 2 and told in made.stderr and made.stderr.count("\n") == 1

@@ -180,7 +180,7 @@ def states() -> list[BlockState]:
 
 
 def test_nothing_outlives_a_session(run: Run) -> None:
-    """States and slots are alive in mid-block, and are the cache's own memory; then they die."""
+    """States and slots are alive in mid-block, all but one in the cache; then they die."""
     before = {id(state) for state in states()}  # of other tests that keep an error, with its frames
     layers = run.model.config.num_hidden_layers
     with focus_compile.session() as focus, torch.no_grad():
@@ -195,7 +195,7 @@ def test_nothing_outlives_a_session(run: Run) -> None:
             for tensor in (layer.keys, layer.values)
         }
         slots = {slot.untyped_storage().data_ptr() for slot in state.slots.values()}
-        assert slots == cached
+        assert len(slots & cached) == 2 * layers - 1  # the last values: a copy, with marks
         alive = [weakref.ref(state), *(weakref.ref(slot) for slot in state.slots.values())]
         del state, denoiser
         assert all(ref() is not None for ref in alive)

@@ -73,13 +73,16 @@ def generated(run: Run) -> focus_compile.Generated:
 
 
 def test_slots_are_what_the_last_call_returned(run: Run) -> None:
-    """layers x 2 x B x G x (S + T) x D numbers, and nothing else."""
+    """layers x 2 x B x G x (S + T) x D numbers, and nothing else.
+
+    One is a copy, the last layer's values: in the caller's, slots of evicted tokens are marked.
+    """
     with focus_compile.session() as focus:
         out = run.compiled(**first_call(run).kwargs(run.model))
         returned = {layer.keys.data_ptr() for layer in out[CACHE].layers}
         returned |= {layer.values.data_ptr() for layer in out[CACHE].layers}
         held = {slot.untyped_storage().data_ptr(): slot for slot in slots(focus).values()}
-        assert set(held) == returned
+        assert len(returned - set(held)) == len(set(held) - returned) == 1
         total = sum(slot.untyped_storage().nbytes() for slot in held.values())
         keys = BATCH * SIZES.groups * (HISTORY + TOKENS) * SIZES.head_dim
         assert total == SIZES.layers * 2 * keys * 4
