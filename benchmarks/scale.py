@@ -135,13 +135,13 @@ def main(
     batch: int = 8,
     rounds: int = 2,
     out: Path | None = None,
-    quick: Annotated[bool, typer.Option("--quick", help="one worker, densely")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="one worker, densely, cold")] = False,
 ) -> None:
     """Run one and two workers in turns, each cold and then warm."""
     if quick:
         count, rounds = 24, 1
-    counts = (1,) if quick else (1, 2)
-    names = [f"{workers} {state}" for workers in counts for state in ("cold", "warm")]
+    counts, states = ((1,), ("cold",)) if quick else ((1, 2), ("cold", "warm"))
+    names = [f"{workers} {state}" for workers in counts for state in states]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     texts = set()
     for number in track(range(rounds)):
@@ -149,7 +149,7 @@ def main(
             with tempfile.TemporaryDirectory() as folder:
                 root = Path(folder)
                 prompts(root / "prompts.jsonl", count)
-                for state in ("cold", "warm"):
+                for state in states:
                     made = root / f"{state}.jsonl"
                     figures = run(
                         workers, root / "prompts.jsonl", made, root / "cache", batch, quick
