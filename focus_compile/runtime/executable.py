@@ -129,12 +129,10 @@ class Executable:
             raise EmptyCall(tuple(ids.shape))
         self._check_calibration(args, session)
         owns = session is not None and session.owns_kv
+        masked = self._masked(ids, session) if session is None or session.enabled else None
+        known = None if session is None else session.take_any_masked()
         if not owns:
             self.holes.refuse(args, ids.shape[-1])
-        if session is not None and not session.enabled:
-            return self._dense(args, session)
-        masked = self._masked(ids, session)
-        known = None if session is None else session.take_any_masked()
         if masked is None or ids.shape[-1] == 1 or not (masked.any() if known is None else known):
             return self._dense(args, session)
         if not self.config.evict:

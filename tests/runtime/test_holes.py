@@ -86,6 +86,20 @@ def test_refused(call: str, form: str, compiled: Any, kept: Past) -> None:
         compiled(**CALLS[call], past_key_values=past, use_cache=True)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("call", CALLS)
+@torch.no_grad()
+def test_masks_of_a_refused_call(call: str, enabled: bool, compiled: Any, kept: Past) -> None:
+    """They were given for that call, and are not the next one's."""
+    given = CALLS[call]["input_ids"]
+    with focus_compile.session() as focus:
+        focus.enabled = enabled
+        focus.masked = torch.ones_like(given, dtype=torch.bool)
+        with pytest.raises(EvictedHistory):
+            compiled(**CALLS[call], past_key_values=_copy(kept), use_cache=True)
+        assert focus.masked is None
+
+
 @pytest.mark.parametrize("call", CALLS)
 @torch.no_grad()
 def test_served(call: str, compiled: Any, kept: Past, model: LLaDA) -> None:
