@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import focus_compile
 from benchmarks.shapes import ALIGNED, build
@@ -23,9 +25,11 @@ __all__ = [
     "Timed",
     "Work",
     "answering",
+    "compiles",
     "contestants",
     "now",
     "prepare",
+    "spread",
 ]
 
 PROMPT = 64
@@ -39,6 +43,21 @@ def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def compiles() -> int:
+    """Graphs that Dynamo captured and programs that AOTAutograd was asked for so far."""
+    cache = counters["aot_autograd"]
+    return int(
+        counters["stats"]["unique_graphs"]
+        + cache["autograd_cache_miss"]
+        + cache["autograd_cache_hit"]
+    )
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float]:
+    """Of the pairs of one row."""
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 @dataclass

@@ -12,7 +12,6 @@ from the end of the prefill. Rows that the file holds are not measured again.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ import typer
 from rich.progress import Progress
 from torch._dynamo.utils import counters
 
-from benchmarks.contest import Contestant, answering
+from benchmarks.contest import Contestant, answering, compiles, spread
 from benchmarks.protocol import MODELS, TINY
 from benchmarks.provenance import commit, cpu
 
@@ -54,15 +53,15 @@ def measure(model: str, task: str, batch: int, pairs: int, bar: Progress) -> dic
     for turn in range(pairs + 1):
         for name, scope in SETTINGS.items():
             plain = name == "inductor"
-            graphs = counters["stats"]["unique_graphs"]
+            before = compiles()
             run = work.run(Contestant(dense if plain else focus, scope, not plain))
             bar.advance(job)
+            if not plain and run.result.focus_steps != run.result.forwards:
+                raise RuntimeError(f"{name}: masked steps ran dense")
             if not turn:
-                if not plain and run.result.focus_steps != run.result.forwards:
-                    raise RuntimeError(f"{name}: masked steps ran dense")
                 row[name] = {"exact": work.exact_match(run), "steps": run.result.forwards}
                 continue
-            if counters["stats"]["unique_graphs"] != graphs:
+            if compiles() != before:
                 raise RuntimeError(f"{name} compiled inside the timed region")
             seconds[name].append(run.seconds)
     for name, times in seconds.items():
@@ -73,8 +72,7 @@ def measure(model: str, task: str, batch: int, pairs: int, bar: Progress) -> dic
 
 def _ratio(base: list[float], times: list[float]) -> dict[str, float]:
     """How many times faster than ``base``, pair by pair."""
-    found = [a / b for a, b in zip(base, times, strict=True)]
-    return {"median": statistics.median(found), "min": min(found), "max": max(found)}
+    return spread([a / b for a, b in zip(base, times, strict=True)])
 
 
 def main(

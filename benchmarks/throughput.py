@@ -31,7 +31,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 import focus_compile
-from benchmarks.contest import Run, Work, contestants, prepare
+from benchmarks.contest import Run, Work, compiles, contestants, prepare, spread
 from benchmarks.memory import sampled
 from benchmarks.provenance import commit, cpu
 from benchmarks.trace import BLOCK, Trace
@@ -80,12 +80,12 @@ def measure(
     peaks: dict[str, dict[str, float]] = {}
     for turn in range(pairs + 1):
         for name, contestant in called.items():
-            before = _compiles()
+            before = compiles()
             run = work.run(contestant)
             bar.advance(job)
             if not turn:
                 continue
-            if _compiles() != before:
+            if compiles() != before:
                 raise Invalid(f"{name} compiled inside the timed region")
             if contestant.focus:
                 _check(name, run, work.trace)
@@ -150,16 +150,6 @@ def _check(name: str, run: Run, trace: Trace | None) -> None:
         raise Invalid(f"{name}: other tokens were fed than by the eager FOCUS")
 
 
-def _compiles() -> int:
-    """Graphs that Dynamo captured and programs that AOTAutograd was asked for so far."""
-    cache = counters["aot_autograd"]
-    return int(
-        counters["stats"]["unique_graphs"]
-        + cache["autograd_cache_miss"]
-        + cache["autograd_cache_hit"]
-    )
-
-
 def _figures(runs: Sequence[Run], work: Work) -> dict[str, Any]:
     rates = sorted(run.result.decoded / run.seconds for run in runs)
     result = runs[0].result
@@ -186,8 +176,8 @@ def _ratios(
     (theirs, commits), (ours, our_commits) = (
         _total(runs[0], cost.flops, work) for runs in (dense, focus)
     )
-    blocks = _spread([d.seconds / f.seconds for d, f in zip(dense, focus, strict=True)])
-    steps = _spread([d.steps / f.steps for d, f in zip(dense, focus, strict=True)])
+    blocks = spread([d.seconds / f.seconds for d, f in zip(dense, focus, strict=True)])
+    steps = spread([d.steps / f.steps for d, f in zip(dense, focus, strict=True)])
     limit = (theirs + commits) / (ours + our_commits)
     return {
         "ratio_focus_inductor": blocks,
@@ -221,10 +211,6 @@ def _total(run: Run, count: Callable[..., tuple[int, int]], work: Work) -> tuple
         commits += count(batch, BLOCK, history, 0, 0)[0]
         done, history = done + number, history + BLOCK
     return steps, commits
-
-
-def _spread(ratios: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def _print(row: dict[str, Any]) -> None:

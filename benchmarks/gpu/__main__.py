@@ -32,7 +32,7 @@ STAGES = ("numbers", *CELLS)
 
 def main(
     *,
-    stage: Annotated[str, typer.Option(help=", ".join(STAGES))] = "steps",
+    stage: Annotated[str, typer.Option(help=", ".join(STAGES))] = "",
     models: Annotated[str, typer.Option(help="0.6B, 1.7B, 8B or names of shapes")] = "0.6B",
     batches: str = "1,32,256",
     budget: Annotated[float, typer.Option(help="seconds after which no cell is begun")] = 300.0,
@@ -56,7 +56,8 @@ def main(
 ) -> None:
     """Measure the cells of a stage that its JSON lacks."""
     if quick:
-        device, models, batches, contestants = "cpu", "bench-3l", "2", "focus;inductor"
+        stage, device, models, batches = "steps", "cpu", "bench-3l", "2"
+        contestants = "focus;inductor"
         repeats, inductor, out = 1, False, Path(tempfile.mkdtemp())
     if stage not in STAGES:
         raise typer.BadParameter(f"expected one of {', '.join(STAGES)}", param_hint="--stage")
