@@ -38,7 +38,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "inductor_grid.md": inductor_grid.text,  # inductor_grid.json
     "messages.md": messages.text,  # the package's sources, and the table in messages.py
     "performance.md": performance.text,  # throughput, profile, scaling, compile_time: .json
-    "protocol.md": protocol.text,  # protocol.json
+    "protocol.md": protocol.text,  # protocol, protocol_speed: .json
     "quality.md": quality.text,  # quality.json
     "refusals.md": refusals.text,  # the package's catalogue of refusals
     "reliability.md": reliability.text,  # fuzz, fuzz_edges, soak: .json

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from focus_compile.calibrated import fingerprint
-from focus_compile.calibration.choice import Judged, choose, gate, judge
+from focus_compile.calibration.choice import Judged, choose, gate, judge, number
 from focus_compile.calibration.record import DenseStep, Recorder
 from focus_compile.calibration.replay import Candidate, Tally, replay
 from focus_compile.generation.text import end_tokens, left_padded, prompt_ids
@@ -68,14 +68,10 @@ class Calibration:
             bounds = "" if each.hit_range is None else "{:.3f}-{:.3f}".format(*each.hit_range)
             lines.append(
                 f"{each.candidate.name:13} {each.candidate.first_step:11} {each.predicted:.2f}  "
-                f"{_number(each.hit, 3)} {bounds:12} {each.missed:7.1%}  {_number(each.auc, 2)}  "
-                f"{_number(each.recall, 2)}   {each.kept:.0%}"
+                f"{number(each.hit, 3)} {bounds:12} {each.missed:7.1%}  {number(each.auc, 2)}  "
+                f"{number(each.recall, 2)}   {each.kept:.0%}"
             )
         return "\n".join([*lines, self.why])
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def calibrate(

@@ -10,7 +10,7 @@ from typing import Any
 from focus_compile.calibration.replay import Candidate, Tally
 from focus_compile.intervals import wilson
 
-__all__ = ["Judged", "choose", "gate", "judge"]
+__all__ = ["Judged", "choose", "gate", "judge", "number"]
 
 ENOUGH = 200
 """Evicting steps of rows below which no signal is judged."""
@@ -70,6 +70,11 @@ def judge(candidate: Candidate, tally: Tally, layers: int, block: int) -> Judged
         kept=tally.kept / tally.evicting if tally.evicting else 1.0,
         picture=tuple(tally.picture),
     )
+
+
+def number(value: float | None, digits: int) -> str:
+    """A figure of a candidate as text; ``-`` where there was nothing to measure."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def choose(judged: Sequence[Judged]) -> tuple[Judged | None, str]:

@@ -13,9 +13,9 @@ from focus_compile.ops.selection import retain, target
 from focus_compile.runtime.block import BlockState, History
 from focus_compile.runtime.signals import Signal, Step, signal_of
 
-__all__ = ["CELLS", "Candidate", "Tally", "replay"]
+__all__ = ["LETTERS", "Candidate", "Tally", "replay"]
 
-CELLS = {
+LETTERS = {
     "d": ("decoded", "masked, kept, and decoded by dense"),
     "m": ("missed", "masked and decoded by dense, but evicted: decoded later"),
     "s": (
@@ -67,7 +67,7 @@ class Tally:
         sure: evicting steps in which dense decoded a token above the threshold; hits: of these,
             those in which one of them was kept; kept: shares of the masks that were, summed.
         ranked: steps with a ranking to judge; auc, recall: of dense's tokens in it, summed.
-        picture: the first row of the first block: a line a step, a letter of :data:`CELLS` a token.
+        picture: the first row of the first block: a line a step, a :data:`LETTERS` key a token.
     """
 
     steps: int = 0

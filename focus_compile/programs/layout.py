@@ -78,7 +78,7 @@ def layout_of(
     canonical: Canonical, plan: Plan, written: tuple[int, ...], own: Sequence[int]
 ) -> Layout:
     """The layout of a planned graph; ``own``: arguments that are the model's, not the call's."""
-    keys, made = plan.sites[-1].writes
+    keys, values = plan.sites[-1].writes
     nodes = {node.name: node for node in canonical.gm.graph.nodes}
     argument = {
         given.name: at for given, at in zip(canonical.inputs, canonical.arguments, strict=True)
@@ -93,8 +93,8 @@ def layout_of(
         slots=tuple(slot for pair in plan.slots for slot in pair),
         past=keys.past,
         past_dim=keys.token_dim,
-        past_values=made.past,
-        values_dim=made.token_dim,
+        past_values=values.past,
+        values_dim=values.token_dim,
         index=index,
         written=written,
         masked=index is not None and _hides(canonical, plan, index),

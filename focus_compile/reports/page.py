@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from focus_compile.analysis import Analysis
-from focus_compile.calibration.replay import CELLS as RANKED
+from focus_compile.calibration.replay import LETTERS
 from focus_compile.graph.sizes import GENERIC
 from focus_compile.reports.counts import Counts, counts_of
 from focus_compile.reports.curves import Curve, curves, svg
@@ -119,7 +119,7 @@ def page(
             "before": BEFORE,
             "after": AFTER,
             "cells": CELLS,
-            "signals": dict(RANKED.values()),
+            "signals": dict(LETTERS.values()),
         },
         grids=heat,
         rankings=None if calibration is None else rankings(calibration),

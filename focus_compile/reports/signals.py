@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from focus_compile.calibration.replay import CELLS
+from focus_compile.calibration.choice import number
+from focus_compile.calibration.replay import LETTERS
 
 __all__ = ["Ranking", "rankings"]
 
-CELL_OF = {letter: name for letter, (name, _) in CELLS.items()}
+CELL_OF = {letter: name for letter, (name, _) in LETTERS.items()}
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,10 @@ def _figures(judged: Mapping[str, Any]) -> list[str]:
     hit, bounds = judged["hit"], judged["hit_range"]
     return [
         f"{judged['predicted']:.2f}",
-        _number(hit, 3),
+        number(hit, 3),
         "-" if bounds is None else "{:.3f} to {:.3f}".format(*bounds),
         f"{judged['missed']:.1%}",
-        _number(judged["auc"], 2),
-        _number(judged["recall"], 2),
+        number(judged["auc"], 2),
+        number(judged["recall"], 2),
         f"{judged['kept']:.0%}",
     ]
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
