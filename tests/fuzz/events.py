@@ -23,9 +23,7 @@ def step(player: Player, number: int) -> None:
     level = player.here
     if level.focus is None:
         level.caller.decode(level.caller.masked, number)
-    elif level.oracle.last is not None and _goes_on(
-        player,
-    ):
+    elif level.oracle.last is not None and _goes_on(player):
         known = level.oracle.last.retained
         if player.plan.shifted:
             known = torch.cat([torch.ones_like(known[:, :1]), known[:, :-1]], 1)
@@ -205,11 +203,10 @@ def shrink(player: Player, number: int) -> None:
 
 
 def evicted(player: Player, number: int) -> None:
-    """A position is decoded that was evicted."""
+    """A step, and then a position is decoded that it evicted."""
+    player.masked()
     caller, last = player.here.caller, player.here.oracle.last
-    if last is None or not _goes_on(
-        player,
-    ):
+    if last is None or not _goes_on(player):
         return
     before = caller.masked
     wrong = last.masked & ~last.retained & before
