@@ -13,7 +13,7 @@ import torch
 from focus_compile.calibrated import given_signal, read
 from focus_compile.torch_private import cudagraphs_by_default, inductor_modes, mode_options
 
-__all__ = ["FIRST_STEPS", "FocusConfig", "Rescue", "is_rescue"]
+__all__ = ["FIRST_STEPS", "FocusConfig", "Rescue", "is_count", "is_rescue"]
 
 _VISIBILITIES = ("written", "prefix")
 FIRST_STEPS = ("auto", "evict", "open")
@@ -42,8 +42,7 @@ class FocusConfig:
             layers compute retained tokens alone.
         first_step: what a session does in the first step of a block (section 10): ``"evict"``,
             ``"open"``, which evicts nothing there, or ``"auto"``, which opens where a row's last
-            block decoded much in its first step, or is not known. A call without a session, which
-            knows no first step, evicts.
+            block decoded much in its first step, or is not known.
         rescue: a threshold from 0 to 1: rows in which no retained token has that probability get
             their evicted tokens computed in the same step (section 11). ``"auto"``: that of
             :func:`focus_compile.generate`, where it decodes by one; a loop of one's own is not
@@ -51,6 +50,8 @@ class FocusConfig:
         calibration: the file of :func:`focus_compile.calibrate`, or what it returned: sets signal,
             layers, first_step and rescue where they are not given. Another model's is refused at
             the first call. One that says "do not evict" sets ``evict=False``.
+        tokens_per_step: how many tokens of a row the caller's loop decodes in a step: at least so
+            many masked ones are retained. None: as many as it has decoded so far (section 2).
         evict: False runs the dense program in every call.
         exact: nothing is evicted and nothing delayed: FOCUS's programs compute every token of a
             masked call in every layer, and the logits are the model's own to rounding, in every
@@ -74,6 +75,7 @@ class FocusConfig:
     first_step: str = "auto"
     rescue: Rescue = "auto"
     calibration: Any = None
+    tokens_per_step: int | None = None
     evict: bool = True
     exact: bool = False
     strict: bool = False
@@ -114,6 +116,8 @@ class FocusConfig:
             is_rescue(self.rescue),
             "a probability from 0 to 1, 'auto' or None",
         )
+        valid = self.tokens_per_step is None or is_count(self.tokens_per_step)
+        _expect("tokens_per_step", self.tokens_per_step, valid, "an int >= 1 or None")
         for name in ("delayed_cache", "stale_kv", "exact", "evict", "strict"):
             _expect(
                 name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
@@ -190,6 +194,11 @@ def _is_pair(value: Any) -> bool:
     return pair and all(
         isinstance(number, int | float) and not isinstance(number, bool) for number in value
     )
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is an int from 1 on."""
+    return _is_int(value) and value >= 1
 
 
 def _is_int(value: Any) -> bool:

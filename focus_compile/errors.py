@@ -12,7 +12,6 @@ from focus_compile.refusals import Refusal
 
 __all__ = [
     "EmptyCall",
-    "EvictedHistory",
     "EvictedTokenDecoded",
     "NotCompiled",
     "NothingToEvict",
@@ -126,37 +125,30 @@ class EmptyCall(Picklable, ValueError):
 
 
 class UncommittedHistory(Picklable, RuntimeError):
-    """The history holds K/V of a masked call, whose later layers have holes."""
+    """The history holds what a masked call returned of tokens that it had evicted: nothing.
 
-    def __init__(self, before: int, after: int) -> None:
-        moved = f"the block moved from slot {before} on to slot {after} on, or to others between,"
-        grew = f"the history grew from {before} to {after} tokens"
-        super().__init__(
-            f"{grew if after > before else moved} without a mask-free call: commit a "
-            "block with one forward of its decoded tokens before the next block starts, and crop "
-            "the cache after every masked call; where a prompt holds the mask token, set "
-            "session.masked to zeros before its call: nothing of it is to be decoded"
-        )
-
-
-class EvictedHistory(UncommittedHistory):
-    """The history holds what a masked call returned of tokens that it had evicted."""
+    ``slots``: how many such tokens there are.
+    """
 
     def __init__(self, slots: int) -> None:
-        RuntimeError.__init__(
-            self,
+        self.slots = slots
+        super().__init__(
             f"slots of evicted tokens in the past: {slots}. What a masked call returned was kept, "
-            "and has no keys and values of them. Run the call that fills the cache densely "
-            "(session.enabled = False), or crop the cache after every masked call",
+            "and has no keys and values of them: commit each block with one call of its decoded "
+            "tokens, and crop the cache after every masked call; or run the call that fills the "
+            "cache densely (session.enabled = False), or, where a prompt holds the mask token, "
+            "with session.masked all zeros"
         )
 
 
 class EvictedTokenDecoded(Picklable, RuntimeError):
-    """A position was decoded that the last call had evicted: its logits were zeros."""
+    """A position was decoded that the last call had evicted: its logits were not computed."""
 
     def __init__(self, row: int, position: int) -> None:
         self.row, self.position = row, position
         super().__init__(
             f"row {row} decoded position {position} of the block, which the last call evicted: "
-            "choose among the positions of session.retain_mask"
+            "choose among the positions of session.retain_mask; or say how the loop decodes: "
+            "tokens_per_step=k retains at least k tokens of a row, session.require the positions "
+            "that the next step decodes; or evict nothing: options={'evict': False}"
         )

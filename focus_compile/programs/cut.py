@@ -8,7 +8,7 @@ unless the caller takes packed logits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import networkx as nx
 import torch
@@ -29,11 +29,15 @@ def cut(gm: GraphModule, plan: Plan, last: Mapping[int, int] | None = None) -> H
     """FOCUS graph -> prefix and suffix; ``last``: outputs, by position, that are shortened."""
     own, selection, kv = graph_outputs(gm)
     last = last or {}
+    flow = data_flow(gm)
     returned = [
         _returned(node, last.get(index), plan) if isinstance(node, Node) else None
         for index, node in enumerate(own)
     ]
-    flow = data_flow(gm)
+    tails = [
+        None if value is None or value.domain is not None else _tail(node, gm, kv, flow)
+        for node, value in zip(own, returned, strict=True)
+    ]
     nodes = {node.name: node for node in gm.graph.nodes}
     early_layers = kv[: plan.scored[1] + 1]
     ends: list[Node] = [*selection, *(node for pair in early_layers for node in pair)]
@@ -63,6 +67,7 @@ def cut(gm: GraphModule, plan: Plan, last: Mapping[int, int] | None = None) -> H
         prefix=_half(gm, early, first),
         suffix=_half(gm, late, second, plan.scored_sites[1].writes[0].past),
         own=tuple(returned),
+        tails=tuple(tails),
         logits=_last(returned, gm),
         vocabulary=_vocabulary(returned, gm, plan),
         slots={
@@ -78,6 +83,22 @@ def part(gm: GraphModule, node: Node) -> Half:
     """What computes one value of a graph."""
     members = {found for found in {node} | nx.ancestors(data_flow(gm), node) if _computes(found)}
     return _half(gm, members, [node])
+
+
+def _tail(
+    node: Node, gm: GraphModule, kv: Sequence[tuple[Node, Node]], flow: nx.DiGraph
+) -> Half | None:
+    """What makes a value of the last layer's values, if something does: a copy, or a cache."""
+    stored = {node for pair in kv for node in pair}
+    members: set[Node] = set()
+    queue = [node]
+    while queue:
+        found = queue.pop()
+        if found not in members and found not in stored and _computes(found):
+            members.add(found)
+            queue += flow.predecessors(found)
+    reads = {source for member in members for source in member.all_input_nodes} | {node}
+    return _half(gm, members, [node]) if kv[-1][1] in reads else None
 
 
 def _returned(node: Node, last: int | None, plan: Plan) -> Returned:

@@ -42,15 +42,18 @@ class Returned:
 class Halves:
     """Prefix and suffix.
 
-    ``own`` are the values that the model returns, in its order; ``logits`` is the packed one that
-    is computed last, or None if it returns none; ``vocabulary`` are, by position, the packed ones
-    with a number for each token that can be embedded; ``slots``: the name of the value, history
-    and block, that each slot takes over; ``selection`` names what the host reads.
+    ``own`` are the values that the model returns, in its order; ``tails`` make them, where they
+    come of the last layer's values of history and block, of these and of others that the programs
+    are given or return, a cache of fixed length for one; elsewhere None. ``logits`` is the
+    packed one that is computed last, or None if it returns none; ``vocabulary`` are, by position,
+    the packed ones with a number for each token that can be embedded; ``slots``: the name of the
+    value, history and block, that each slot takes over; ``selection`` names what the host reads.
     """
 
     prefix: Half
     suffix: Half
     own: tuple[Returned | None, ...]
+    tails: tuple[Half | None, ...]
     logits: Returned | None
     vocabulary: tuple[int, ...]
     slots: Mapping[str, str]

@@ -44,7 +44,8 @@ class Layout:
         slots: inputs for the K/V of the step before, layer by layer.
         held: slots that are arguments, which hold history and block.
         past: name of the last layer's past keys; past_dim: their dim that is the history;
-            past_values, values_dim: likewise.
+            past_values, values_dim: likewise. pasts: the argument and the dim of each layer's keys
+            and values, in the order of the slots; empty where a layer has none.
         index: computes which slots of a cache of fixed length the block takes, int64 ``[T]``; None
             where the block follows the history.
         written: arguments that the model writes into; their values are the last ones returned.
@@ -64,6 +65,7 @@ class Layout:
     past_dim: int
     past_values: str | None
     values_dim: int
+    pasts: tuple[tuple[int, int], ...]
     index: Half | None
     written: tuple[int, ...]
     masked: bool = False
@@ -95,6 +97,7 @@ def layout_of(
         past_dim=keys.token_dim,
         past_values=values.past,
         values_dim=values.token_dim,
+        pasts=_pasts(plan, argument),
         index=index,
         written=written,
         masked=index is not None and _hides(canonical, plan, index),
@@ -104,6 +107,12 @@ def layout_of(
         vocabulary=_vocabulary(canonical.axes.entry),
         held=_held(plan, argument),
     )
+
+
+def _pasts(plan: Plan, argument: dict[str, int]) -> tuple[tuple[int, int], ...]:
+    writes = [write for site in plan.sites for write in site.writes]
+    found = [(argument[w.past], w.token_dim) for w in writes if w.past is not None]
+    return tuple(found) if len(found) == len(writes) else ()
 
 
 def _held(plan: Plan, argument: dict[str, int]) -> tuple[Held, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from focus_compile.errors import EvictedTokenDecoded, UncommittedHistory
+from focus_compile.errors import EvictedTokenDecoded
 from focus_compile.ops.tables import last_position
 from focus_compile.runtime.identity import NO_WEIGHTS, Weights
 
@@ -69,6 +69,9 @@ class BlockState:
             0: never; age: int64, calls since, -1: never; has_confidence: whether that is known.
         committed: whether a dense call ran since the last masked one.
         weights: tells the model that made the slots from what it is after a change.
+        first: int64 ``[B]``, the leftmost masked token of the block's first call; reach: int64
+            ``[B]``, how far from the left tokens may be evicted (section 14); anywhere: bool
+            scalar, whether a loop was seen that decodes a whole block at once.
     """
 
     def __init__(
@@ -88,6 +91,8 @@ class BlockState:
         self.progress, self.decoded_sum, self.decode_steps = count - 1, count, count
         self.confidence, self.age = none.float(), none.long() - 1
         self.has_confidence = True
+        self.first, self.reach = _leftmost(self.masked), count
+        self.anywhere = torch.zeros((), dtype=torch.bool, device=masked.device)
         self.slots: dict[str, Tensor] = {}
         self.goes_on = False
         self.committed = False
@@ -98,31 +103,20 @@ class BlockState:
         mine = (self.ids.shape, self.ids.dtype, self.ids.device)
         return (ids.shape, ids.dtype, ids.device) == mine and self.weights.same(weights)
 
-    def check_committed(self, ids: Tensor, history: History) -> None:
-        """Compare the next masked call's history with this one, also where its block is longer.
-
-        A prompt that holds the mask token is longer than a block, and its call is no prefill.
-
-        Raises:
-            UncommittedHistory: it grew, or the block moved within a cache of fixed length, but no
-                dense call stored exact K/V.
-        """
-        if self.committed or len(ids) != len(self.ids):
-            return
-        before = self.history
-        moved = before.places is not None and history.keys == before.keys
-        moved = moved and ids.shape == self.ids.shape and not history.same_slots(before)
-        if history.length > before.length or moved:
-            raise UncommittedHistory(before.length, history.length)
-
     def observe(
-        self, ids: Tensor, masked: Tensor, history: History, shifted_logits: bool = False
+        self,
+        ids: Tensor,
+        masked: Tensor,
+        history: History,
+        shifted_logits: bool = False,
+        *,
+        alone: bool = False,
     ) -> None:
         """Take in the next masked call: new blocks, and what was decoded since the last one.
 
         A mask-free call in between (a commit, or another request's prefill) ended every block.
-        ``shifted_logits``: a position is decoded by the logits of its left neighbour. To be called
-        after :meth:`check_committed`.
+        ``shifted_logits``: a position is decoded by the logits of its left neighbour. ``alone``: a
+        row of which nothing was decoded starts anew, so that the same call gives the same again.
 
         Raises:
             EvictedTokenDecoded: a position was decoded that the last call had evicted.
@@ -133,6 +127,8 @@ class BlockState:
         same = history.same_rows(self.history)
         fresh = torch.ones_like(changed) if self.committed or same is False else changed
         fresh = fresh if isinstance(same, bool) else fresh | ~same
+        if alone:
+            fresh = fresh | (masked.any(1) & ~decoded.any(1))
         known = _right_of(self.retained) if shifted_logits else self.retained
         wrong = decoded & ~known & ~fresh.unsqueeze(1)
         is_wrong, is_fresh = torch.stack([wrong.any(), fresh.any()]).tolist()  # the host waits once
@@ -142,6 +138,7 @@ class BlockState:
         count = decoded.sum(1)
         line = ~fresh.unsqueeze(1)
         self._note_first(decoded, masked, fresh, self._follows(ids, masked, history))
+        self._note_reach(decoded & line, masked, fresh)
         self.decoded_sum = torch.where(fresh, 0, self.decoded_sum + count)
         self.decode_steps = torch.where(fresh, 0, self.decode_steps + (count > 0))
         self.progress = torch.where(fresh, -1, self.progress)
@@ -214,6 +211,22 @@ class BlockState:
         self.first_decoded = torch.where(known, count, self.first_decoded)
         self.first_decoded = torch.where(fresh & ~follows, -1, self.first_decoded)
 
+    def _note_reach(self, decoded: Tensor, masked: Tensor, fresh: Tensor) -> None:
+        """Section 14: a loop that decodes far from the leftmost mask decodes anywhere."""
+        length = masked.shape[1]
+        last = last_position(decoded)
+        far = 2 * (last - _leftmost(self.masked)) >= length - self.first
+        self.anywhere = self.anywhere | (decoded.any(1) & far).any()
+        reach = torch.where(fresh, 0, torch.maximum(self.reach, last + 1))
+        self.reach = torch.where(self.anywhere, length, reach)
+        self.first = torch.where(fresh, _leftmost(masked), self.first)
+
+    @property
+    def beyond(self) -> Tensor:
+        """Masked tokens behind what the loop was seen to decode, bool ``[B, T]``."""
+        index = torch.arange(self.masked.shape[1], device=self.masked.device)
+        return self.masked & (index >= self.reach.unsqueeze(1))
+
     @property
     def average(self) -> Tensor:
         """Tokens decoded per decoding step of this block, fp32 ``[B]``; 1 before the first."""
@@ -240,6 +253,11 @@ def _equal_rows(key: Tensor, other: Tensor) -> Tensor:
     if key.shape != other.shape or key.dtype != other.dtype:
         return torch.zeros(len(key), dtype=torch.bool, device=key.device)
     return (key == other).flatten(1).all(1)
+
+
+def _leftmost(flags: Tensor) -> Tensor:
+    """The first position of each row that is flagged, int64 ``[B]``; T: none is."""
+    return (flags.cumsum(1) == 0).sum(1)
 
 
 def _right_of(flags: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from focus_compile.graph.sizes import length
 from focus_compile.ops.tables import Feed
 from focus_compile.plan.controls import Controls
 from focus_compile.runtime.block import BlockState
+from focus_compile.runtime.budget import budget, required
 from focus_compile.runtime.session import Session
 from focus_compile.runtime.signals import Choice, Step, check_signal, signal_of
 
@@ -35,20 +36,19 @@ class Constants:
         return last[1]
 
 
-def is_exact(config: FocusConfig, session: Session | None) -> bool:
+def is_exact(config: FocusConfig, session: Session) -> bool:
     """Whether every token is fed and retained: by the session's setting, or the option."""
-    return config.exact if session is None or session.exact is None else session.exact
+    return config.exact if session.exact is None else session.exact
 
 
-def ranking(config: FocusConfig, session: Session | None) -> Choice:
+def ranking(config: FocusConfig, session: Session) -> Choice:
     """The session's signal before that of the options."""
-    chosen = None if session is None else session.signal
-    return check_signal(config.signal if chosen is None else chosen)
+    return check_signal(config.signal if session.signal is None else session.signal)
 
 
 def controls(
     config: FocusConfig,
-    session: Session | None,
+    session: Session,
     state: BlockState,
     fed: Feed,
     *,
@@ -61,26 +61,18 @@ def controls(
     of the program's last call.
 
     Raises:
-        ValueError: the session's signal has a bias of another shape than ``[B, T]``.
+        ValueError: the session's signal has a bias of another shape than ``[B, T]``, or its
+            ``require`` has.
     """
     device = state.masked.device
-    alpha, visibility = config.alpha, config.visibility
-    if session is not None:
-        alpha = alpha if session.alpha is None else session.alpha
-        visibility = session.visibility or visibility
+    alpha = config.alpha if session.alpha is None else session.alpha
+    visibility = session.visibility or config.visibility
     if is_exact(config, session):
         alpha = torch.inf
     factor = constants.get("alpha", alpha, torch.float32, device)
-    average = state.average
-    first_step = "evict" if session is None else session.first_step or config.first_step
-    if first_step != "evict":
-        opening = ~state.warm
-        if first_step == "auto":
-            opening = opening & state.opens(factor.ceil())
-        average = torch.where(opening, torch.inf, average)  # a budget for all of them
-    index = 0 if session is None else session.stats.steps
+    needed = required(config, session, state)
     seen = (state.confidence, state.age) if state.has_confidence else (None, None)
-    step = Step(index, state.ids, state.masked, fed.fed, *seen)
+    step = Step(session.stats.steps, state.ids, state.masked, fed.fed, *seen)
     signal = signal_of(ranking(config, session), step)
     bias = signal.bias
     if bias is None:
@@ -88,12 +80,14 @@ def controls(
     if bias.shape != state.masked.shape:
         shape, expected = tuple(bias.shape), tuple(state.masked.shape)
         raise ValueError(f"the signal's bias has shape {shape}: expected {expected}")
+    if needed is not None:
+        bias = bias.to(device).masked_fill(needed, torch.nan)  # section 3: such a token is kept
     exact = True if config.stale_kv else state.final
     return Controls(
         masked=state.masked,
         fed=fed.fed,
         progress=state.progress,
-        average=average,
+        average=budget(config, session, state, factor, needed),
         alpha=factor,
         signal_weights=constants.get("weights", signal.weights, torch.float32, device),
         signal_bias=bias.to(device, torch.float32).contiguous(),

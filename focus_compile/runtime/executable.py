@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from focus_compile.calibrated import Calibrated
 from focus_compile.config import FocusConfig
 from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHistory
+from focus_compile.graph.sharding import local
 from focus_compile.log import warning_once
 from focus_compile.models.vocabulary import check_mask_token
 from focus_compile.ops.tables import feed, retained_tables
@@ -22,14 +23,15 @@ from focus_compile.plan.plan import Domain
 from focus_compile.programs.halves import Halves
 from focus_compile.programs.layout import Layout
 from focus_compile.programs.program import Program
-from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.arguments import arguments, held_slots
 from focus_compile.runtime.block import BlockState, History
 from focus_compile.runtime.controls import Constants, controls, empty_slots, is_exact, ranking
 from focus_compile.runtime.demand import Demand, demand_of, rescue_of
 from focus_compile.runtime.holes import Holes
 from focus_compile.runtime.identity import model_key, overlap, weights_of
+from focus_compile.runtime.implicit import session_here
 from focus_compile.runtime.logits import Logits, reading_of
+from focus_compile.runtime.origin import Origin
 from focus_compile.runtime.outputs import Packed, packed_logits, returned
 from focus_compile.runtime.reader import MaskedCall, Outputs
 from focus_compile.runtime.record import Record
@@ -115,24 +117,22 @@ class Executable:
         return bool(self.halves.vocabulary)
 
     def __call__(self, *args: Any) -> Any:
-        session = current_session()
-        if session is None:
-            return self._run(args, None)
+        session = session_here()
         with session.calling():
             return self._run(args, session)
 
-    def _run(self, args: Sequence[Any], session: Session | None) -> Any:
+    def _run(self, args: Sequence[Any], session: Session) -> Any:
         ids = args[self.layout.ids]
-        if session is not None and not (session.enabled and ids.numel()):
+        if not (session.enabled and ids.numel()):
             session.masked = None  # they were given for this call
         if not ids.numel():
             raise EmptyCall(tuple(ids.shape))
         self._check_calibration(args, session)
-        owns = session is not None and session.owns_kv
-        masked = self._masked(ids, session) if session is None or session.enabled else None
-        known = None if session is None else session.take_any_masked()
+        owns = session.owns_kv
+        masked = self._masked(ids, session) if session.enabled else None
+        known = session.take_any_masked()
         if not owns:
-            self.holes.refuse(args, ids.shape[-1])
+            self._complete(args, ids.shape[-1], session)
         if masked is None or ids.shape[-1] == 1 or not (masked.any() if known is None else known):
             return self._dense(args, session)
         if not self.config.evict:
@@ -148,45 +148,51 @@ class Executable:
             return self._dense(args, session, masked=True)
         if self.layout.causal:
             warning_once(log, CAUSAL)
-        if session is None:
+        if session.implicit:
             warn_outside()
         return self._focus(args, ids.view(masked.shape), masked, session)
 
-    def _dense(self, args: Sequence[Any], session: Session | None, masked: bool = False) -> Any:
+    def _complete(self, args: Sequence[Any], tokens: int, session: Session) -> None:
+        """Raises:
+        UncommittedHistory: the past has slots of evicted tokens, and it is not known which call
+            returned it.
+        """
+        empty = self.holes.empty(args, tokens)
+        if empty is None:
+            return
+        pasts = [(local(args[index]), dim) for index, dim in self.layout.pasts]
+        if not session.origins.complete(model_key(args), pasts, empty):
+            raise UncommittedHistory(int(empty.sum()))
+
+    def _dense(self, args: Sequence[Any], session: Session, masked: bool = False) -> Any:
         self.dense_calls += 1
-        if session is not None:
-            session.stats.dense_calls += 1
-            session.stats.masked_dense += masked
-            session.end_blocks(model_key(args))
+        session.stats.dense_calls += 1
+        session.stats.masked_dense += masked
+        session.end_blocks(model_key(args))
         return self.dense(*args)
 
-    def _masked(self, ids: Tensor, session: Session | None) -> Tensor | None:
+    def _masked(self, ids: Tensor, session: Session) -> Tensor | None:
         """bool ``[B, T]``, by precedence: given masks, the session's mask token, the option's."""
-        token = self.config.mask_token_id
-        if session is not None:
-            given = session.take_masked(ids)
-            if given is not None:
-                return session.in_block(given)
-            token = token if session.mask_token_id is None else session.mask_token_id
+        given = session.take_masked(ids)
+        if given is not None:
+            return session.in_block(given)
+        token = session.mask_token_id
+        token = self.config.mask_token_id if token is None else token
         if token is None:
             warning_once(log, NO_MASKS)
             return None
         check_mask_token(token, self.layout.vocabulary)
-        if session is not None:
-            session.mask_sought = token
-        masked = (ids == token).view(-1, ids.shape[-1])
-        return masked if session is None else session.in_block(masked)
+        session.mask_sought = token
+        return session.in_block((ids == token).view(-1, ids.shape[-1]))
 
-    def _focus(
-        self, args: Sequence[Any], ids: Tensor, masked: Tensor, session: Session | None
-    ) -> Any:
+    def _focus(self, args: Sequence[Any], ids: Tensor, masked: Tensor, session: Session) -> Any:
         values = arguments(self.layout, args, masked.shape[1])
         state = self._state(args, values, ids, masked, session)
         exact = is_exact(self.config, session)
         delayed = self.config.delayed_cache and not exact
-        skip = session is not None and session.commits_exactly
+        skip = session.commits_exactly
         fed = feed(torch.ones_like(masked) if exact else state.fed(delayed, skip))
-        owns = session is not None and session.owns_kv and not self.captured
+        owns = session.owns_kv and not self.captured
         reuse = owns and state.goes_on and bool(state.slots)
         slots = state.slots or empty_slots(
             self.layout.slots, self.layout.inputs, values, masked.shape
@@ -221,37 +227,46 @@ class Executable:
                 stored=self.stored, overwrites=self.captured,
             )  # fmt: skip
             values |= again
-        if session is not None:
-            self._audit(args, masked, values, kept, rescued, session)
+        self._audit(args, masked, values, kept, rescued, session)
         domains = {Domain.FED: Packed(fed.tokens, fed.fed), Domain.RETAINED: kept}
-        packed = None if session is None else self.logits.packed(session, returns=self.returns)
-        if session is not None and packed is not None and (own := self.halves.own[packed]):
+        packed = self.logits.packed(session, returns=self.returns)
+        if packed is not None and (own := self.halves.own[packed]):
             session.logits = packed_logits(own, values, domains[Domain.RETAINED])
-        made = returned(self.halves, self._shown(values, kept, session), domains, packed)
-        count_own = len(made) - len(self.layout.written)
-        for argument, value in zip(self.layout.written, made[count_own:], strict=True):
-            args[argument].copy_(value)
+        shown = self._shown(values, kept, session)
+        made = returned(self.halves, shown, domains, packed, ids)
+        if shown is not values:
+            origin = Origin.of(self.dense, self.layout, args, made, shown[self.holes.values])
+            session.origins.keep(model_key(args), origin)
+        made = self._written(args, made)
         self.record.focus_call()
-        if session is not None:
-            retained = kept.keep.clone()  # it outlives this call
-            state.advance(fed.fed, retained, self._slots(values), delayed)
-            if self._reads_confidences(session):
-                sure = self._sure(values, masked.shape, kept, session)
-                if sure is not None and session.shifted_logits:
-                    sure[:, 0] = -1  # judged by logits of another block
-                state.computed(sure)
-            session.retain_mask, session.rescue_mask = retained, rescued
-            session.scores = selection.delta.clone()
-            session.stats.record(masked.numel(), fed.tokens.numel(), len(kept.tokens), rescued)
-            self._tell(session, made, retained, packed)
-            session.keep(model_key(args), state)  # last: a call that is interrupted has no state
-        return made[:count_own]
+        retained = kept.keep.clone()  # it outlives this call
+        state.advance(fed.fed, retained, self._slots(values), delayed)
+        if self._reads_confidences(session):
+            sure = self._sure(values, masked.shape, kept, session)
+            if sure is not None and session.shifted_logits:
+                sure[:, 0] = -1  # judged by logits of another block
+            state.computed(sure)
+        session.retain_mask, session.rescue_mask = retained, rescued
+        session.scores = selection.delta.clone()
+        session.stats.record(masked.numel(), fed.tokens.numel(), len(kept.tokens), rescued)
+        self._tell(session, made, retained, packed)
+        session.keep(model_key(args), state)  # last: a call that is interrupted has no state
+        return made
 
-    def _check_calibration(self, args: Sequence[Any], session: Session | None) -> None:
+    def _written(
+        self, args: Sequence[Any], made: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Write into the arguments that the model writes into; what it returns beside them."""
+        own = len(made) - len(self.layout.written)
+        for argument, value in zip(self.layout.written, made[own:], strict=True):
+            args[argument].copy_(value)
+        return made[:own]
+
+    def _check_calibration(self, args: Sequence[Any], session: Session) -> None:
         """Raises:
         ValueError: the calibration is of another model, or of other layers.
         """
-        calibrated = None if session is None else session.calibration
+        calibrated = session.calibration
         if calibrated is None and self.config.calibration is None:
             return
         if calibrated is not None:
@@ -268,11 +283,10 @@ class Executable:
                 self.checked.add((each, key))
 
     def _shown(
-        self, values: dict[str, Tensor], kept: Packed, session: Session | None
+        self, values: dict[str, Tensor], kept: Packed, session: Session
     ) -> dict[str, Tensor]:
         """What the caller sees: nothing of evicted tokens that it could take for theirs."""
-        drops = session is not None and session.owns_kv
-        if drops or len(kept.tokens) == kept.keep.numel():
+        if session.owns_kv or len(kept.tokens) == kept.keep.numel():
             return values
         return self.holes.marked(values, kept.keep)
 
@@ -280,10 +294,8 @@ class Executable:
         choice = ranking(self.config, session)
         return reads_confidence(choice) and (session.confidences or isinstance(choice, str))
 
-    def _demand(self, session: Session | None) -> Demand | None:
+    def _demand(self, session: Session) -> Demand | None:
         """When rows are rescued: by the session's setting, the option, or how they are decoded."""
-        if session is None:
-            return demand_of(self.config.rescue, "auto", None)
         return demand_of(self.config.rescue, session.rescue, session.decoding)
 
     def _sure(
@@ -291,7 +303,7 @@ class Executable:
         values: Mapping[str, Tensor],
         shape: torch.Size,
         retained: Packed,
-        session: Session | None,
+        session: Session,
     ) -> Tensor | None:
         """With which confidence each token could be decoded, fp32 ``[B, T]``; -1: it cannot.
 
@@ -349,11 +361,9 @@ class Executable:
         values: Mapping[str, Tensor],
         ids: Tensor,
         masked: Tensor,
-        session: Session | None,
+        session: Session,
     ) -> BlockState:
         """The state of this call's blocks: the session's, brought up to date, or a fresh one."""
-        if session is None:
-            return BlockState(ids, masked, History(0, None))
         history = History(0, None)
         key = model_key(args)
         state = session.state(key) if key else None
@@ -375,12 +385,12 @@ class Executable:
         if state is None:
             return BlockState(ids, masked, history, weights)
         try:
-            state.check_committed(ids, history)
             if not state.fits(ids, weights) or not self._stores(state):
                 return BlockState(ids, masked, history, weights)
-            state.observe(ids, masked, history, session.shifted_logits)
-        except (UncommittedHistory, EvictedTokenDecoded):
-            session.keep(key, state)  # refused before anything was changed
+            state.observe(ids, masked, history, session.shifted_logits, alone=session.implicit)
+        except EvictedTokenDecoded:
+            if not session.implicit:  # there nobody could reset it
+                session.keep(key, state)  # refused before anything was changed
             raise
         return state
 

@@ -5,7 +5,8 @@ returns, or crop it. One that keeps it, as the caches of some loops are filled, 
 calls attend to slots that hold nothing, or what was there some steps ago. So the last layer's
 values that are returned have a number there that no value is, and that counts as 0 in every
 product. It survives copies, crops, concatenations and casts between fp32 and bf16, which the
-identity of a tensor does not. A call whose past holds it is refused.
+identity of a tensor does not. A past that holds it is completed
+(:mod:`focus_compile.runtime.origin`), or the call is refused.
 
 Values, not keys: these may be returned from before their rotary embedding, where they are no slots.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from focus_compile.errors import EvictedHistory
+from focus_compile.errors import UncommittedHistory
 from focus_compile.graph.sharding import local
 from focus_compile.ops.packing import clear
 from focus_compile.programs.halves import Halves
@@ -66,41 +67,45 @@ class Holes:
 
     def __init__(self, halves: Halves, layout: Layout) -> None:
         self.layout = layout
-        name = halves.slots[layout.slots[-1].name]
-        own = (each.name for each in halves.own if each is not None and each.domain is None)
-        self.returned = name if name in own else None
+        self.values = halves.slots[layout.slots[-1].name]
+        self.tails = {
+            own.name: tail
+            for own, tail in zip(halves.own, halves.tails, strict=True)
+            if own is not None and tail is not None
+        }
         pairs = zip(layout.inputs, layout.arguments, strict=True)
         self.past = next((at for given, at in pairs if given.name == layout.past_values), None)
 
     def marked(self, values: dict[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
-        """Marks where a token was not retained, bool ``[B, T]``, in a copy of what is returned.
+        """Marks where a token was not retained, bool ``[B, T]``, in all that is returned of them.
 
         The session goes on with the values as they are: it knows which slots hold anything, and
         lets others see what evicted tokens had in earlier steps.
         """
-        made = None if self.returned is None else values[self.returned]
-        value = None if made is None else _value(made.dtype)
-        if self.returned is None or made is None or value is None:
+        made = values[self.values]
+        value = _value(made.dtype)
+        if not self.tails or value is None:
             return values
         copy = made.clone()
         clear(copy, kept, self.layout.values_dim, value)
         _marked.set()
-        return values | {self.returned: copy}
+        given = values | {self.values: copy}
+        shown = {}
+        for name, tail in self.tails.items():
+            (shown[name],) = tail.gm(*(given[each] for each in tail.inputs))
+        return values | shown
 
-    def refuse(self, args: Sequence[Any], tokens: int) -> None:
-        """A call, whatever program it runs; ``tokens``: of the block.
+    def empty(self, args: Sequence[Any], tokens: int) -> Tensor | None:
+        """Slots that hold nothing, and to which a call would attend, bool ``[S]``; None: none is.
 
-        Of a cache of fixed length the slots that the call itself takes do not count, nor, where
-        there is a mask, those behind them.
-
-        Raises:
-            EvictedHistory: the call would attend to slots that hold nothing.
+        ``tokens``: of the block. Of a cache of fixed length the slots that the call itself takes do
+        not count, nor, where there is a mask, those behind them.
         """
         layout = self.layout
         past = None if self.past is None else local(args[self.past])
         empty = None if past is None else empty_slots(past, layout.values_dim)
         if empty is None:
-            return
+            return None
         if layout.index is not None:
             values = arguments(layout, args, tokens)
             (places,) = layout.index.gm(*(values[name] for name in layout.index.inputs))
@@ -108,15 +113,14 @@ class Holes:
             empty[places] = False
             if layout.masked:
                 empty[int(places.min()) :] = False
-        if bool(empty.any()):
-            raise EvictedHistory(int(empty.sum()))
+        return empty if bool(empty.any()) else None
 
 
 def refuse_any(args: Sequence[Any]) -> None:
     """A graph that is left unchanged: nobody knows which of its arguments are keys.
 
     Raises:
-        EvictedHistory: one of them has slots that hold nothing.
+        UncommittedHistory: one of them has slots that hold nothing.
     """
     if not _marked.is_set():
         return
@@ -126,4 +130,4 @@ def refuse_any(args: Sequence[Any]) -> None:
         for dim in (1, 2):
             empty = empty_slots(local(arg), dim)
             if empty is not None:
-                raise EvictedHistory(int(empty.sum()))
+                raise UncommittedHistory(int(empty.sum()))

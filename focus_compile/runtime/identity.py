@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,19 +51,27 @@ class Weights:
         memory: of parameters and buffers, with how often it was written to.
         buffers: the buffers themselves, so that their memory is nobody else's meanwhile.
         program: what computes keys and values (:func:`key_program`).
+        owners: the parameters, which it does not keep alive: others may get their memory.
     """
 
     memory: tuple[tuple[int, int], ...] = ()
     buffers: tuple[Tensor, ...] = ()
     program: str = ""
+    owners: tuple[weakref.ref[Tensor], ...] = ()
 
     def same(self, other: Weights) -> bool:
         return (
             self.memory == other.memory
+            and _identical(self.owners, other.owners)
             and self.program == other.program
-            and len(self.buffers) == len(other.buffers)
-            and all(one is two for one, two in zip(self.buffers, other.buffers, strict=True))
+            and _identical(self.buffers, other.buffers)
         )
+
+
+def _identical(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(
+        one is two for one, two in zip(some, others, strict=True)
+    )
 
 
 NO_WEIGHTS = Weights()
@@ -71,7 +80,8 @@ NO_WEIGHTS = Weights()
 
 def weights_of(args: Sequence[Any], buffers: Sequence[int] = (), program: str = "") -> Weights:
     """Of a call; ``buffers``: which arguments are the model's own, parameters excepted."""
-    held = tuple(args[index] for index in buffers)
-    parts = [local(arg) for arg in (*(a for a in args if isinstance(a, Parameter)), *held)]
+    parameters = [arg for arg in args if isinstance(arg, Parameter)]
+    held = tuple(args[index] for index in buffers if not isinstance(args[index], Parameter))
+    parts = [local(arg) for arg in (*parameters, *held)]
     memory = ((part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts)
-    return Weights(tuple(memory), held, program)
+    return Weights(tuple(memory), held, program, tuple(map(weakref.ref, parameters)))

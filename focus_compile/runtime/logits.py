@@ -29,10 +29,8 @@ NOT_PACKED = (
 )
 
 
-def reading_of(option: int | None, session: Session | None) -> Reading:
+def reading_of(option: int | None, session: Session) -> Reading:
     """How a call in a session is read; ``option``: the mask token of the model's options."""
-    if session is None:
-        return Reading(excluded=option)
     token = option if session.mask_token_id is None else session.mask_token_id
     model = None if session.reader is None else session.reader.model
     before = None

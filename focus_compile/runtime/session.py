@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from focus_compile.calibrated import given_signal, read
-from focus_compile.config import FIRST_STEPS, Rescue
+from focus_compile.config import FIRST_STEPS, Rescue, is_count
 from focus_compile.log import warning_once
 from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
 from focus_compile.runtime.audit import Audit
 from focus_compile.runtime.block import BlockState
 from focus_compile.runtime.demand import Demand, check_rescue
+from focus_compile.runtime.origin import Origins
 from focus_compile.runtime.reader import Reader
 from focus_compile.runtime.signals import Choice, check_signal
 from focus_compile.runtime.statistics import SessionStats
@@ -84,7 +85,8 @@ class Session:
     """Block state of the compiled models called inside; made by :func:`session`.
 
     Attributes:
-        mask_token_id, alpha, visibility, exact: override the model's options where not None.
+        mask_token_id, alpha, visibility, exact, tokens_per_step: override the model's options where
+            not None.
         calibration: what set them, or None.
         first_step: overrides the model's option where not None; rescue: where not ``"auto"``.
         decoding: how ``generate`` decodes, which says when a row needs its evicted tokens; None in
@@ -94,6 +96,7 @@ class Session:
             :class:`~focus_compile.runtime.signals.Step` that returns one. ``"auto"``: that of
             ``calibration``, which must be given.
         enabled: whether masked calls run FOCUS's programs, or the dense one like all others.
+        implicit: it is that of the calls of a thread that are in no other one.
         packed: where the compiled program is the whole model and has one output as wide as the
             vocabulary, masked calls return no logits on the canvas but one zero, expanded, and
             ``logits`` holds them: :class:`PackedLogits` of the last masked call. Elsewhere they
@@ -119,9 +122,12 @@ class Session:
             one may write into them instead of copying the history.
         mask_sought: the id of the mask token that calls looked for last, None before.
         reached: calls that the backend saw, and generations that took settings from here.
+        origins: where pasts came from that have slots of evicted tokens.
         eager: masked calls of a generation that the backend did not see.
         calls: the thread whose call is running, if one is, so that no other thread's can.
     """
+
+    implicit = False
 
     def __init__(
         self,
@@ -137,6 +143,7 @@ class Session:
         rescue: Rescue = "auto",
         calibration: Any = None,
         audit: int | None = None,
+        tokens_per_step: int | None = None,
     ) -> None:
         signal = given_signal(signal, calibration)
         self.calibration = None if calibration is None else read(calibration)
@@ -146,14 +153,8 @@ class Session:
             first_step = first_step or found.get("first_step")
             rescue = found.get("rescue", rescue) if rescue == "auto" else rescue
             enabled = enabled and bool(found)
-        if alpha is not None and not alpha >= 1:
-            raise ValueError(f"alpha={alpha!r}: expected a number >= 1")
-        if visibility not in (None, "written", "prefix"):
-            raise ValueError(f"visibility={visibility!r}: expected 'written' or 'prefix'")
-        if logits not in ("canvas", "packed"):
-            raise ValueError(f"logits={logits!r}: expected 'canvas' or 'packed'")
-        if first_step is not None and first_step not in FIRST_STEPS:
-            raise ValueError(f"first_step={first_step!r}: expected one of {FIRST_STEPS}")
+        _check(alpha, visibility, logits, first_step, tokens_per_step, audit)
+        self.tokens_per_step = tokens_per_step
         self.first_step = first_step
         self.rescue = check_rescue(rescue)
         self.decoding: Demand | None = None
@@ -164,8 +165,6 @@ class Session:
         self.visibility = visibility
         self.exact = exact
         self.signal = None if signal is None else check_signal(signal)
-        if audit is not None and not (isinstance(audit, int) and audit >= 1):
-            raise ValueError(f"audit={audit!r}: expected None, or a number of steps from 1 on")
         self.stats = SessionStats(audit=None if audit is None else Audit(audit))
         self.retain_mask: Tensor | None = None
         self.rescue_mask: Tensor | None = None
@@ -185,7 +184,9 @@ class Session:
         self.calls: dict[str, object] = {}
         self._limits = recompile_limits_hit()
         self._masked: Tensor | None = None
+        self._require: Tensor | None = None
         self._states: dict[tuple[int, ...], BlockState] = {}
+        self.origins = Origins()
         self._kept: tuple[int, ...] | None = None
         self._thread: object = None
 
@@ -200,10 +201,25 @@ class Session:
             raise ValueError(f"session.masked has dtype {value.dtype}: expected torch.bool")
         self._masked, self.any_masked = value, None
 
+    @property
+    def require(self) -> Tensor | None:
+        """Masked tokens that the next call must not evict, bool ``[B, T]``; taken by that call.
+
+        For loops that know before a call which positions they will decode after it.
+        """
+        return self._require
+
+    @require.setter
+    def require(self, value: Tensor | None) -> None:
+        if value is not None and value.dtype != torch.bool:
+            raise ValueError(f"session.require has dtype {value.dtype}: expected torch.bool")
+        self._require = value
+
     def reset(self) -> None:
         """Forget every block: the next call of each model starts anew."""
         self._states.clear()
-        self._masked = None
+        self.origins.clear()
+        self._masked = self._require = None
         self.retain_mask = self.rescue_mask = self.scores = None
         self.logits = None
 
@@ -221,7 +237,10 @@ class Session:
     @property
     def is_plain(self) -> bool:
         """Whether it changes nothing of what a generation does."""
-        settings = (self.alpha, self.visibility, self.signal, self.exact, self.first_step)
+        settings = (
+            self.alpha, self.visibility, self.signal, self.exact, self.first_step,
+            self.tokens_per_step,
+        )  # fmt: skip
         unset = self.rescue == "auto" and all(setting is None for setting in settings)
         return self.enabled and unset
 
@@ -254,6 +273,19 @@ class Session:
             shape = tuple(masked.shape)
             raise ValueError(f"session.masked has shape {shape}: the token ids have {expected}")
         return masked.to(ids.device)
+
+    def required(self, masked: Tensor) -> Tensor | None:
+        """Those of the masked tokens ``[B, T]`` of this call that are not to be evicted, or None.
+
+        Raises:
+            ValueError: ``require`` has another shape.
+        """
+        if self._require is None:
+            return None
+        if self._require.shape != masked.shape:
+            shape, expected = tuple(self._require.shape), tuple(masked.shape)
+            raise ValueError(f"session.require has shape {shape}: the token ids have {expected}")
+        return self._require.to(masked.device) & masked
 
     def in_block(self, masked: Tensor) -> Tensor:
         """Masks ``[B, T]`` inside the block that is being decoded.
@@ -292,6 +324,7 @@ class Session:
                 yield
             finally:
                 self.calls.clear()
+                self._require = None
         except BaseException as error:
             if self._kept is not None and not isinstance(error, Exception):
                 self.forget(self._kept)
@@ -328,6 +361,31 @@ class Session:
         return [other for other in others if not set(key).isdisjoint(other)] if others else []
 
 
+def _check(
+    alpha: float | None,
+    visibility: str | None,
+    logits: str,
+    first_step: str | None,
+    tokens_per_step: int | None,
+    audit: int | None,
+) -> None:
+    """Raises:
+    ValueError: one of a session's settings is out of range.
+    """
+    if alpha is not None and not alpha >= 1:
+        raise ValueError(f"alpha={alpha!r}: expected a number >= 1")
+    if visibility not in (None, "written", "prefix"):
+        raise ValueError(f"visibility={visibility!r}: expected 'written' or 'prefix'")
+    if logits not in ("canvas", "packed"):
+        raise ValueError(f"logits={logits!r}: expected 'canvas' or 'packed'")
+    if first_step is not None and first_step not in FIRST_STEPS:
+        raise ValueError(f"first_step={first_step!r}: expected one of {FIRST_STEPS}")
+    if tokens_per_step is not None and not is_count(tokens_per_step):
+        raise ValueError(f"tokens_per_step={tokens_per_step!r}: expected an int from 1 on")
+    if audit is not None and not is_count(audit):
+        raise ValueError(f"audit={audit!r}: expected None, or a number of steps from 1 on")
+
+
 def warn_outside() -> None:
     """Warn if a session is open elsewhere in the process; for a masked call that is in none."""
     if open_elsewhere():
@@ -348,6 +406,7 @@ def session(
     rescue: Rescue = "auto",
     calibration: Any = None,
     audit: int | None = None,
+    tokens_per_step: int | None = None,
 ) -> Iterator[Session]:
     """Scope of one generation: K/V slots, averages and progress live until it ends.
 
@@ -378,6 +437,8 @@ def session(
             what was missed, and what dense makes another token of. It costs a dense step each, and
             changes nothing. None: none is. With a calibration, a warning comes at the session's end
             if more is missed than it has seen.
+        tokens_per_step: a loop of one's own decodes as many tokens of each row in a step: at least
+            so many masked ones are retained. Overrides the model's option where not None.
 
     Raises:
         ValueError: a value is out of range.
@@ -395,6 +456,7 @@ def session(
         rescue=rescue,
         calibration=calibration,
         audit=audit,
+        tokens_per_step=tokens_per_step,
     )
     scope = Scope(opened)
     scope.enter()

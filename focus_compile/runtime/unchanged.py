@@ -7,9 +7,9 @@ from typing import Any
 
 from focus_compile.capture.modes import refuse_modes
 from focus_compile.errors import Unsupported
-from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.holes import refuse_any
 from focus_compile.runtime.identity import model_key
+from focus_compile.runtime.implicit import session_here
 
 __all__ = ["Unchanged"]
 
@@ -24,10 +24,7 @@ class Unchanged:
         self.dense = dense
 
     def __call__(self, *args: Any) -> Any:
-        session = current_session()
-        if session is None:
-            refuse_any(args)
-            return self.dense(*args)
+        session = session_here()
         with session.calling():
             key = model_key(args)
             if session.changes_threads(key):

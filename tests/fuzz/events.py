@@ -21,11 +21,9 @@ if TYPE_CHECKING:
 def step(player: Player, number: int) -> None:
     """Decode some of what was retained, then the next call of the block."""
     level = player.here
-    if level.focus is None:
-        level.caller.decode(level.caller.masked, number)
-    elif level.oracle.last is not None and _goes_on(player):
+    if level.oracle.last is not None and _goes_on(player):
         known = level.oracle.last.retained
-        if player.plan.shifted:
+        if player.plan.shifted and level.focus is not None:
             known = torch.cat([torch.ones_like(known[:, :1]), known[:, :-1]], 1)
         level.caller.decode(known, number)
     player.masked()
@@ -121,9 +119,8 @@ def enter(player: Player, number: int) -> None:
     scope = focus_compile.session(shifted_logits=plan.shifted, rescue=plan.rescue, **arguments)
     focus = scope.__enter__()
     focus.owns_kv, focus.commits_exactly = plan.owns, plan.commits and plan.delayed
-    fixed = player.subject.fixed
     skips = focus.commits_exactly and not plan.exact
-    oracle = Oracle(changed(player.config, rescue=plan.rescue), plan.shifted, skips, fixed)
+    oracle = Oracle(changed(player.config, rescue=plan.rescue), plan.shifted, skips)
     caller = Caller(plan.seed + number, outer.batch, plan.tokens, plan.history, plan.given)
     player.levels.append(Level(caller, oracle, focus, scope))
 
@@ -223,16 +220,12 @@ def evicted(player: Player, number: int) -> None:
 
 
 def grow(player: Player, number: int) -> None:
-    """The keys and values of a masked call are kept, or those of a dense one."""
+    """A longer history, without a mask-free call: another path has made it."""
     caller = player.here.caller
     if not player.subject.dialect.history or caller.history > LONGEST:
         return
     caller.history += 1 + number % 2
-    draw = caller.draw()
-    refused = player.here.focus is not None and player.here.oracle.expected_error(draw) is not None
     player.masked()
-    if refused:
-        caller.history -= 1 + number % 2
 
 
 def misshape(player: Player, number: int) -> None:

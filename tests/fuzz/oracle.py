@@ -1,8 +1,8 @@
 """What a session owes its caller: docs/algorithm.md by the eager emulation, row by row.
 
 When a row starts anew is told in words by docs/algorithm.md and docs/sessions.md: a decoded
-position is masked again, an id changed, the history is another one, or a mask-free call came in
-between.
+position is masked again, an id changed, the history is another one, a mask-free call came in
+between, or, in no session, nothing of it was decoded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from focus_compile import EvictedTokenDecoded, UncommittedHistory
+from focus_compile import EvictedTokenDecoded
 from tests.fuzz.subjects import RowDraw
 from tests.reference.emulation import Emulated, Emulation
 from tests.reference.state import Config, RowState
@@ -55,14 +55,14 @@ class Oracle:
     Attributes:
         shifted: whether the token at p is decoded by the logits of p - 1.
         commits: whether the caller promised to commit, so that decoded rows need not be fed.
-        fixed: whether the cache has as many slots in every call, in which blocks move.
+        alone: whether a row of which nothing was decoded starts anew, as in no session.
         last: the last masked call, or None; ended: whether a dense call ran since.
     """
 
     config: Config
     shifted: bool = False
     commits: bool = False
-    fixed: bool = False
+    alone: bool = False
     last: Seen | None = None
     ended: bool = False
     emulation: Emulation = field(default_factory=Emulation)
@@ -75,9 +75,6 @@ class Oracle:
         last = self._comparable(draw)
         if last is None:
             return None
-        moved = self.fixed and draw.history != last.history
-        if (moved or draw.history > last.history) and not self.ended:
-            return UncommittedHistory
         known = last.retained
         if self.shifted:
             known = torch.cat([torch.ones_like(known[:, :1]), known[:, :-1]], 1)
@@ -130,6 +127,9 @@ class Oracle:
         if draw.history and draw.rows[row] != last.rows[row]:
             return True
         settled = ~last.masked[row]
+        if self.alone and draw.masked[row].any():
+            if not bool((last.masked[row] & ~draw.masked[row]).any()):
+                return True
         again = settled & draw.masked[row]
         other = settled & (draw.ids[row] != last.ids[row])
         return bool(again.any()) or bool(other.any())

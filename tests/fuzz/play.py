@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from focus_compile.runtime.implicit import session_here
 from focus_compile.runtime.session import Session
 from tests.fuzz import events
 from tests.fuzz.caller import Caller
@@ -27,6 +29,16 @@ from tests.support.harness import retained
 
 NEAR_TIE = 1e-5
 NOTHING_EVICTED = 1e9
+
+
+class _Bare(threading.local):
+    """What each thread's calls in no session owe, by model."""
+
+    def __init__(self) -> None:
+        self.oracles: dict[int, Oracle] = {}
+
+
+_BARE = _Bare()
 
 
 class NearTie(Exception):
@@ -51,6 +63,8 @@ class Player:
     def stream(self) -> Iterator[None]:
         """One event at every turn; the session is entered in here, as in a request's generator."""
         plan = self.plan
+        session_here().reset()
+        _BARE.oracles.clear()
         self.config = Config(plan.alpha, plan.visibility, plan.delayed, plan.stale)
         options: dict[str, Any] = {"delayed_cache": plan.delayed, "stale_kv": plan.stale}
         if plan.exact:
@@ -74,7 +88,11 @@ class Player:
 
     @property
     def here(self) -> Level:
-        return self.levels[-1]
+        level = self.levels[-1]
+        if level.focus is None:
+            level.oracle = _BARE.oracles.setdefault(id(self.subject), Oracle(Config(), alone=True))
+            level.oracle.config = self._standalone()
+        return level
 
     def masked(self, fault: Callable[[], Any] | None = None) -> None:
         """A masked call; ``fault``: what is in its way."""
@@ -82,8 +100,6 @@ class Player:
         focus, oracle = level.focus, level.oracle
         if not draw.masked.any():
             return self.unmasked()
-        if focus is None:
-            oracle = Oracle(self._standalone())
         error = oracle.expected_error(draw)
         if error is not None or fault is not None:
             try:
@@ -92,7 +108,7 @@ class Player:
             except (Accident, error or Accident) as caught:  # noqa: B030  a class
                 if error is not None:
                     assert type(caught) is error, f"{caught!r}: expected {error}"
-                else:
+                if error is None or focus is None:
                     oracle.forget()
                 self.tally[type(caught).__name__] += 1
                 return None

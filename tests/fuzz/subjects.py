@@ -131,7 +131,6 @@ class Subject:
     """A model of a dialect, eager and compiled; graphs are refused with an error.
 
     Attributes:
-        fixed: its cache has as many slots in every call.
         part: makes a model of which a part is compiled: by default, all of it is.
         refusable: Dynamo may break the model into graphs, of which some, or all, are refused.
         biased: logits of an evicted token are the bias of a head that is not compiled.
@@ -139,7 +138,6 @@ class Subject:
     """
 
     dialect: Dialect
-    fixed: bool = False
     part: Callable[[Any, Callable[[Any], Any]], Any] | None = None
     refusable: bool = False
     biased: bool = False
@@ -208,4 +206,4 @@ def _whole(model: Any, compiled: Callable[[Any], Any]) -> Any:
 @functools.cache
 def subject(name: str) -> Subject:
     """Compiled once, and used by all sequences."""
-    return Subject(SUBJECTS[name], name in FIXED)
+    return Subject(SUBJECTS[name])

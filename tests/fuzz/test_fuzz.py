@@ -31,7 +31,6 @@ def tally() -> Iterator[Counter[str]]:
     if tally["subjects"] == len(SUBJECTS):
         assert not [name for name in EVENTS if not tally[name]]
         seen = (
-            "UncommittedHistory",
             "EvictedTokenDecoded",
             "Accident",
             "nothing evicted",

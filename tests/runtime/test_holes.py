@@ -1,4 +1,4 @@
-"""What a masked call returns of evicted tokens is no history: in whatever form it comes back."""
+"""What a masked call returns of evicted tokens is no history: it is completed, or refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch.fx import GraphModule
 
 import focus_compile
 from focus_compile import UncommittedHistory, focus_backend
-from focus_compile.errors import EvictedHistory
 from focus_compile.runtime.holes import TINY, empty_slots
 from tests.support.dialects import DIALECTS, draw_call
 from tests.support.harness import CACHE, MASK, Run, eager_inner
@@ -27,6 +26,8 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "of other rows": lambda x: x[[1, 0]],
     "in bf16 meanwhile": lambda x: x.bfloat16().float(),
 }
+CHANGED = ("of other rows", "in bf16 meanwhile")
+"""Forms in which it is not told which call made it."""
 CALLS: dict[str, dict[str, Any]] = {
     "masked": {"input_ids": torch.full((2, BLOCK), MASK)},
     "mask-free": {"input_ids": torch.arange(2 * BLOCK).view(2, BLOCK)},
@@ -76,14 +77,62 @@ def in_form(past: Past, form: str) -> Past:
     return [(FORMS[form](key), FORMS[form](value)) for key, value in past]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("call", CALLS)
+REFUSED = [
+    (call, form) for call in CALLS for form in FORMS if form in CHANGED or call == "one token"
+]
+COMPLETED = [(call, form) for call in CALLS for form in FORMS if (call, form) not in REFUSED]
+
+
+@pytest.mark.parametrize(("call", "form"), REFUSED)
 @torch.no_grad()
 def test_refused(call: str, form: str, compiled: Any, kept: Past) -> None:
     """By every call: masked or not, over another cache's slots, of a graph that is unchanged."""
     past = in_form(kept, form)
-    with pytest.raises(EvictedHistory, match=r"slots of evicted tokens in the past: \d+\. What a"):
+    with pytest.raises(
+        UncommittedHistory, match=r"evicted tokens in the past: \d+\. What a masked"
+    ):
         compiled(**CALLS[call], past_key_values=past, use_cache=True)
+
+
+@pytest.mark.parametrize(("call", "form"), COMPLETED)
+@torch.no_grad()
+def test_completed(call: str, form: str, compiled: Any, kept: Past, model: LLaDA) -> None:
+    """A cache that a masked call filled holds what an eager model's does, in every layer."""
+    past = in_form(kept, form)
+    whole = in_form(model(input_ids=canvas(), use_cache=True).attn_key_values, form)
+    compiled(**CALLS[call], past_key_values=past, use_cache=True)
+    for layer in (*past, *whole):
+        for part in layer if call == "replaced" else ():  # the block's own slots, which are others
+            part[:, :, CALLS[call]["replace_position"]] = 0
+    for mine, eager in zip(past, whole, strict=True):
+        for one, other in zip(mine, eager, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    with focus_compile.session(alpha=1e9):
+        made = compiled(**CALLS[call], past_key_values=_copy(past), use_cache=True).logits
+    expected = model(**CALLS[call], past_key_values=_copy(whole), use_cache=True).logits
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_copy_for_every_call(compiled: Any, kept: Past, model: LLaDA) -> None:
+    """Each is completed, although other masked calls were made meanwhile."""
+    whole = model(input_ids=canvas(), use_cache=True).attn_key_values
+    for _ in range(3):
+        past = in_form(kept, "copied")
+        compiled(**CALLS["masked"], past_key_values=past, use_cache=True)
+        torch.testing.assert_close(past[-1][1], whole[-1][1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_another_call_of_it(compiled: Any, kept: Past) -> None:
+    """Neither a session that did not make it, nor one that has made others since, completes it."""
+    with focus_compile.session():
+        with pytest.raises(UncommittedHistory):
+            compiled(**CALLS["masked"], past_key_values=kept, use_cache=True)
+        mine = compiled(input_ids=canvas(), use_cache=True).attn_key_values
+        compiled(input_ids=canvas().roll(1, 0), use_cache=True)
+        with pytest.raises(UncommittedHistory):
+            compiled(**CALLS["masked"], past_key_values=mine, use_cache=True)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -91,12 +140,12 @@ def test_refused(call: str, form: str, compiled: Any, kept: Past) -> None:
 @torch.no_grad()
 def test_masks_of_a_refused_call(call: str, enabled: bool, compiled: Any, kept: Past) -> None:
     """They were given for that call, and are not the next one's."""
-    given = CALLS[call]["input_ids"]
+    given, past = CALLS[call]["input_ids"], in_form(kept, "of other rows")
     with focus_compile.session() as focus:
         focus.enabled = enabled
         focus.masked = torch.ones_like(given, dtype=torch.bool)
-        with pytest.raises(EvictedHistory):
-            compiled(**CALLS[call], past_key_values=_copy(kept), use_cache=True)
+        with pytest.raises(UncommittedHistory):
+            compiled(**CALLS[call], past_key_values=past, use_cache=True)
         assert focus.masked is None
 
 
@@ -134,8 +183,6 @@ def test_a_session_goes_on(compiled: Any) -> None:
         marked = (slots == TINY).all(-1).all(1)
         assert torch.equal(marked, ~focus.retain_mask) and marked.any()
         assert not torch.equal(again.logits, made.logits)  # it sees more, and no mark
-        with pytest.raises(UncommittedHistory):
-            compiled(input_ids=canvas()[:, -BLOCK:], past_key_values=again.attn_key_values)
     with focus_compile.session() as focus:
         focus.owns_kv = True  # as in `generate`: nobody else ever sees them
         own = compiled(input_ids=canvas(), use_cache=True).attn_key_values[-1][1]
@@ -154,7 +201,9 @@ def test_slots_behind_a_mask() -> None:
         for layer in arguments[CACHE].layers:
             layer.values[:, :, first] = TINY
         if refused:
-            with pytest.raises(EvictedHistory, match=r"^slots of evicted tokens in the past: 1\."):
+            with pytest.raises(
+                UncommittedHistory, match=r"^slots of evicted tokens in the past: 1\. "
+            ):
                 compiled(**arguments)
         else:
             compiled(**arguments)

@@ -133,7 +133,7 @@ def test_a_generation_has_the_settings_around_it() -> None:
     settings: dict[str, Any] = {
         "mask_token_id": 7, "alpha": 2.5, "visibility": "prefix", "signal": "position",
         "enabled": False, "shifted_logits": True, "exact": True, "first_step": "open",
-        "rescue": 0.5, "calibration": None, "audit": 3,
+        "rescue": 0.5, "calibration": None, "audit": 3, "tokens_per_step": 2,
     }  # fmt: skip
     assert {*settings, "logits"} == {*signature(Session).parameters}
     around = Session(**settings)
