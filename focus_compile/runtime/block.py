@@ -1,7 +1,7 @@
-"""State of the current block of every row: docs/algorithm.md sections 0 and 6.
+"""State of the current block of every row: docs/algorithm.md sections 0, 6 and 15.
 
-A call without a session uses a fresh state and drops it; a session keeps one per model. Everything
-is per row, so that rows may start, finish and be replaced independently.
+A session keeps one per model. Everything is per row, so that rows may start, finish and be replaced
+independently.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class BlockState:
         committed: whether a dense call ran since the last masked one.
         weights: tells the model that made the slots from what it is after a change.
         first: int64 ``[B]``, the leftmost masked token of the block's first call; reach: int64
-            ``[B]``, how far from the left tokens may be evicted (section 14); anywhere: bool
+            ``[B]``, how far from the left tokens may be evicted (section 15); anywhere: bool
             scalar, whether a loop was seen that decodes a whole block at once.
     """
 
@@ -212,7 +212,7 @@ class BlockState:
         self.first_decoded = torch.where(fresh & ~follows, -1, self.first_decoded)
 
     def _note_reach(self, decoded: Tensor, masked: Tensor, fresh: Tensor) -> None:
-        """Section 14: a loop that decodes far from the leftmost mask decodes anywhere."""
+        """Section 15: a loop that decodes far from the leftmost mask decodes anywhere."""
         length = masked.shape[1]
         last = last_position(decoded)
         far = 2 * (last - _leftmost(self.masked)) >= length - self.first

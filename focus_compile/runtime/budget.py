@@ -1,6 +1,6 @@
 """How many masked tokens of each row are retained, and which in any case.
 
-docs/algorithm.md sections 2, 10 and 14.
+docs/algorithm.md sections 2, 10 and 15.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A loop that knows nothing of this package calls its compiled model step by step, and decodes where
 it likes. It gets what a session gives: rows, blocks and histories are told apart, averages are
 counted, and a token that was decoded where nothing was computed is an error at the next call. What
-it cannot say is found by looking (docs/algorithm.md section 14):
+it cannot say is found by looking (docs/algorithm.md section 15):
 
 - a row of which nothing was decoded since the last call starts anew, so that a call that is made
   twice gives the same twice;

@@ -46,7 +46,7 @@ def errors() -> list[Exception]:
         NothingToEvict(ONE_TOKEN, node),
         NotCompiled("prefix", RuntimeError("x")),
         EmptyCall((0, 3)),
-        UncommittedHistory(3, 5),
+        UncommittedHistory(3),
         EvictedTokenDecoded(1, 2),
     ]
 
