@@ -56,6 +56,8 @@ class Oracle:
         shifted: whether the token at p is decoded by the logits of p - 1.
         commits: whether the caller promised to commit, so that decoded rows need not be fed.
         alone: whether a row of which nothing was decoded starts anew, as in no session.
+        looks: whether it sees where a loop decodes (section 15); ``reach``, ``first``, ``anywhere``:
+            what it has seen.
         last: the last masked call, or None; ended: whether a dense call ran since.
     """
 
@@ -63,6 +65,10 @@ class Oracle:
     shifted: bool = False
     commits: bool = False
     alone: bool = False
+    looks: bool = False
+    reach: list[int] = field(default_factory=list)
+    first: list[int] = field(default_factory=list)
+    anywhere: bool = False
     last: Seen | None = None
     ended: bool = False
     emulation: Emulation = field(default_factory=Emulation)
@@ -92,9 +98,10 @@ class Oracle:
             self.emulation = Emulation()
         self.emulation.config = self.config
         self.emulation.judge = Judge(MASK, shifted=self.shifted)
+        fresh = [last is None or self._starts_anew(b, draw, last) for b in range(len(draw.ids))]
         for b, row in enumerate(self.emulation.rows):
             assert last is not None
-            if self._starts_anew(b, draw, last):
+            if fresh[b]:
                 none = [False] * draw.ids.shape[1]
                 self.emulation.rows[b] = RowState([], [*none], [*none], [*none])
                 continue
@@ -104,10 +111,34 @@ class Oracle:
                     flags[:] = [a and b for a, b in zip(flags, row.final, strict=True)]
         if self.commits:
             self._settle(draw)
+        if self.looks:
+            self._look(draw, last, fresh)
         found = self.emulation.step(logits, draw.ids, draw.masked, draw.history)
         self.last = Seen(draw.ids, draw.masked, draw.rows, draw.history, found.retained)
         self.ended = False
         return found
+
+    def _look(self, draw: RowDraw, last: Seen | None, fresh: list[bool]) -> None:
+        """Section 15.2: who must not be evicted, for nobody knows yet where the loop decodes."""
+        rows, tokens = draw.ids.shape
+        if last is None:
+            none = [False] * tokens
+            self.emulation.rows = [RowState([], [*none], [*none], [*none]) for _ in range(rows)]
+            self.reach, self.first, self.anywhere = [0] * rows, [0] * rows, False
+        for b in range(rows):
+            if fresh[b]:
+                self.reach[b], self.first[b] = 0, _leftmost(draw.masked[b])
+                continue
+            assert last is not None
+            decoded = (last.masked[b] & ~draw.masked[b]).nonzero().flatten().tolist()
+            if decoded:
+                far = 2 * (max(decoded) - _leftmost(last.masked[b])) >= tokens - self.first[b]
+                self.anywhere |= far
+                self.reach[b] = max(self.reach[b], 1 + max(decoded))
+        for b, row in enumerate(self.emulation.rows):
+            end = tokens if self.anywhere else self.reach[b]
+            open_ = draw.masked[b].nonzero().flatten().tolist()
+            row.required = frozenset(p for p in open_ if p >= end)
 
     def _settle(self, draw: RowDraw) -> None:
         """Rows without masks count as fed already."""
@@ -133,3 +164,8 @@ class Oracle:
         again = settled & draw.masked[row]
         other = settled & (draw.ids[row] != last.ids[row])
         return bool(again.any()) or bool(other.any())
+
+
+def _leftmost(masked: Tensor) -> int:
+    places = masked.nonzero().flatten().tolist()
+    return min(places, default=len(masked))

@@ -58,6 +58,10 @@ class RowState:
     steps: int = 0
     memory: trust.Memory = field(default_factory=dict)
     """Section 12: the confidences of this block."""
+    required: frozenset[int] = frozenset()
+    """Section 15: positions of the next step that must not be evicted."""
+    least: int = 1
+    """Section 15: tokens_per_step."""
 
     @classmethod
     def fresh(cls, model: Qwen3ForCausalLM, tokens: int, opens: bool = True) -> RowState:
@@ -113,6 +117,11 @@ class RowState:
                 biased=bias is not None,
             )
         eviction = algorithm.evict(fed, flags, score, self.avg, config.alpha, self.progress, choose)
+        if self.least > 1 or self.required & {*positions}:
+            eviction = trust.evict_named(
+                fed, flags, score, self.avg, config.alpha, self.progress, self.required, self.least,
+                choose,
+            )  # fmt: skip
         if trust.keeps_all(config.first_step, self.warm, self.opens, session):
             end = fed[-1]
             progress = max(self.progress, end)

@@ -6,7 +6,7 @@ Confidences, thresholds and scores are compared in fp32. Lists of positions are 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -197,3 +197,39 @@ def select(
     exact = not biased and (signal == "position" or last[inside] == last[outside] == -1)
     margin = math.inf if exact else values[inside] - values[outside]
     return Choice(sorted(ranked[:k]), margin)
+
+
+def evict_named(
+    fed: Sequence[int],
+    mask_flags: Sequence[bool],
+    score_M: Tensor,
+    avg: float,
+    alpha: float,
+    progress: int,
+    required: Collection[int],
+    least: int,
+    choose: Callable[[Tensor, int], Choice],
+) -> algorithm.Eviction:
+    """Section 15: some positions are kept in any case, the budget is for others."""
+    masked = [p for p, flag in zip(fed, mask_flags, strict=True) if flag]
+    budget = max(float(np.ceil(np.float32(max(avg, 1.0)) * np.float32(alpha))), 1.0, float(least))
+    named = [p for p in masked if p in required]
+    k = int(min(budget + len(named), len(masked)))
+    if not named:
+        choice = choose(score_M, k)
+        keep, margin = {masked[j] for j in choice.indices}, choice.margin
+    else:
+        free = [j for j, p in enumerate(masked) if p not in required]
+        ranked = sorted(free, key=lambda j: (-float(score_M[j]), j))
+        count = k - len(named)
+        keep = {masked[j] for j in ranked[:count]} | {*named}
+        margin = math.inf
+        if 0 < count < len(ranked):
+            margin = float(score_M[ranked[count - 1]] - score_M[ranked[count]])
+    kept = sorted(
+        [
+            *algorithm.enforce(masked, keep, progress),
+            *(p for p, flag in zip(fed, mask_flags, strict=True) if not flag),
+        ]
+    )
+    return algorithm.Eviction(k, kept, kept[-1], max(progress, kept[-1]), margin)
