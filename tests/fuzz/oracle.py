@@ -56,8 +56,7 @@ class Oracle:
         shifted: whether the token at p is decoded by the logits of p - 1.
         commits: whether the caller promised to commit, so that decoded rows need not be fed.
         alone: whether a row of which nothing was decoded starts anew, as in no session.
-        looks: whether it sees where a loop decodes (section 15); ``reach``, ``first``, ``anywhere``:
-            what it has seen.
+        looks: whether it sees where a loop decodes (section 15): ``reach``, ``first``, ``anywhere``.
         last: the last masked call, or None; ended: whether a dense call ran since.
     """
 
