@@ -69,9 +69,10 @@ class BlockState:
             0: never; age: int64, calls since, -1: never; has_confidence: whether that is known.
         committed: whether a dense call ran since the last masked one.
         weights: tells the model that made the slots from what it is after a change.
-        first: int64 ``[B]``, the leftmost masked token of the block's first call; reach: int64
-            ``[B]``, how far from the left tokens may be evicted (section 15); anywhere: bool
-            scalar, whether a loop was seen that decodes a whole block at once.
+        first: int64 ``[B]``, the leftmost masked token of the block's first call; begin: int64
+            ``[B]``, the leftmost one that was decoded, T: none; reach: int64 ``[B]``, how far from
+            the left tokens may be evicted (section 15); anywhere: bool scalar, whether a loop was
+            seen that decodes a whole block at once.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class BlockState:
         self.confidence, self.age = none.float(), none.long() - 1
         self.has_confidence = True
         self.first, self.reach = _leftmost(self.masked), count
+        self.begin = count + masked.shape[1]
         self.anywhere = torch.zeros((), dtype=torch.bool, device=masked.device)
         self.slots: dict[str, Tensor] = {}
         self.goes_on = False
@@ -215,7 +217,10 @@ class BlockState:
         """Section 15: a loop that decodes far from the leftmost mask decodes anywhere."""
         length = masked.shape[1]
         last = last_position(decoded)
-        far = 2 * (last - _leftmost(self.masked)) >= length - self.first
+        self.begin = torch.where(fresh, length, torch.minimum(self.begin, _leftmost(decoded)))
+        index = torch.arange(length, device=masked.device)
+        leftmost = _leftmost(self.masked & (index >= self.begin.unsqueeze(1)))
+        far = 2 * (last - leftmost) >= length - self.first
         self.anywhere = self.anywhere | (decoded.any(1) & far).any()
         reach = torch.where(fresh, 0, torch.maximum(self.reach, last + 1))
         self.reach = torch.where(self.anywhere, length, reach)

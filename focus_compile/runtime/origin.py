@@ -31,12 +31,13 @@ class Origin:
         dense: the program that computes all of it.
         args: its arguments: weights, which it does not keep alive; pasts and the model's own
             tensors as they are, with ``versions`` that tell whether they still are; others copied.
-        made: what it returned; values: of this, the last layer's values, with slots along ``dim``.
+        made: what it returned; values: a copy of the last layer's values among these, with slots
+            along ``dim``. The caller may have written into its own since: these slots are let be.
     """
 
     dense: Callable[..., Any]
     args: tuple[Any, ...]
-    versions: Mapping[int, int | None]
+    versions: Mapping[int, int]
     made: tuple[Any, ...]
     values: Tensor
     dim: int
@@ -54,7 +55,7 @@ class Origin:
         if layout.written or layout.held or not any(each is values for each in made):
             return None
         kept = {argument for argument, _ in layout.pasts} | {*layout.buffers}
-        kept = {index for index in kept if not isinstance(args[index], Parameter)}
+        kept |= {index for index, arg in enumerate(args) if isinstance(arg, Parameter)}
         versions = {index: _version(args[index]) for index in kept}
         copies = (
             weakref.ref(arg)
@@ -64,7 +65,8 @@ class Origin:
             else arg
             for index, arg in enumerate(args)
         )
-        return cls(dense, tuple(copies), versions, tuple(made), values, layout.values_dim)
+        copy = values.clone()
+        return cls(dense, tuple(copies), versions, tuple(made), copy, layout.values_dim)
 
     def complete(self, pasts: Sequence[tuple[Tensor, int]], empty: Tensor) -> bool:
         """Write exact keys and values into a past that is of this call; whether it is.
@@ -90,7 +92,7 @@ class Origin:
     @property
     def _unchanged(self) -> bool:
         now = {index: _version(_alive(self.args[index])) for index in self.versions}
-        return None not in now.values() and now == self.versions
+        return now == self.versions and -1 not in now.values()
 
     def _source(self, past: Tensor, dim: int, here: Tensor, there: Tensor) -> int | None:
         """Which of the returned values these keys or values are, by what they hold."""
@@ -171,6 +173,6 @@ def _is_writable(past: Tensor) -> bool:
     return not expanded and not fixed and not past.requires_grad
 
 
-def _version(value: Any) -> int | None:
-    """How often a tensor was written to; None: it does not count."""
-    return None if value.is_inference() else int(value._version)
+def _version(value: Tensor | None) -> int:
+    """How often a tensor was written to; -1: it is gone, or does not count."""
+    return -1 if value is None or value.is_inference() else int(value._version)

@@ -72,7 +72,7 @@ def returned(
 def _predict(ids: Tensor, logits: Tensor, where: Tensor) -> None:
     """Write :data:`ITSELF` at ids ``[B, T]`` of logits ``[B, T, ..., V]``, where flagged."""
     where = where & (ids < logits.shape[-1])
-    index = torch.where(where, ids, 0).view(*ids.shape, *(1,) * (logits.dim() - 2))
+    index = torch.where(where, ids, 0).long().view(*ids.shape, *(1,) * (logits.dim() - 2))
     index = index.expand(*logits.shape[:-1], 1)
     old = logits.gather(-1, index)
     new = torch.where(where.view(index.shape[:2] + (1,) * (logits.dim() - 2)), ITSELF, old)

@@ -56,7 +56,7 @@ class Oracle:
         shifted: whether the token at p is decoded by the logits of p - 1.
         commits: whether the caller promised to commit, so that decoded rows need not be fed.
         alone: whether a row of which nothing was decoded starts anew, as in no session.
-        looks: whether it sees where a loop decodes (section 15): ``reach``, ``first``, ``anywhere``.
+        looks: whether it sees where a loop decodes (section 15), by what follows.
         last: the last masked call, or None; ended: whether a dense call ran since.
     """
 
@@ -67,6 +67,7 @@ class Oracle:
     looks: bool = False
     reach: list[int] = field(default_factory=list)
     first: list[int] = field(default_factory=list)
+    begin: list[int] = field(default_factory=list)
     anywhere: bool = False
     last: Seen | None = None
     ended: bool = False
@@ -124,15 +125,18 @@ class Oracle:
             none = [False] * tokens
             self.emulation.rows = [RowState([], [*none], [*none], [*none]) for _ in range(rows)]
             self.reach, self.first, self.anywhere = [0] * rows, [0] * rows, False
+            self.begin = [tokens] * rows
         for b in range(rows):
             if fresh[b]:
                 self.reach[b], self.first[b] = 0, _leftmost(draw.masked[b])
+                self.begin[b] = tokens
                 continue
             assert last is not None
             decoded = (last.masked[b] & ~draw.masked[b]).nonzero().flatten().tolist()
             if decoded:
-                far = 2 * (max(decoded) - _leftmost(last.masked[b])) >= tokens - self.first[b]
-                self.anywhere |= far
+                self.begin[b] = min(self.begin[b], *decoded)
+                left = min(p for p in range(self.begin[b], tokens) if last.masked[b, p])
+                self.anywhere |= 2 * (max(decoded) - left) >= tokens - self.first[b]
                 self.reach[b] = max(self.reach[b], 1 + max(decoded))
         for b, row in enumerate(self.emulation.rows):
             end = tokens if self.anywhere else self.reach[b]

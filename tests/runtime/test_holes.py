@@ -223,3 +223,27 @@ def test_what_is_a_mark(dtype: torch.dtype) -> None:
     assert float(past[1, 0, 5, 0]) == mark  # exact in this dtype
     assert empty_slots(past.transpose(1, 2), 1) is not None
     assert empty_slots(past.long(), 2) is None and empty_slots(past[:, :, :0], 2) is None
+
+
+@torch.no_grad()
+def test_what_the_caller_wrote_meanwhile(compiled: Any, kept: Past, model: LLaDA) -> None:
+    """A dual cache's own slots, say: they are let be, others are completed."""
+    places = torch.arange(PROMPT, PROMPT + BLOCK)
+    for key, value in kept:
+        key[:, :, places], value[:, :, places] = 0.25, 0.5
+    compiled(**CALLS["masked"], past_key_values=kept, use_cache=True)
+    whole = model(input_ids=canvas(), use_cache=True).attn_key_values
+    rest = torch.tensor([place for place in range(CANVAS) if place not in places])
+    for mine, eager in zip(kept, whole, strict=True):
+        for one, other, number in zip(mine, eager, (0.25, 0.5), strict=True):
+            torch.testing.assert_close(one[:, :, rest], other[:, :, rest], atol=1e-5, rtol=1e-5)
+            assert bool((one[:, :, places] == number).all())
+
+
+@torch.no_grad()
+def test_other_weights_since(compiled: Any, kept: Past, model: LLaDA) -> None:
+    """The call cannot be made again."""
+    weight = next(model.parameters())
+    weight.add_(0)
+    with pytest.raises(UncommittedHistory):
+        compiled(**CALLS["masked"], past_key_values=kept, use_cache=True)
