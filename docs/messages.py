@@ -74,22 +74,22 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "no status: compile the model with": (
         "torch.compile keeps no record", "compile with focus_compile.compile"),
     "batch or block is empty": ("token ids without rows or tokens", "give at least one of each"),
-    "without a mask-free call": (
-        "keys and values of a masked call were kept as history",
-        "commit each block by one call of its decoded tokens; crop the cache after masked calls; "
-        "where a prompt holds the mask token, its prefill is no masked call once session.masked is "
-        "all zeros (`generate` does so)"),
     "slots of evicted tokens in the past": (
-        "what a masked call returned was kept, in whatever form",
-        "run the call that fills the cache with session.enabled = False, or crop the cache after "
-        "every masked call"),
+        "what a masked call returned was kept, and which call that was is not known "
+        "([sessions.md](sessions.md#what-it-notices))",
+        "commit each block by one call of its decoded tokens, and crop the cache after masked "
+        "calls; run the call that fills a cache with session.enabled = False; where a prompt holds "
+        "the mask token, its prefill is no masked call once session.masked is all zeros"),
     "which the last call evicted": (
-        "a token was decoded that has no logits", "choose among session.retain_mask"),
+        "a token was decoded that has no logits",
+        "choose among session.retain_mask, or give tokens_per_step or session.require"),
     "was not compiled, and this call gave no result": (
         "Inductor, the C++ compiler or the disk failed",
         "mend what its cause names and call again"),
     "session.masked has dtype": ("masks that are no bools", "give bool [B, T]"),
     "session.masked has shape": ("masks of another shape than the ids", "give bool [B, T]"),
+    "session.require has dtype": ("required tokens that are no bools", "give bool [B, T]"),
+    "session.require has shape": ("required tokens of another shape", "give bool [B, T]"),
     "session.block=": ("a block outside of the call's tokens", "give (start, stop) within them"),
     "the signal's bias has shape": ("a bias of another shape than the ids", "give fp32 [B, T]"),
     "the model returns no value with a row": (

@@ -118,7 +118,8 @@ class BlockState:
 
         A mask-free call in between (a commit, or another request's prefill) ended every block.
         ``shifted_logits``: a position is decoded by the logits of its left neighbour. ``alone``: a
-        row of which nothing was decoded starts anew, so that the same call gives the same again.
+        row with masks of which nothing was decoded starts anew, and where nothing was in any row
+        all do, so that the same call gives the same again.
 
         Raises:
             EvictedTokenDecoded: a position was decoded that the last call had evicted.
@@ -130,7 +131,7 @@ class BlockState:
         fresh = torch.ones_like(changed) if self.committed or same is False else changed
         fresh = fresh if isinstance(same, bool) else fresh | ~same
         if alone:
-            fresh = fresh | (masked.any(1) & ~decoded.any(1))
+            fresh = fresh | (masked.any(1) & ~decoded.any(1)) | ~decoded.any()
         known = _right_of(self.retained) if shifted_logits else self.retained
         wrong = decoded & ~known & ~fresh.unsqueeze(1)
         is_wrong, is_fresh = torch.stack([wrong.any(), fresh.any()]).tolist()  # the host waits once

@@ -161,8 +161,9 @@ class Oracle:
         if draw.history and draw.rows[row] != last.rows[row]:
             return True
         settled = ~last.masked[row]
-        if self.alone and draw.masked[row].any():
-            if not bool((last.masked[row] & ~draw.masked[row]).any()):
+        if self.alone:
+            decoded = (last.masked & ~draw.masked).any(1)
+            if not decoded.any() or (draw.masked[row].any() and not decoded[row]):
                 return True
         again = settled & draw.masked[row]
         other = settled & (draw.ids[row] != last.ids[row])

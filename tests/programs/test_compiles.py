@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from transformers import DynamicCache
 
+import focus_compile
 from tests.support.harness import CACHE, MASK, Run, Sizes, build_model, random_call
 from tests.support.paths import ROOT
 
@@ -79,7 +80,7 @@ TABLE = {
 
 
 @torch.no_grad()
-def denoise(run: Run, row: Row) -> list[int]:
+def denoise(run: Run, row: Row, focus: focus_compile.Session) -> list[int]:
     """A decoding loop: after each step the cache is cropped, at the end of a block it is not.
 
     Returns how many graphs Dynamo had captured after each block.
@@ -93,6 +94,7 @@ def denoise(run: Run, row: Row) -> list[int]:
         for b in range(batch):
             ids[b, torch.randperm(tokens, generator=generator)[: max(0, masked - b)]] = MASK
         keys = length + tokens
+        focus.reset()  # ids are drawn anew
         run.compiled(
             input_ids=ids,
             attention_mask=torch.ones(batch, 1, tokens, keys, dtype=torch.bool),
@@ -122,7 +124,8 @@ def test_table_of_compiles() -> None:
             torch._dynamo.reset()
             run = Run(build_model(Sizes(layers=3)), inner=inner)
             requests, misses = len(inner.requests), len(inner.misses)
-            captured = denoise(run, row)
+            with focus_compile.session(first_step="evict") as focus:
+                captured = denoise(run, row, focus)
             assert captured[1] == captured[-1], name  # nothing new after the second block
             dense, prefix, suffix = run.counts()
             assert (prefix, suffix) == (BLOCKS * STEPS,) * 2, name
