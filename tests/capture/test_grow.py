@@ -125,7 +125,7 @@ def test_a_block_without_a_commit_in_between(subject_of: SubjectOf) -> None:
     arguments = STATIC.arguments(subject.model, draw)
     wide = torch.ones(len(draw.ids), 1, draw.ids.shape[1], draw.history + draw.ids.shape[1] + 5)
     arguments["attention_mask"] = wide.bool()
-    with focus_compile.session(alpha=1.0) as focus:
+    with focus_compile.session(alpha=1.0, signal="position") as focus:
         subject.compiled(**arguments)
         assert focus.retain_mask is not None
         kept = focus.retain_mask.all(0)

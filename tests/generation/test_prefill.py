@@ -99,7 +99,7 @@ def test_a_prefill_that_is_taken_for_a_block(captured: Run, block: int) -> None:
     run, masks = captured, torch.full((BATCH, block), MASK)
     eager = Loop(run.model, run.model.config)
     expected = eager.call(prompts(), keep=True), eager.call(masks, keep=False)
-    with focus_compile.session(alpha=1.0) as focus:
+    with focus_compile.session(alpha=1.0, signal="position") as focus:
         loop = Loop(run.compiled, run.model.config)
         loop.call(prompts(), keep=True)
         assert focus.retain_mask is not None and not bool(focus.retain_mask.all())
