@@ -20,9 +20,11 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.axes.axes import Axis, AxisMap
 from focus_compile.axes.propagate import Labelled, propagate
-from focus_compile.axes.rules.table import ARANGES, RESHAPES
-from focus_compile.capture.names import Sizes
+from focus_compile.axes.rules.pointwise import NUMERIC
+from focus_compile.axes.rules.table import ARANGES
+from focus_compile.capture.names import Sizes, is_tensor
 from focus_compile.capture.positions import arange, is_window, progression, window
+from focus_compile.capture.sized import is_sized, sized
 from focus_compile.errors import Unsupported
 from focus_compile.graph.inputs import Input, static_tensor
 from focus_compile.graph.nodes import expr_of, graph_inputs, graph_outputs, tensor_of
@@ -73,6 +75,15 @@ def canonicalize(captured: Labelled, held: Collection[int] = ()) -> Canonical:
             for dim, extent in enumerate(spec.shape):
                 if isinstance(extent, str):
                     sizes.reads.setdefault(extent, (env[node], dim))
+            inputs.append(spec)
+            arguments.append(position)
+    sizes.inputs_named = True
+    for position, node in enumerate(graph_inputs(gm)):
+        number = node.meta["val"]
+        if isinstance(number, torch.SymInt) and sizes.meaning.get(expr_of(number)) is None:
+            spec = Input(f"input{len(inputs)}", (), torch.int64, torch.device("cpu"))
+            given = sizes.replay.placeholder(spec.name, static_tensor(mode, spec), node)
+            sizes.numbers[expr_of(number)] = given
             inputs.append(spec)
             arguments.append(position)
     for node in gm.graph.nodes:
@@ -146,28 +157,30 @@ def _emit(node: Node, env: dict[Node, Any], sizes: Sizes) -> None:
     if (source := _copy_source(node)) is not None:
         env[node] = env[source]
         return
-    if node.target in RESHAPES or node.target is aten.expand.default:
-        args = (env[args[0]], [sizes.size(dim) for dim in sizes.axes.of(node)])
+    target: Any = node.target
+
+    def argument(arg: Node) -> Any:
+        if arg in env:
+            return env[arg]
+        if target in NUMERIC and isinstance(arg.meta["val"], torch.SymInt):
+            return sizes.value(expr_of(arg.meta["val"]), node)
+        return sizes.number_of(arg, node)
+
+    if target in ARANGES:
+        start, step = (fx.map_arg(operand, argument) for operand in progression(args))
+        env[node] = arange(node, start, step, sizes)
+        return
+    if is_window(node, sizes):
+        env[node] = window(node, env[args[0]], sizes)
+        return
+    if is_sized(node):
+        target, args, kwargs = sized(node, env, sizes)
     else:
-
-        def argument(arg: Node) -> Any:
-            if arg in env:
-                return env[arg]
-            size = arg.meta["val"]
-            if isinstance(size, torch.SymFloat):
-                return float(size)  # a constant of the module: Dynamo guards that it stays so
-            return sizes.expression(expr_of(size), node) if isinstance(size, torch.SymInt) else size
-
-        if node.target in ARANGES:
-            start, step = (fx.map_arg(operand, argument) for operand in progression(args))
-            env[node] = arange(node, start, step, sizes)
-            return
-        if is_window(node, sizes):
-            env[node] = window(node, env[args[0]], sizes)
-            return
         args, kwargs = fx.map_arg((args, kwargs), argument)
+        if target in NUMERIC and is_tensor(args[1]):
+            target = NUMERIC[target]
     try:
-        env[node] = sizes.replay.once(node.target, args, kwargs, like=node)
+        env[node] = sizes.replay.once(target, args, kwargs, like=node)
     except Unsupported as error:
         if node in sizes.axes.unruled:
             raise Unsupported(NO_RULE, node) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from focus_compile.graph.sharding import local
@@ -22,7 +23,8 @@ def arguments(layout: Layout, args: Sequence[Any], tokens: int) -> dict[str, Ten
     """
     values: dict[str, Tensor] = {}
     for spec, argument in zip(layout.inputs, layout.arguments, strict=True):
-        value = local(args[argument])
+        value = args[argument]
+        value = torch.tensor(value) if isinstance(value, int) else local(value)
         if spec.strided:
             fits = value.stride(-1) == 1
         else:

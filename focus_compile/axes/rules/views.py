@@ -7,7 +7,15 @@ from torch.fx import Node
 
 from focus_compile.axes.axes import AxisMap, Dim, Transfer
 from focus_compile.axes.rules.table import fresh, one_result, source, transfer
-from focus_compile.graph.nodes import argument, aten, cat_parts, expr_of, tensor_of, wrap
+from focus_compile.graph.nodes import (
+    argument,
+    aten,
+    cat_parts,
+    expr_of,
+    operands,
+    tensor_of,
+    wrap,
+)
 
 
 def _sizes(node: Node) -> list[sympy.Expr]:
@@ -17,6 +25,7 @@ def _sizes(node: Node) -> list[sympy.Expr]:
 @transfer(
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
     aten.unflatten.int, aten.squeeze.dim, aten.unsqueeze.default, aten.squeeze.default,
+    aten.view_as.default, aten.reshape_as.default,
 )  # fmt: skip
 def _view(node: Node, axes: AxisMap) -> Transfer:
     if 0 in _sizes(node):
@@ -31,6 +40,23 @@ def _expand(node: Node, axes: AxisMap) -> Transfer:
     shape = tensor_of(node).shape
     dims = ((),) * (len(shape) - len(dims)) + dims
     return one_result(*(dim or axes.fresh(size) for dim, size in zip(dims, shape, strict=True)))
+
+
+@transfer(aten.expand_as.default)
+def _expand_as(node: Node, axes: AxisMap) -> Transfer:
+    """The axes of another value where there are none, and nothing else of it."""
+    dims, others = (axes.dims[operand][0] for operand in operands(node))
+    dims = ((),) * (len(others) - len(dims)) + dims
+    return one_result(*(axes.unify(dim, other) for dim, other in zip(dims, others, strict=True)))
+
+
+@transfer(aten.repeat.default)
+def _repeat(node: Node, axes: AxisMap) -> Transfer:
+    """Each dim ``times`` in a row, as a whole: the dim becomes a product."""
+    dims = axes.dims[source(node)][0]
+    times = [expr_of(n.meta["val"] if isinstance(n, Node) else n) for n in node.args[1]]  # type: ignore
+    dims = ((),) * (len(times) - len(dims)) + dims
+    return one_result(*(axes.fresh(n) + dim for n, dim in zip(times, dims, strict=True)))
 
 
 @transfer(aten.transpose.int)
