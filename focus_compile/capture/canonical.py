@@ -78,12 +78,12 @@ def canonicalize(captured: Labelled, held: Collection[int] = ()) -> Canonical:
             inputs.append(spec)
             arguments.append(position)
     sizes.inputs_named = True
+    device = torch.device("cpu") if axes.entry is None else tensor_of(axes.entry.ids).device
     for position, node in enumerate(graph_inputs(gm)):
-        number = node.meta["val"]
-        if isinstance(number, torch.SymInt) and sizes.meaning.get(expr_of(number)) is None:
-            spec = Input(f"input{len(inputs)}", (), torch.int64, torch.device("cpu"))
+        if node.users and _is_number(node, sizes):
+            spec = Input(f"input{len(inputs)}", (), torch.int64, device)
             given = sizes.replay.placeholder(spec.name, static_tensor(mode, spec), node)
-            sizes.numbers[expr_of(number)] = given
+            sizes.numbers[expr_of(node.meta["val"])] = given
             inputs.append(spec)
             arguments.append(position)
     for node in gm.graph.nodes:
@@ -95,6 +95,12 @@ def canonicalize(captured: Labelled, held: Collection[int] = ()) -> Canonical:
     outputs = fx.map_arg(graph_outputs(gm), lambda node: _returned(node, env))
     canonical = sizes.replay.finish(outputs)
     return Canonical(canonical, propagate(canonical), tuple(inputs), tuple(arguments))
+
+
+def _is_number(node: Node, sizes: Sizes) -> bool:
+    """Whether an input is a number that is no size: where a block begins, say."""
+    value = node.meta["val"]
+    return isinstance(value, torch.SymInt) and sizes.meaning.get(expr_of(value)) is None
 
 
 def _returned(node: Node, env: dict[Node, Any]) -> Any:
@@ -162,7 +168,7 @@ def _emit(node: Node, env: dict[Node, Any], sizes: Sizes) -> None:
     def argument(arg: Node) -> Any:
         if arg in env:
             return env[arg]
-        if target in NUMERIC and isinstance(arg.meta["val"], torch.SymInt):
+        if target in (*NUMERIC, *ARANGES) and isinstance(arg.meta["val"], torch.SymInt):
             return sizes.value(expr_of(arg.meta["val"]), node)
         return sizes.number_of(arg, node)
 

@@ -12,8 +12,10 @@ from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.fx.traceback import preserve_node_meta
 
-from focus_compile.capture.functional import functionalize, name_puts
+from focus_compile.capture.functional import functionalize
 from focus_compile.capture.held import hold
+from focus_compile.capture.plain import say_plainly
+from focus_compile.capture.puts import name_puts
 from focus_compile.capture.local_rank import LocalRank, local_value, shard_of
 from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import graph_inputs, graph_outputs
@@ -84,11 +86,12 @@ def capture(gm: GraphModule) -> Captured:
         traced.meta.setdefault("val", None)  # of a mesh
         traced.meta["shard"] = shard_of(node.meta["example_value"])
     graph.graph.eliminate_dead_code()
+    say_plainly(graph)
     held = hold(graph)
+    name_puts(graph)
     written = functionalize(graph)
     if written:
         graph.graph.output_node().args = ((*graph_outputs(graph), *written.values()),)
-    name_puts(graph)
     graph.recompile()
     positions = {node: index for index, node in enumerate(graph_inputs(graph))}
     return Captured(

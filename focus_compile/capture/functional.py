@@ -15,10 +15,10 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from focus_compile.graph.nodes import argument, expr_of, operands, tensor_of
+from focus_compile.graph.nodes import expr_of, operands, tensor_of
 from focus_compile.torch_private import OpOverload
 
-__all__ = ["aliased", "drop_whole_slices", "functionalize", "name_puts"]
+__all__ = ["aliased", "drop_whole_slices", "functionalize"]
 
 aten = torch.ops.aten
 KEPT = (aten.detach_.default,)
@@ -153,24 +153,3 @@ def aliased(node: Node) -> Node | None:
         return source
     shared = any(result.alias_info is not None for result in node.target._schema.returns)
     return source if shared else None
-
-
-def name_puts(gm: GraphModule) -> None:
-    """``past[:, :, index] = k`` as ``index_copy``."""
-    for node in list(gm.graph.nodes):
-        if node.target is not aten.index_put.default or argument(node, 3, "accumulate", False):
-            continue
-        x, indices, values = node.args[:3]
-        *leading, index = indices
-        if x.op != "placeholder" or any(position is not None for position in leading):
-            continue
-        if tensor_of(index).dim() != 1:
-            continue
-        if tensor_of(index).dtype != torch.int64 or tensor_of(values).dim() != tensor_of(x).dim():
-            continue
-        with gm.graph.inserting_before(node):
-            args = (x, len(leading), index, values)
-            index_copy = gm.graph.call_function(aten.index_copy.default, args)
-        index_copy.meta = dict(node.meta)
-        node.replace_all_uses_with(index_copy)
-        gm.graph.erase_node(node)

@@ -12,22 +12,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from focus_compile.axes.axes import AxisMap, Dim, Role
 from focus_compile.axes.propagate import Labelled, label
+from focus_compile.axes.rules.makers import FILLS
 from focus_compile.axes.rules.table import RESHAPES
+from focus_compile.capture.put import Put, put_of
 from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import (
     argument,
     aten,
+    expr_of,
     fake_mode_of,
     graph_outputs,
     operands,
     tensor_of,
-    wrap,
 )
 from focus_compile.graph.replay import Replay
 from focus_compile.ops.library import focus
@@ -57,31 +60,44 @@ def grow(captured: Labelled) -> Labelled:
         Unsupported: something else is done with the slots of such a cache.
     """
     gm, axes = captured.gm, captured.axes
-    writes = {node for node in gm.graph.nodes if _replaces(node, axes)}
+    puts = {node: put for node in gm.graph.nodes if (put := put_of(node)) is not None}
+    writes = {node: put for node, put in puts.items() if _replaces(put, axes)}
     return label(_Growth(gm, axes, writes).run()) if writes else captured
 
 
-def _replaces(node: Node, axes: AxisMap) -> bool:
-    """Whether a node puts the block's keys or values into a cache."""
-    if node.target is not aten.index_copy.default:
+def _replaces(put: Put, axes: AxisMap) -> bool:
+    """Whether it is the block's keys or values that are put into a cache."""
+    if put.x.op != "placeholder" or put.row not in (None, 0):
         return False
-    past, at, _, source = node.args
-    assert isinstance(past, Node) and isinstance(source, Node)
-    dims = axes.of(source)
-    return past.op == "placeholder" and axes.position(dims, Role.TOKEN) == wrap(at, len(dims))  # type: ignore[arg-type]
+    return axes.position(axes.of(put.source), Role.TOKEN) == put.dim
+
+
+def _said(value: Any) -> Any:
+    """What a value is, so that two nodes that compute the same are equal."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_said, value))
+    if not isinstance(value, Node):
+        return type(value), value
+    made = value.meta["val"]
+    if not isinstance(made, Tensor):
+        return expr_of(made) if isinstance(made, torch.SymInt) else made
+    if value.op != "call_function":
+        return value
+    return value.target, _said(value.args), _said(tuple(value.kwargs.items()))
 
 
 class _Growth:
     """One replay. ``grown``: nodes that hold M + T slots instead of M, with the index of these."""
 
-    def __init__(self, gm: GraphModule, axes: AxisMap, writes: set[Node]) -> None:
+    def __init__(self, gm: GraphModule, axes: AxisMap, writes: dict[Node, Put]) -> None:
         self.gm, self.axes, self.writes = gm, axes, writes
+        self.indices: dict[Any, Node] = {}
         self.replay = Replay(gm, fake_mode_of(gm))
         self.env: dict[Node, Node] = {}
         self.grown: dict[Node, Node] = {}
         self.past: dict[Node, tuple[Node, int]] = {}
         self.hidden: set[Node] = set()
-        self.slots = {axes.of(node)[self._at(node)] for node in writes}
+        self.slots = {axes.of(node)[put.dim] for node, put in writes.items()}
 
     def run(self) -> GraphModule:
         for node in self.gm.graph.nodes:
@@ -98,23 +114,22 @@ class _Growth:
                     self.replay.attributes[name] = getattr(self.gm, name)
         return self.replay.finish(map_arg(graph_outputs(self.gm), self._output))
 
-    def _at(self, write: Node) -> int:
-        return wrap(write.args[1], tensor_of(write).dim())  # type: ignore[arg-type]
-
     def _write(self, node: Node) -> None:
-        past, _, index, source = node.args
-        assert isinstance(past, Node) and isinstance(index, Node) and isinstance(source, Node)
-        at = self._at(node)
-        left = self.replay.call(focus.clear.default, (self.env[past], self.env[index], at))
-        parts = [left, self.env[source]]
-        self.env[node] = self.replay.call(aten.cat.default, (parts, at), like=node)
+        put = self.writes[node]
+        index = self.indices.setdefault(_said(put.index), put.index)
+        left = self.replay.call(focus.clear.default, (*self._env(put.x, index), put.dim))
+        parts = [left, self.env[put.source]]
+        self.env[node] = self.replay.call(aten.cat.default, (parts, put.dim), like=node)
         self.grown[node] = index
-        self.past[index] = (past, at)
+        self.past[index] = (put.x, put.dim)
+
+    def _env(self, *nodes: Node) -> list[Node]:
+        return [self.env[node] for node in nodes]
 
     def _output(self, node: Node) -> Node:
         if node in self.writes:
-            past, _, index, _ = node.args
-            args = (self.env[past], self.env[node], self.env[index], self._at(node))  # type: ignore
+            put = self.writes[node]
+            args = (*self._env(put.x, node, self.grown[node]), put.dim)
             return self.replay.call(focus.replace.default, args, like=node)
         if node in self.grown:
             raise Unsupported(RETURNS_CACHE, node)
@@ -133,11 +148,11 @@ class _Growth:
         args, kwargs = self._arguments(node, index)
         made = self.env[node] = self.replay.call(node.target, args, kwargs, like=node)
         at = self._along(node)
-        if any(source in self.hidden for source in node.all_input_nodes):
+        if node.target not in FILLS and self.hidden.intersection(node.all_input_nodes):
             self.hidden.add(node)
         if at is not None:
             past, dim = self.past[index]
-            longer = tensor_of(past).shape[dim] + tensor_of(index).shape[0]
+            longer = tensor_of(past).shape[dim] + tensor_of(index).shape[-1]
             results = made.meta["val"]
             results = [results] if isinstance(results, Tensor) else results
             if any(result.shape[at] != longer for result in results):

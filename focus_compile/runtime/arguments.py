@@ -24,7 +24,9 @@ def arguments(layout: Layout, args: Sequence[Any], tokens: int) -> dict[str, Ten
     values: dict[str, Tensor] = {}
     for spec, argument in zip(layout.inputs, layout.arguments, strict=True):
         value = args[argument]
-        value = torch.tensor(value) if isinstance(value, int) else local(value)
+        if isinstance(value, int):
+            value = torch.tensor(value, device=spec.device)
+        value = local(value)
         if spec.strided:
             fits = value.stride(-1) == 1
         else:
