@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 from focus_compile.axes.axes import AxisMap, Dim, Role
 from focus_compile.axes.propagate import Labelled, label
 from focus_compile.axes.rules.makers import FILLS
+from focus_compile.axes.rules.pointwise import POINTWISE
 from focus_compile.axes.rules.table import RESHAPES
 from focus_compile.capture.put import Put, put_of
 from focus_compile.errors import Unsupported
@@ -169,7 +170,7 @@ class _Growth:
 
     def _arguments(self, node: Node, index: Node) -> tuple[Any, Any]:
         if node.target is _SDPA:
-            query, key, value = map_arg(node.args[:3], lambda arg: self._operand(arg, index))
+            query, key, value = map_arg(node.args[:3], lambda arg: self._operand(arg, index, node))
             mask = self._mask(argument(node, 3, "attn_mask"), index)
             kwargs = {
                 "scale": argument(node, 6, "scale"),
@@ -192,7 +193,7 @@ class _Growth:
                 self.hidden.add(node)
             env = {arg: self._mask(arg, index) for arg in masks}
             return map_arg((node.args, node.kwargs), lambda arg: env.get(arg) or self.env[arg])
-        return map_arg((node.args, node.kwargs), lambda arg: self._operand(arg, index))
+        return map_arg((node.args, node.kwargs), lambda arg: self._operand(arg, index, node))
 
     def _is_scores(self, node: Node) -> bool:
         """Whether a value has a row per token and a column per slot."""
@@ -205,11 +206,18 @@ class _Growth:
         args = (old, self.env[past], self.env[index], dim)
         return self.replay.once(focus.extend_mask.default, args)
 
-    def _operand(self, arg: Node, index: Node) -> Node:
+    def _operand(self, arg: Node, index: Node, node: Node) -> Node:
         grows = arg not in self.grown and arg in self.axes.dims
         if not grows or (at := self._along(arg)) is None:
             return self.env[arg]
-        return self.replay.once(focus.extend.default, (self.env[arg], self.env[index], at))
+        value, dims = self.env[arg], self.axes.of(arg)
+        if tensor_of(index).dim() > 1:  # rows of their own: they stand in the first dim
+            while node.target in POINTWISE and len(dims) < tensor_of(node).dim():
+                value = self.replay.once(aten.unsqueeze.default, (value, 0))
+                at, dims = at + 1, ((), *dims)
+            if at == 0 or (dims[0] and self.axes.position(dims, Role.BATCH) != 0):
+                raise Unsupported(UNKNOWN_ON_SLOTS, node)
+        return self.replay.once(focus.extend.default, (value, self.env[index], at))
 
     def _resolved(self, dim: Dim) -> Dim:
         return self.axes.resolve(dim)

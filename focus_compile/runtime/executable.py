@@ -24,7 +24,7 @@ from focus_compile.programs.layout import Layout
 from focus_compile.programs.program import Program
 from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.arguments import arguments, held_slots
-from focus_compile.runtime.block import BlockState, History
+from focus_compile.runtime.block import BlockState, History, history_of
 from focus_compile.runtime.controls import Constants, controls, empty_slots, is_exact, ranking
 from focus_compile.runtime.demand import Demand, demand_of, rescue_of
 from focus_compile.runtime.holes import Holes
@@ -359,17 +359,11 @@ class Executable:
         state = session.state(key) if key else None
         if self.layout.past is not None:
             past = values[self.layout.past]
-            dim = self.layout.past_dim
-            keys = length = past.shape[dim]
             places: Tensor | None = None
             if (index := self.layout.index) is not None:
                 (places,) = index.gm(*(values[name] for name in index.inputs))
-                places = places.remainder(keys)
-                length = int(places.min())
-            mark = past.select(dim, length - 1).clone() if length else None
-            last = state.history.length - 1 if state is not None else -1
-            before = past.select(dim, last) if 0 <= last < length else None
-            history = History(length, mark, keys, places, before)
+            known = None if state is None else state.history
+            history = history_of(past, self.layout.past_dim, places, known)
         weights = weights_of(args, self.layout.buffers, self.layout.key_program)
         session.forget(key)  # until this call is through
         if state is None:
