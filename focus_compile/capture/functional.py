@@ -27,6 +27,12 @@ MAY_RETURN_OPERAND = (
     aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default,
 )  # fmt: skip
 """Operators that may return their operand itself, though their schemas do not say so."""
+VIEWS = (
+    aten.view.default, aten.transpose.int, aten.permute.default, aten.t.default,
+    aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.unflatten.int, aten.expand.default, aten.alias.default, aten.detach.default,
+)  # fmt: skip
+"""Operators whose result is their operand's memory, whatever its strides."""
 
 
 def functionalize(gm: GraphModule) -> dict[Node, Node]:
@@ -42,8 +48,9 @@ def functionalize(gm: GraphModule) -> dict[Node, Node]:
         counterpart = _counterpart(node)
         if counterpart is None:
             continue
-        order = {candidate: index for index, candidate in enumerate(graph.nodes)}
         written = node.args[0]
+        _take_views_anew(written, node, graph)
+        order = {candidate: index for index, candidate in enumerate(graph.nodes)}
         if not _only_read_through(written, node, order, graph, set(inputs.values())):
             continue
         with graph.inserting_before(node):
@@ -111,6 +118,27 @@ def _may_promote(node: Node) -> bool:
         and source.is_floating_point() == written.is_floating_point()
         for source in sources
     )
+
+
+def _take_views_anew(written: Any, node: Node, graph: Graph) -> None:
+    """Views of ``written`` that are read after ``node`` are taken after it: the same memory."""
+    order = {candidate: index for index, candidate in enumerate(graph.nodes)}
+    anew: dict[Node, Node] = {written: written}
+    place = node
+    for view in list(graph.nodes)[: order[node]]:
+        if view.target not in VIEWS or view.args[0] not in anew:
+            continue
+        with graph.inserting_after(place):
+            args = (anew[view.args[0]], *view.args[1:])
+            place = anew[view] = graph.call_function(view.target, args, view.kwargs)
+        place.meta = dict(view.meta)
+        for user in list(view.users):
+            if order.get(user, -1) > order[node]:
+                user.replace_input_with(view, place)
+    del anew[written]
+    for view in reversed(anew.values()):
+        if not view.users:
+            graph.erase_node(view)
 
 
 def _only_read_through(

@@ -22,6 +22,7 @@ from focus_compile.axes.propagate import Labelled, label
 from focus_compile.axes.rules.makers import FILLS
 from focus_compile.axes.rules.pointwise import POINTWISE
 from focus_compile.axes.rules.table import RESHAPES
+from focus_compile.capture.functional import VIEWS
 from focus_compile.capture.put import Put, put_of
 from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import (
@@ -128,13 +129,16 @@ class _Growth:
         return [self.env[node] for node in nodes]
 
     def _output(self, node: Node) -> Node:
+        """The cache as the model would leave it, or a view of it."""
         if node in self.writes:
             put = self.writes[node]
             args = (*self._env(put.x, node, self.grown[node]), put.dim)
-            return self.replay.call(focus.replace.default, args, like=node)
-        if node in self.grown:
+            return self.replay.once(focus.replace.default, args, like=node)
+        if node not in self.grown:
+            return self.env[node]
+        if node.target not in VIEWS:
             raise Unsupported(RETURNS_CACHE, node)
-        return self.env[node]
+        return self.replay.once(node.target, map_arg(node.args, self._output), like=node)
 
     def _emit(self, node: Node) -> None:
         """A node with an operand that has grown: all others that hold slots grow, too."""
