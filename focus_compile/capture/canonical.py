@@ -10,7 +10,7 @@ the rotary tables) is computed once, so that the passes pack it once.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from focus_compile.capture.names import Sizes, is_tensor
 from focus_compile.capture.positions import arange, is_window, progression, window
 from focus_compile.capture.sized import is_sized, sized
 from focus_compile.errors import Unsupported
-from focus_compile.graph.inputs import Input, static_tensor
+from focus_compile.graph.inputs import Argument, Input, static_tensor
 from focus_compile.graph.nodes import expr_of, graph_inputs, graph_outputs, tensor_of
 from focus_compile.graph.replay import Replay
 from focus_compile.refusals import NO_RULE, RETURNS_SIZE
@@ -41,20 +41,23 @@ aten = torch.ops.aten
 class Canonical:
     """A canonical graph.
 
-    ``axes``: its labels. ``inputs``: what each of its inputs is. ``arguments``: for each of them,
-    the index of the captured graph's input.
+    ``axes``: its labels. ``inputs``: what each of its inputs is. ``arguments``: and which argument
+    of Dynamo's graph.
     """
 
     gm: GraphModule
     axes: AxisMap
     inputs: tuple[Input, ...]
-    arguments: tuple[int, ...]
+    arguments: tuple[Argument, ...]
 
 
-def canonicalize(captured: Labelled, held: Collection[int] = ()) -> Canonical:
+def canonicalize(
+    captured: Labelled, held: Collection[int] = (), given: Sequence[Argument] | None = None
+) -> Canonical:
     """Replay a graph from :func:`focus_compile.capture.capture.capture` with sizes by name.
 
-    ``held``: its inputs, by position, whose memory has room for the block.
+    ``held``: its inputs, by position, whose memory has room for the block. ``given``: what its
+    inputs are among the arguments of Dynamo's graph; None: these themselves.
 
     Raises:
         Unsupported: a size cannot be told from the labels.
@@ -65,7 +68,8 @@ def canonicalize(captured: Labelled, held: Collection[int] = ()) -> Canonical:
     histories = _name_histories(gm, sizes)
     env: dict[Node, Any] = {}
     inputs: list[Input] = []
-    arguments: list[int] = []
+    arguments: list[Argument] = []
+    given = given or [Argument(at) for at in range(len(graph_inputs(gm)))]
     for position, node in enumerate(graph_inputs(gm)):
         axes.current = node
         if isinstance(node.meta["val"], torch.Tensor):
@@ -76,16 +80,16 @@ def canonicalize(captured: Labelled, held: Collection[int] = ()) -> Canonical:
                 if isinstance(extent, str):
                     sizes.reads.setdefault(extent, (env[node], dim))
             inputs.append(spec)
-            arguments.append(position)
+            arguments.append(given[position])
     sizes.inputs_named = True
     device = torch.device("cpu") if axes.entry is None else tensor_of(axes.entry.ids).device
     for position, node in enumerate(graph_inputs(gm)):
         if node.users and _is_number(node, sizes):
             spec = Input(f"input{len(inputs)}", (), torch.int64, device)
-            given = sizes.replay.placeholder(spec.name, static_tensor(mode, spec), node)
-            sizes.numbers[expr_of(node.meta["val"])] = given
+            number = sizes.replay.placeholder(spec.name, static_tensor(mode, spec), node)
+            sizes.numbers[expr_of(node.meta["val"])] = number
             inputs.append(spec)
-            arguments.append(position)
+            arguments.append(given[position])
     for node in gm.graph.nodes:
         axes.current = node
         if node.op == "get_attr":

@@ -37,6 +37,7 @@ from focus_compile.graph.nodes import (
 from focus_compile.graph.replay import Replay
 from focus_compile.ops.library import focus
 from focus_compile.refusals import (
+    CACHE_CUT,
     CAUSAL_SLOTS,
     DIFFERENT_SLOTS,
     FIXED_SLOTS,
@@ -165,6 +166,8 @@ class _Growth:
             self.grown[node] = index
 
     def _check_hidden(self, node: Node) -> None:
+        if node.target is aten.slice.Tensor:
+            raise Unsupported(CACHE_CUT, node)
         if node.target not in _OVER_KEYS:
             raise Unsupported(KEYS_MIXED, node)
         if node.target is _SDPA and argument(node, 5, "is_causal", False):

@@ -16,6 +16,7 @@ from focus_compile.graph.nodes import aten, expr_of
 from focus_compile.graph.replay import Replay
 from focus_compile.graph.sizes import Extent, generic
 from focus_compile.refusals import (
+    CACHE_CUT,
     CHANGES_LENGTH,
     FOLDED_INPUT,
     MAKES_MASK,
@@ -107,6 +108,8 @@ class Sizes:
             node = self.axes.current
             if node is not None and makes_mask(node):
                 raise Unsupported(MAKES_MASK, node)
+            if extent in self.histories.values():
+                raise Unsupported(CACHE_CUT, node)
             raise Unsupported(NO_SIZE, node, extent=extent)
         return self.replay.size(*self.reads[extent])
 

@@ -5,6 +5,7 @@ What is put into a view of a tensor is put into the tensor itself, where that ca
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,6 +130,9 @@ def through(
         if place is None:
             return None
         sizes[place] = edit.size(source, dim)
+        folded = [edit.size(source, at) for at in range(dim + 1, tensor_of(source).dim())]
+        if place == len(sizes) - 2 and all(isinstance(size, int) for size in folded):
+            sizes[-1] = math.prod(folded)  # type: ignore[arg-type]
     found = tuple(place for place in places if place is not None)
     return edit.call(aten.reshape.default, source, sizes), found
 

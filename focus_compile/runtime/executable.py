@@ -76,6 +76,7 @@ class Executable:
         dense_calls: how often the dense program ran; ``prefix.calls`` and ``suffix.calls`` count
             the others.
         captured: the programs are recorded as CUDA graphs.
+        written: arguments, by position, that the model writes into.
         stored: names of keys and values that are a part of the caller's cache.
         returns: whether the function that Dynamo captured returns behind this graph; else it goes
             on behind a graph break.
@@ -104,6 +105,7 @@ class Executable:
         self.captured = config.captures(slot.device for slot in layout.slots)
         self.returns = returns
         self.constants = Constants()
+        self.written = {argument.position for argument in layout.written}
         self.stored = {halves.slots[held.slot] for held in layout.held}
         self.read_as = Outputs()
         self.logits = Logits(halves, self.read_as)
@@ -142,7 +144,7 @@ class Executable:
             warning_once(log, HELD)
             self.record.dense_call("keys and values are written into a part of a cache")
             return self._dense(args, session, masked=True)
-        if self.layout.written and overlap(args, self.layout.written):
+        if self.layout.written and overlap(args, self.written):
             warning_once(log, OVERLAP)
             self.record.dense_call("written and shared memory")
             return self._dense(args, session, masked=True)
@@ -230,7 +232,7 @@ class Executable:
         made = returned(self.halves, self._shown(values, kept, session), domains, packed)
         count_own = len(made) - len(self.layout.written)
         for argument, value in zip(self.layout.written, made[count_own:], strict=True):
-            args[argument].copy_(value)
+            argument.of(args).copy_(value)
         self.record.focus_call()
         if session is not None:
             retained = kept.keep.clone()  # it outlives this call

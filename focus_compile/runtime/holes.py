@@ -103,7 +103,7 @@ class Holes:
             EvictedHistory: the call would attend to slots that hold nothing.
         """
         layout = self.layout
-        past = None if self.past is None else local(args[self.past])
+        past = None if self.past is None else local(self.past.of(args))
         empty = None if past is None else _empty_slots(past, layout.values_dim)
         if empty is None:
             return
