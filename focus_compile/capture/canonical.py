@@ -98,6 +98,8 @@ def canonicalize(
             _emit(node, env, sizes)
     outputs = fx.map_arg(graph_outputs(gm), lambda node: _returned(node, env))
     canonical = sizes.replay.finish(outputs)
+    canonical.graph.eliminate_dead_code()  # values of which only the shape was read
+    canonical.recompile()
     return Canonical(canonical, propagate(canonical), tuple(inputs), tuple(arguments))
 
 

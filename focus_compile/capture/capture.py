@@ -14,10 +14,10 @@ from torch.fx.traceback import preserve_node_meta
 
 from focus_compile.capture.functional import functionalize
 from focus_compile.capture.held import hold
+from focus_compile.capture.local_rank import LocalRank, local_value, shard_of
 from focus_compile.capture.parts import split_inputs
 from focus_compile.capture.plain import say_plainly
 from focus_compile.capture.puts import name_puts
-from focus_compile.capture.local_rank import LocalRank, local_value, shard_of
 from focus_compile.errors import Unsupported
 from focus_compile.graph.inputs import Argument
 from focus_compile.graph.nodes import graph_inputs, graph_outputs

@@ -32,6 +32,7 @@ from focus_compile.graph.nodes import (
     fake_mode_of,
     graph_outputs,
     operands,
+    reachable,
     tensor_of,
 )
 from focus_compile.graph.replay import Replay
@@ -63,8 +64,13 @@ def grow(captured: Labelled) -> Labelled:
         Unsupported: something else is done with the slots of such a cache.
     """
     gm, axes = captured.gm, captured.axes
+    if axes.entry is None:
+        return captured
+    tokens = reachable(axes.entry.embedding, lambda node: node.users)
     puts = {node: put for node in gm.graph.nodes if (put := put_of(node)) is not None}
-    writes = {node: put for node, put in puts.items() if _replaces(put, axes)}
+    writes = {
+        node: put for node, put in puts.items() if put.source in tokens and _replaces(put, axes)
+    }
     return label(_Growth(gm, axes, writes).run()) if writes else captured
 
 

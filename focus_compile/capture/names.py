@@ -65,6 +65,11 @@ class Sizes:
                 self.names[axis] = f"extra{len(self.names)}"
         return self.names[axis]
 
+    def is_known(self, axis: Axis) -> bool:
+        """Whether the size of an axis that is no sum has a name, or is a sum of such."""
+        name = self.name(axis)
+        return isinstance(name, tuple) or name in self.reads
+
     def _named(self, size: sympy.Expr) -> Extent | None:
         """A size of something that the model makes, by the names of inputs' sizes; None: unknown.
 
@@ -175,7 +180,9 @@ class Sizes:
         number = arg.meta["val"]
         if isinstance(number, torch.SymFloat):
             return float(number)  # a constant of the module: Dynamo guards that it stays so
-        return self.expression(expr_of(number), node) if isinstance(number, torch.SymInt) else number
+        return (
+            self.expression(expr_of(number), node) if isinstance(number, torch.SymInt) else number
+        )
 
     def expression(self, expr: sympy.Expr, node: Node) -> Node | int:
         """A size computed by the captured graph, as a graph argument."""

@@ -5,7 +5,6 @@ What is put into a view of a tensor is put into the tensor itself, where that ca
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,25 +122,28 @@ def through(
     if view.target is aten.squeeze.dim and tensor_of(view).dim() < tensor_of(base).dim():
         at = wrap(view.args[1], tensor_of(base).dim())  # type: ignore[arg-type]
         return edit.call(aten.unsqueeze.default, source, at), tuple(d + (d >= at) for d in dims)
-    if view.target not in (aten.view.default, aten.unflatten.int):
-        return None
-    sizes, places = edit.sizes(base), [_place(base, view, dim) for dim in dims]
-    for dim, place in zip(dims, places, strict=True):
+    if view.target in (aten.view.default, aten.unflatten.int):
+        return _reshaped(view, source, dims, edit)
+    return None
+
+
+def _reshaped(
+    view: Node, source: Node, dims: tuple[int, ...], edit: Edit
+) -> tuple[Node, tuple[int, ...]] | None:
+    base: Any = view.args[0]
+    sizes, places = edit.sizes(base), list[int]()
+    for dim in dims:
+        place = _place(base, view, dim)
         if place is None:
             return None
         sizes[place] = edit.size(source, dim)
-        folded = [edit.size(source, at) for at in range(dim + 1, tensor_of(source).dim())]
-        if place == len(sizes) - 2 and all(isinstance(size, int) for size in folded):
-            sizes[-1] = math.prod(folded)  # type: ignore[arg-type]
-    found = tuple(place for place in places if place is not None)
-    return edit.call(aten.reshape.default, source, sizes), found
+        places.append(place)
+    return edit.call(aten.reshape.default, source, sizes), tuple(places)
 
 
 def _place(base: Node, view: Node, dim: int) -> int | None:
     """Which dim of ``base`` a dim of its reshaped view is; None: a part or a product of some."""
-    outer, inner = (
-        [expr_of(size) for size in tensor_of(value).shape] for value in (view, base)
-    )
+    outer, inner = ([expr_of(size) for size in tensor_of(value).shape] for value in (view, base))
     before = sympy.Mul(*outer[:dim])
     places = [
         at

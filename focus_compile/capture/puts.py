@@ -4,9 +4,10 @@ x[:, :, a:b] = k, x.narrow(2, a, b - a).copy_(k)   ->   x.index_copy_(2, arange(
 x[:, :, index] = k, x.scatter_(2, index_BHTD, k)        x.index_copy_(2, index, k)
 x[rows, :, index_BT] = k                           ->   x.scatter_(2, index_B1T1.expand(...), k)
 
-Likewise those that return a new tensor: ``slice_scatter``, ``scatter``, ``index_put``, and a ``cat``
-of the values with what is left of x. What is put into a view of a tensor (``x.transpose(1, 2)``) is
-put into the tensor itself. So two forms are left: one for the places of all rows, one per row.
+Likewise those that return a new tensor: ``slice_scatter``, ``scatter``, ``index_put``, and a
+``cat`` of the values with what is left of x. What is put into a view of a tensor
+(``x.transpose(1, 2)``) is put into the tensor itself. So two forms are left: one for the places of
+all rows, one per row.
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ def _span(
         counted = 0 if end in (None, sys.maxsize) else _number(end)
         if counted - _number(start) != _number(length):
             return None
+        start = edit.total(start, edit.size(x, dim))
     device = tensor_of(x).device
     index = edit.call(aten.arange.start, start, edit.total(start, length), device=device)
     return Put(x, dim, index, source, in_place)
@@ -213,7 +215,7 @@ def _per_row(put: Put, edit: Edit) -> Put | None:
     length, index = edit.size(put.index, -1), put.index
     rest = [at for at in range(len(sizes)) if at not in (row, dim)]
     at = min(row, dim) if abs(row - dim) == 1 else 0
-    order = rest[:at] + [row, dim] + rest[at:]
+    order = [*rest[:at], row, dim, *rest[at:]]
     source = edit.fitted(put.source, [length if at == dim else sizes[at] for at in order])
     source = edit.call(aten.permute.default, source, [order.index(at) for at in range(len(sizes))])
     same = _spread(index)
@@ -235,8 +237,6 @@ def _counts(rows: Node, x: Node, dim: int) -> bool:
         return False
     while rows.target in (aten.unsqueeze.default, aten.view.default, aten.reshape.default):
         rows = rows.args[0]  # type: ignore[assignment]
-    if shape[0] == 1 and rows.target is not aten.arange.default:
-        return False
     return rows.target is aten.arange.default or (
         rows.target is aten.arange.start and rows.args[0] == 0
     )

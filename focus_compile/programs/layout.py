@@ -136,7 +136,8 @@ def _buffers(canonical: Canonical, plan: Plan, own: set[int]) -> tuple[int, ...]
     return tuple(
         argument.position
         for given, argument in pairs
-        if argument.position in own and not (given.parameter or given.symbolic or given.name in pasts)
+        if argument.position in own
+        and not (given.parameter or given.symbolic or given.name in pasts)
     )
 
 

@@ -13,4 +13,13 @@ from focus_compile.axes.rules import (
     views,
 )
 
-__all__ = ["experts", "fixed_cache", "indexing", "makers", "pointwise", "products", "reductions", "views"]
+__all__ = [
+    "experts",
+    "fixed_cache",
+    "indexing",
+    "makers",
+    "pointwise",
+    "products",
+    "reductions",
+    "views",
+]

@@ -29,6 +29,8 @@ _LIKE: dict[OpOverload, Callable[[Node], Any]] = {
     aten.ones_like.default: _always(1),
     aten.full_like.default: _number(1),
     aten.empty_like.default: _always(0),
+    aten.fill.Scalar: lambda node: argument(node, 1, "value"),
+    aten.zero.default: _always(0),
 }
 _SIZED: dict[OpOverload, Callable[[Node], Any]] = {
     aten.zeros.default: _always(0),

@@ -42,7 +42,8 @@ POINTWISE = (*_ELEMENTWISE, *_CASTS)
 NUMERIC = {
     overload: packet.Tensor
     for packet in (
-        aten.add, aten.sub, aten.mul, aten.div, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge,
+        aten.add, aten.sub, aten.mul, aten.div,
+        aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge,
     )
     for overload in (packet.Tensor, packet.Scalar)
 }  # fmt: skip

@@ -25,13 +25,19 @@ def _sizes(node: Node) -> list[sympy.Expr]:
 @transfer(
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
     aten.unflatten.int, aten.squeeze.dim, aten.unsqueeze.default, aten.squeeze.default,
-    aten.view_as.default, aten.reshape_as.default,
 )  # fmt: skip
 def _view(node: Node, axes: AxisMap) -> Transfer:
     if 0 in _sizes(node):
         return Transfer(fresh(node, axes), axes.dims[source(node)][0])
     factors = tuple(axis for dim in axes.dims[source(node)][0] for axis in dim)
     return one_result(*axes.regroup(factors, _sizes(node)))
+
+
+@transfer(aten.view_as.default, aten.reshape_as.default)
+def _view_as(node: Node, axes: AxisMap) -> Transfer:
+    """The axes of another value, of which nothing else is read."""
+    (dims,), other = _view(node, axes).out, axes.dims[operands(node)[-1]][0]
+    return one_result(*(axes.unify(dim, as_) for dim, as_ in zip(dims, other, strict=True)))
 
 
 @transfer(aten.expand.default)
@@ -54,7 +60,7 @@ def _expand_as(node: Node, axes: AxisMap) -> Transfer:
 def _repeat(node: Node, axes: AxisMap) -> Transfer:
     """Each dim ``times`` in a row, as a whole: the dim becomes a product."""
     dims = axes.dims[source(node)][0]
-    times = [expr_of(n.meta["val"] if isinstance(n, Node) else n) for n in node.args[1]]  # type: ignore
+    times = [n.meta["val"] if isinstance(n, Node) else n for n in node.args[1]]  # type: ignore
     dims = ((),) * (len(times) - len(dims)) + dims
     return one_result(*(axes.fresh(n) + dim for n, dim in zip(times, dims, strict=True)))
 
