@@ -159,9 +159,10 @@ class Sizes:
         total: Node | int = 0
         for term in sympy.Add.make_args(expr):
             factor, symbol = term.as_coeff_Mul()
-            number = self.numbers.get(symbol)
-            if number is None:
-                number, factor = self.expression(term, node), 1
+            if symbol not in self.numbers:
+                total = self._plus(total, self.expression(term, node))
+                continue
+            number = self.numbers[symbol]
             if factor != 1:
                 number = self.replay.once(aten.mul.Tensor, (number, int(factor)))
             total = self._plus(total, number)

@@ -233,12 +233,12 @@ def _counts(rows: Node, x: Node, dim: int) -> bool:
     """Whether an index ``[B, 1]``, or that expanded to ``[B, T]``, is 0, 1, ... B - 1."""
     rows = _spread(rows)
     shape = tensor_of(rows).shape
-    if len(shape) != 2 or shape[1] != 1 or shape[0] != tensor_of(x).shape[dim]:
+    if len(shape) != 2 or shape[1] != 1 or expr_of(shape[0]) != expr_of(tensor_of(x).shape[dim]):
         return False
     while rows.target in (aten.unsqueeze.default, aten.view.default, aten.reshape.default):
         rows = rows.args[0]  # type: ignore[assignment]
     return rows.target is aten.arange.default or (
-        rows.target is aten.arange.start and rows.args[0] == 0
+        rows.target is aten.arange.start and bool(rows.args[0] == 0)
     )
 
 

@@ -37,7 +37,7 @@ def sized(node: Node, env: dict[Node, Any], sizes: Sizes) -> tuple[Any, tuple[An
     shape = [sizes.size(dim) for dim in dims]
     if node.target in FILLS:
         value = tensor_of(node)
-        number = FILLS[node.target](node)  # type: ignore[index]
+        number = FILLS[node.target](node)
         if isinstance(number, Node):
             number = sizes.number_of(number, node)
         return aten.full.default, (shape, number), {"dtype": value.dtype, "device": value.device}

@@ -167,7 +167,7 @@ def rows_by_index(past: Tensor, new: Tensor, places: Places) -> Tensor:
 
 def rows_by_scatter(past: Tensor, new: Tensor, places: Places) -> Tensor:
     assert isinstance(places, Tensor)
-    return past.scatter(2, places[:, None, :, None].expand(new.shape), new)
+    return past.scatter_(2, places[:, None, :, None].expand(new.shape), new)
 
 
 @torch.no_grad()

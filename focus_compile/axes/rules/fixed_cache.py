@@ -55,7 +55,8 @@ def _extend_mask(node: Node, axes: AxisMap) -> Transfer:
 
 @transfer(focus.replace.default)
 def _replace(node: Node, axes: AxisMap) -> Transfer:
-    past, joined = (axes.dims[operand][0] for operand in operands(node)[:2])
+    past, joined, index = (axes.dims[operand][0] for operand in operands(node))
+    past = _rows(past, index, axes)
     at: int = node.args[3]  # type: ignore[assignment]
     out = [
         past_dim if position == at else axes.unify(past_dim, joined_dim)

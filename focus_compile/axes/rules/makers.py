@@ -56,7 +56,8 @@ def _like(node: Node, axes: AxisMap) -> Transfer:
 @transfer(*_SIZED)
 def _sized(node: Node, axes: AxisMap) -> Transfer:
     """Axes whose sizes were read off values, or their own: later operators tell which ones."""
-    sizes = argument(node, int(node.target.__name__.startswith("new_")), "size")
+    target: Any = node.target
+    sizes = argument(node, int(target.__name__.startswith("new_")), "size")
     dims = [_read(size, axes) for size in sizes]
     own = (axes.fresh(number) for number in tensor_of(node).shape)
     return one_result(*(new if dim is None else dim for dim, new in zip(dims, own, strict=True)))

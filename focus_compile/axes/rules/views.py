@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 from torch.fx import Node
 
@@ -60,7 +62,8 @@ def _expand_as(node: Node, axes: AxisMap) -> Transfer:
 def _repeat(node: Node, axes: AxisMap) -> Transfer:
     """Each dim ``times`` in a row, as a whole: the dim becomes a product."""
     dims = axes.dims[source(node)][0]
-    times = [n.meta["val"] if isinstance(n, Node) else n for n in node.args[1]]  # type: ignore
+    given: Any = node.args[1]
+    times = [n.meta["val"] if isinstance(n, Node) else n for n in given]
     dims = ((),) * (len(times) - len(dims)) + dims
     return one_result(*(axes.fresh(n) + dim for n, dim in zip(times, dims, strict=True)))
 
