@@ -55,6 +55,8 @@ _SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _OVER_KEYS = (_SDPA, *_SOFTMAX, aten.matmul.default)
 """Operators that mix slots, and leave out what is hidden."""
+_RETURNED = (*VIEWS, aten.to.dtype, aten.to.device, aten.contiguous.default, aten.clone.default)
+"""Operators through which a cache may be returned."""
 
 
 def grow(captured: Labelled) -> Labelled:
@@ -143,7 +145,7 @@ class _Growth:
             return self.replay.once(focus.replace.default, args, like=node)
         if node not in self.grown:
             return self.env[node]
-        if node.target not in VIEWS:
+        if node.target not in _RETURNED:
             raise Unsupported(RETURNS_CACHE, node)
         return self.replay.once(node.target, map_arg(node.args, self._output), like=node)
 

@@ -307,14 +307,9 @@ def cut_off(past: Tensor, new: Tensor, places: Places) -> Tensor:
     return past[:, :, : span(places)[1]]
 
 
-def cut_and_joined(past: Tensor, new: Tensor, places: Places) -> Tensor:
-    return torch.cat([past[:, :, : span(places)[0]], new], 2)
-
-
 REFUSED: list[tuple[Put, str, str]] = [
     (row_by_row, "an operator writes into its input", "of all rows and heads at once"),
     (cut_off, "the model cuts off a part of a cache", "attend to all slots of the cache"),
-    (cut_and_joined, "the model cuts off a part of a cache", "cut it before the call"),
 ]
 
 
