@@ -18,7 +18,7 @@ from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
 from focus_compile.graph.inputs import Input
 from focus_compile.graph.nodes import graph_inputs, tensor_of
 from focus_compile.passes import rewrite
-from focus_compile.plan.plan import SCORED, Plan, make_plan
+from focus_compile.plan.plan import SCORED, Plan, make_plan, refuse_mutation
 from focus_compile.programs.cut import cut
 from focus_compile.programs.halves import Halves
 from focus_compile.programs.layout import Layout, layout_of
@@ -71,17 +71,19 @@ def analyze(
 
 def _analyze(gm: GraphModule, broke: GraphBreak | None, layers: tuple[int, int]) -> Analysis:
     traced = capture(gm)
-    captured, written = traced.gm, traced.written
+    captured = traced.gm
+    written = tuple(traced.arguments[at] for at in traced.written)
     entry = find_entry(captured)
     if entry is not None:
         _refuse_small(entry)
+    refuse_mutation(captured)
     widened, last = widen(grow(label(captured, entry)))
-    canonical = canonicalize(widened, traced.held)
+    canonical = canonicalize(widened, traced.held, traced.arguments)
     plan = make_plan(canonical, layers)
     stages = tuple(rewrite(canonical.gm, plan))
     module_state = [index for index, node in enumerate(graph_inputs(gm)) if is_module_state(node)]
     layout = layout_of(canonical, plan, written, module_state)
-    if {held.argument for held in layout.held} != traced.held.keys():
+    if {held.argument for held in layout.held} != {traced.arguments[at] for at in traced.held}:
         raise Unsupported(WRITES_INPUT)
     halves = cut(stages[-1][1], plan, last)
     first_written = len(halves.own) - len(written)

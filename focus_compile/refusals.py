@@ -85,7 +85,9 @@ TENSOR_OF_TENSORS = Refusal(
 WRITES_INPUT = Refusal(
     "an operator writes into its input",
     "use the operator's form that returns its result (x = x + y, not x += y) where the input "
-    "is a view or is shared",
+    "is a view or is shared; write keys and values of all rows and heads at once, "
+    "cache[:, :, start:end] = k, cache[:, :, index] = k or, where rows have slots of their own, "
+    "cache[torch.arange(batch)[:, None], :, index] = k.transpose(1, 2)",
 )
 ONE_TOKEN = Refusal(
     "the block has one token",
@@ -217,6 +219,11 @@ _CACHE = (
 CACHE_WRITE = Refusal("the write of new keys or values into the cache is not understood", _CACHE)
 KEYS_MIXED = Refusal("keys or values are mixed before they are attended to", _CACHE)
 READS_HISTORY = Refusal("this operator reads keys of the history", _CACHE)
+CACHE_CUT = Refusal(
+    "the model cuts off a part of a cache, and attends to it",
+    "attend to all slots of the cache, under a mask [batch, 1, token, slots] that hides those that "
+    "hold nothing; or cut it before the call, and give the model what it attends to",
+)
 PAST_CHANGED = Refusal("past keys or values are changed before they are used", _CACHE)
 DIFFERENT_SLOTS = Refusal("keys and values are put into different slots", _CACHE)
 UNKNOWN_ON_SLOTS = Refusal("what this operator does with the slots of a cache is unknown", _CACHE)

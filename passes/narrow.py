@@ -257,6 +257,9 @@ class _Narrow:
                 focus.repack.default, (value, self.fed_inverse, tokens, source.token_dim)
             )
         dims = self.axes.of(arg)
+        if arg.target is aten.full.default:  # the same number everywhere: made as long as needed
+            shape = [self._packed_size(dim, place.domain, user) for dim in dims]
+            return self.replay.once(aten.full.default, (shape, *arg.args[1:]), arg.kwargs)
         batch_dim = self.axes.position(dims, Role.BATCH)
         token_dim = self.axes.position(dims, Role.TOKEN)
         if token_dim is not None:

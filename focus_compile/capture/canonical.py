@@ -10,7 +10,7 @@ the rotary tables) is computed once, so that the passes pack it once.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +20,13 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.axes.axes import Axis, AxisMap
 from focus_compile.axes.propagate import Labelled, propagate
-from focus_compile.axes.rules.table import ARANGES, RESHAPES
-from focus_compile.capture.names import Sizes
+from focus_compile.axes.rules.pointwise import NUMERIC
+from focus_compile.axes.rules.table import ARANGES
+from focus_compile.capture.names import Sizes, is_tensor
 from focus_compile.capture.positions import arange, is_window, progression, window
+from focus_compile.capture.sized import is_sized, sized
 from focus_compile.errors import Unsupported
-from focus_compile.graph.inputs import Input, static_tensor
+from focus_compile.graph.inputs import Argument, Input, static_tensor
 from focus_compile.graph.nodes import expr_of, graph_inputs, graph_outputs, tensor_of
 from focus_compile.graph.replay import Replay
 from focus_compile.refusals import NO_RULE, RETURNS_SIZE
@@ -39,20 +41,23 @@ aten = torch.ops.aten
 class Canonical:
     """A canonical graph.
 
-    ``axes``: its labels. ``inputs``: what each of its inputs is. ``arguments``: for each of them,
-    the index of the captured graph's input.
+    ``axes``: its labels. ``inputs``: what each of its inputs is. ``arguments``: and which argument
+    of Dynamo's graph.
     """
 
     gm: GraphModule
     axes: AxisMap
     inputs: tuple[Input, ...]
-    arguments: tuple[int, ...]
+    arguments: tuple[Argument, ...]
 
 
-def canonicalize(captured: Labelled, held: Collection[int] = ()) -> Canonical:
+def canonicalize(
+    captured: Labelled, held: Collection[int] = (), given: Sequence[Argument] | None = None
+) -> Canonical:
     """Replay a graph from :func:`focus_compile.capture.capture.capture` with sizes by name.
 
-    ``held``: its inputs, by position, whose memory has room for the block.
+    ``held``: its inputs, by position, whose memory has room for the block. ``given``: what its
+    inputs are among the arguments of Dynamo's graph; None: these themselves.
 
     Raises:
         Unsupported: a size cannot be told from the labels.
@@ -63,7 +68,8 @@ def canonicalize(captured: Labelled, held: Collection[int] = ()) -> Canonical:
     histories = _name_histories(gm, sizes)
     env: dict[Node, Any] = {}
     inputs: list[Input] = []
-    arguments: list[int] = []
+    arguments: list[Argument] = []
+    given = given or [Argument(at) for at in range(len(graph_inputs(gm)))]
     for position, node in enumerate(graph_inputs(gm)):
         axes.current = node
         if isinstance(node.meta["val"], torch.Tensor):
@@ -74,7 +80,16 @@ def canonicalize(captured: Labelled, held: Collection[int] = ()) -> Canonical:
                 if isinstance(extent, str):
                     sizes.reads.setdefault(extent, (env[node], dim))
             inputs.append(spec)
-            arguments.append(position)
+            arguments.append(given[position])
+    sizes.inputs_named = True
+    device = torch.device("cpu") if axes.entry is None else tensor_of(axes.entry.ids).device
+    for position, node in enumerate(graph_inputs(gm)):
+        if node.users and _is_number(node, sizes):
+            spec = Input(f"input{len(inputs)}", (), torch.int64, device)
+            number = sizes.replay.placeholder(spec.name, static_tensor(mode, spec), node)
+            sizes.numbers[expr_of(node.meta["val"])] = number
+            inputs.append(spec)
+            arguments.append(given[position])
     for node in gm.graph.nodes:
         axes.current = node
         if node.op == "get_attr":
@@ -83,7 +98,15 @@ def canonicalize(captured: Labelled, held: Collection[int] = ()) -> Canonical:
             _emit(node, env, sizes)
     outputs = fx.map_arg(graph_outputs(gm), lambda node: _returned(node, env))
     canonical = sizes.replay.finish(outputs)
+    canonical.graph.eliminate_dead_code()  # values of which only the shape was read
+    canonical.recompile()
     return Canonical(canonical, propagate(canonical), tuple(inputs), tuple(arguments))
+
+
+def _is_number(node: Node, sizes: Sizes) -> bool:
+    """Whether an input is a number that is no size: where a block begins, say."""
+    value = node.meta["val"]
+    return isinstance(value, torch.SymInt) and sizes.meaning.get(expr_of(value)) is None
 
 
 def _returned(node: Node, env: dict[Node, Any]) -> Any:
@@ -146,28 +169,30 @@ def _emit(node: Node, env: dict[Node, Any], sizes: Sizes) -> None:
     if (source := _copy_source(node)) is not None:
         env[node] = env[source]
         return
-    if node.target in RESHAPES or node.target is aten.expand.default:
-        args = (env[args[0]], [sizes.size(dim) for dim in sizes.axes.of(node)])
+    target: Any = node.target
+
+    def argument(arg: Node) -> Any:
+        if arg in env:
+            return env[arg]
+        if target in (*NUMERIC, *ARANGES) and isinstance(arg.meta["val"], torch.SymInt):
+            return sizes.value(expr_of(arg.meta["val"]), node)
+        return sizes.number_of(arg, node)
+
+    if target in ARANGES:
+        start, step = (fx.map_arg(operand, argument) for operand in progression(args))
+        env[node] = arange(node, start, step, sizes)
+        return
+    if is_window(node, sizes):
+        env[node] = window(node, env[args[0]], sizes)
+        return
+    if is_sized(node):
+        target, args, kwargs = sized(node, env, sizes)
     else:
-
-        def argument(arg: Node) -> Any:
-            if arg in env:
-                return env[arg]
-            size = arg.meta["val"]
-            if isinstance(size, torch.SymFloat):
-                return float(size)  # a constant of the module: Dynamo guards that it stays so
-            return sizes.expression(expr_of(size), node) if isinstance(size, torch.SymInt) else size
-
-        if node.target in ARANGES:
-            start, step = (fx.map_arg(operand, argument) for operand in progression(args))
-            env[node] = arange(node, start, step, sizes)
-            return
-        if is_window(node, sizes):
-            env[node] = window(node, env[args[0]], sizes)
-            return
         args, kwargs = fx.map_arg((args, kwargs), argument)
+        if target in NUMERIC and is_tensor(args[1]):
+            target = NUMERIC[target]
     try:
-        env[node] = sizes.replay.once(node.target, args, kwargs, like=node)
+        env[node] = sizes.replay.once(target, args, kwargs, like=node)
     except Unsupported as error:
         if node in sizes.axes.unruled:
             raise Unsupported(NO_RULE, node) from error

@@ -12,10 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.fx.traceback import preserve_node_meta
 
-from focus_compile.capture.functional import functionalize, name_puts
+from focus_compile.capture.functional import functionalize
 from focus_compile.capture.held import hold
 from focus_compile.capture.local_rank import LocalRank, local_value, shard_of
+from focus_compile.capture.parts import split_inputs
+from focus_compile.capture.plain import say_plainly
+from focus_compile.capture.puts import name_puts
 from focus_compile.errors import Unsupported
+from focus_compile.graph.inputs import Argument
 from focus_compile.graph.nodes import graph_inputs, graph_outputs
 from focus_compile.refusals import (
     FLEX_ATTENTION,
@@ -26,6 +30,7 @@ from focus_compile.refusals import (
 from focus_compile.torch_private import (
     FakeTensor,
     HigherOrderOperator,
+    is_module_state,
     is_traceable_wrapper_subclass,
     make_fx,
 )
@@ -39,11 +44,13 @@ class Captured:
 
     ``written``: those that the model writes into; their new values are its last outputs. ``held``:
     those that hold history and block, and along which dim; to the graph they are the history.
+    ``arguments``: what each input is among the arguments of Dynamo's graph.
     """
 
     gm: GraphModule
     written: tuple[int, ...]
     held: dict[int, int]
+    arguments: tuple[Argument, ...]
 
 
 def has_attention(gm: GraphModule) -> bool:
@@ -84,15 +91,19 @@ def capture(gm: GraphModule) -> Captured:
         traced.meta.setdefault("val", None)  # of a mesh
         traced.meta["shard"] = shard_of(node.meta["example_value"])
     graph.graph.eliminate_dead_code()
+    own = {at for at, node in enumerate(graph_inputs(gm)) if is_module_state(node)}
+    arguments = split_inputs(graph, own)
+    say_plainly(graph)
     held = hold(graph)
+    name_puts(graph)
     written = functionalize(graph)
     if written:
         graph.graph.output_node().args = ((*graph_outputs(graph), *written.values()),)
-    name_puts(graph)
     graph.recompile()
     positions = {node: index for index, node in enumerate(graph_inputs(graph))}
     return Captured(
         graph,
         tuple(positions[node] for node in written),
         {positions[node]: dim for node, dim in held.items()},
+        arguments,
     )

@@ -15,10 +15,10 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from focus_compile.graph.nodes import argument, expr_of, operands, tensor_of
+from focus_compile.graph.nodes import expr_of, operands, tensor_of
 from focus_compile.torch_private import OpOverload
 
-__all__ = ["aliased", "drop_whole_slices", "functionalize", "name_puts"]
+__all__ = ["aliased", "drop_whole_slices", "functionalize"]
 
 aten = torch.ops.aten
 KEPT = (aten.detach_.default,)
@@ -27,6 +27,12 @@ MAY_RETURN_OPERAND = (
     aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default,
 )  # fmt: skip
 """Operators that may return their operand itself, though their schemas do not say so."""
+VIEWS = (
+    aten.view.default, aten.transpose.int, aten.permute.default, aten.t.default,
+    aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.unflatten.int, aten.expand.default, aten.alias.default, aten.detach.default,
+)  # fmt: skip
+"""Operators whose result is their operand's memory, whatever its strides."""
 
 
 def functionalize(gm: GraphModule) -> dict[Node, Node]:
@@ -42,8 +48,9 @@ def functionalize(gm: GraphModule) -> dict[Node, Node]:
         counterpart = _counterpart(node)
         if counterpart is None:
             continue
-        order = {candidate: index for index, candidate in enumerate(graph.nodes)}
         written = node.args[0]
+        _take_views_anew(written, node, graph)
+        order = {candidate: index for index, candidate in enumerate(graph.nodes)}
         if not _only_read_through(written, node, order, graph, set(inputs.values())):
             continue
         with graph.inserting_before(node):
@@ -113,6 +120,27 @@ def _may_promote(node: Node) -> bool:
     )
 
 
+def _take_views_anew(written: Any, node: Node, graph: Graph) -> None:
+    """Views of ``written`` that are read after ``node`` are taken after it: the same memory."""
+    order = {candidate: index for index, candidate in enumerate(graph.nodes)}
+    anew: dict[Node, Node] = {written: written}
+    place = node
+    for view in list(graph.nodes)[: order[node]]:
+        if view.target not in VIEWS or view.args[0] not in anew:
+            continue
+        with graph.inserting_after(place):
+            args = (anew[view.args[0]], *view.args[1:])
+            place = anew[view] = graph.call_function(view.target, args, view.kwargs)
+        place.meta = dict(view.meta)
+        for user in list(view.users):
+            if order.get(user, -1) > order[node]:
+                user.replace_input_with(view, place)
+    del anew[written]
+    for view in reversed(anew.values()):
+        if not view.users:
+            graph.erase_node(view)
+
+
 def _only_read_through(
     written: Any, node: Node, order: dict[Node, int], graph: Graph, inputs: set[Node]
 ) -> bool:
@@ -153,24 +181,3 @@ def aliased(node: Node) -> Node | None:
         return source
     shared = any(result.alias_info is not None for result in node.target._schema.returns)
     return source if shared else None
-
-
-def name_puts(gm: GraphModule) -> None:
-    """``past[:, :, index] = k`` as ``index_copy``."""
-    for node in list(gm.graph.nodes):
-        if node.target is not aten.index_put.default or argument(node, 3, "accumulate", False):
-            continue
-        x, indices, values = node.args[:3]
-        *leading, index = indices
-        if x.op != "placeholder" or any(position is not None for position in leading):
-            continue
-        if tensor_of(index).dim() != 1:
-            continue
-        if tensor_of(index).dtype != torch.int64 or tensor_of(values).dim() != tensor_of(x).dim():
-            continue
-        with gm.graph.inserting_before(node):
-            args = (x, len(leading), index, values)
-            index_copy = gm.graph.call_function(aten.index_copy.default, args)
-        index_copy.meta = dict(node.meta)
-        node.replace_all_uses_with(index_copy)
-        gm.graph.erase_node(node)

@@ -41,7 +41,7 @@ def is_window(node: Node, sizes: Sizes) -> bool:
         return False
     dim = sizes.axes.of(node)[_sliced(node)]
     return any(
-        axis.role is not None or axis.sum is not None or isinstance(sizes.names.get(axis), str)
+        axis.role is not None or axis.sum is not None or sizes.is_known(axis)
         for axis in sizes.axes.resolve(dim)
     )
 

@@ -7,14 +7,34 @@ compiler gets symbols in their place, one per name, in a fresh shape environment
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from focus_compile.graph.sizes import Extent, generic
 from focus_compile.torch_private import FakeTensorMode
 
-__all__ = ["Input", "static_tensor"]
+__all__ = ["Argument", "Input", "Part", "static_tensor"]
+
+Part = tuple[tuple[int, int], ...]
+"""One element of a dim, and of a dim of what is left, ...: dims and elements."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of Dynamo's graph, by position, or a part of one."""
+
+    position: int
+    part: Part = ()
+
+    def of(self, args: Sequence[Any]) -> Any:
+        """It, among a call's arguments: a view where it is a part."""
+        value = args[self.position]
+        for dim, element in self.part:
+            value = value.select(dim, element)
+        return value
 
 
 @dataclass(frozen=True)

@@ -113,14 +113,18 @@ def _attend(
 
 
 def _extend(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    return _resized(x, {dim: x.shape[dim] + index.shape[0]})
+    rows: dict[int, Size] = {} if index.dim() == 1 else {0: index.shape[0]}
+    return _resized(x, {**rows, dim: x.shape[dim] + index.shape[-1]})
 
 
 def _extend_mask(mask: Tensor | None, past: Tensor, index: Tensor, token_dim: int) -> Tensor:
-    length = past.shape[token_dim] + index.shape[0]
+    length = past.shape[token_dim] + index.shape[-1]
     if mask is None:
-        return past.new_empty((1, 1, 1, length), dtype=torch.bool)
-    return mask.new_empty((*mask.shape[:-1], length))
+        mask = past.new_empty((1, 1, 1, 1), dtype=torch.bool)
+    shape: list[Size] = [*mask.shape[:-1], length]
+    if index.dim() > 1:
+        shape = [index.shape[0], *([1] * (4 - len(shape)) + shape)[1:]]
+    return mask.new_empty(shape)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

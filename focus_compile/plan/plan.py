@@ -39,7 +39,7 @@ from focus_compile.refusals import (
 )
 from focus_compile.torch_private import OpOverload
 
-__all__ = ["SCORED", "Domain", "Place", "Plan", "make_plan"]
+__all__ = ["SCORED", "Domain", "Place", "Plan", "make_plan", "refuse_mutation"]
 
 SCORED = (0, 1)
 """The paper's two layers, of whose importances the ranking signal is the difference."""
@@ -94,7 +94,6 @@ def make_plan(canonical: Canonical, scored: tuple[int, int] = SCORED) -> Plan:
         Unsupported: with the reason and the operator at fault.
     """
     gm, axes = canonical.gm, canonical.axes
-    _refuse_mutation(gm)
     entry = axes.entry
     if entry is None:
         refuse_fragment(gm)
@@ -170,7 +169,12 @@ def _slots(canonical: Canonical, site: Site, nodes: Mapping[str, Node]) -> tuple
     return slot(0), slot(1)
 
 
-def _refuse_mutation(gm: GraphModule) -> None:
+def refuse_mutation(gm: GraphModule) -> None:
+    """Refuse a graph that writes into a value.
+
+    Raises:
+        Unsupported: with the operator at fault.
+    """
     for node in gm.graph.nodes:
         target = node.target
         if not isinstance(target, OpOverload) or target is torch.ops.aten.detach_.default:

@@ -9,7 +9,7 @@ import torch
 
 from focus_compile.axes.axes import Entry
 from focus_compile.capture.canonical import Canonical
-from focus_compile.graph.inputs import Input
+from focus_compile.graph.inputs import Argument, Input
 from focus_compile.graph.nodes import operands, tensor_of
 from focus_compile.graph.recompute import no_constant_sizes
 from focus_compile.plan.causal import is_causal
@@ -28,7 +28,7 @@ class Held:
     Both are names of inputs.
     """
 
-    argument: int
+    argument: Argument
     past: str
     slot: str
     dim: int
@@ -58,16 +58,16 @@ class Layout:
     """
 
     inputs: tuple[Input, ...]
-    arguments: tuple[int, ...]
+    arguments: tuple[Argument, ...]
     ids: int
     slots: tuple[Input, ...]
     past: str | None
     past_dim: int
     past_values: str | None
     values_dim: int
-    pasts: tuple[tuple[int, int], ...]
+    pasts: tuple[tuple[Argument, int], ...]
     index: Half | None
-    written: tuple[int, ...]
+    written: tuple[Argument, ...]
     masked: bool = False
     causal: bool = False
     buffers: tuple[int, ...] = ()
@@ -77,7 +77,7 @@ class Layout:
 
 
 def layout_of(
-    canonical: Canonical, plan: Plan, written: tuple[int, ...], own: Sequence[int]
+    canonical: Canonical, plan: Plan, written: tuple[Argument, ...], own: Sequence[int]
 ) -> Layout:
     """The layout of a planned graph; ``own``: arguments that are the model's, not the call's."""
     keys, values = plan.sites[-1].writes
@@ -91,7 +91,7 @@ def layout_of(
     return Layout(
         inputs=canonical.inputs,
         arguments=canonical.arguments,
-        ids=argument[plan.ids],
+        ids=argument[plan.ids].position,
         slots=tuple(slot for pair in plan.slots for slot in pair),
         past=keys.past,
         past_dim=keys.token_dim,
@@ -102,20 +102,20 @@ def layout_of(
         written=written,
         masked=index is not None and _hides(canonical, plan, index),
         causal=any(is_causal(canonical.gm, site) for site in plan.sites),
-        buffers=_buffers(canonical, plan, {*own} - {*written}),
+        buffers=_buffers(canonical, plan, {*own} - {each.position for each in written}),
         key_program=key_program(canonical.gm, (w for site in plan.sites for w in site.writes)),
         vocabulary=_vocabulary(canonical.axes.entry),
         held=_held(plan, argument),
     )
 
 
-def _pasts(plan: Plan, argument: dict[str, int]) -> tuple[tuple[int, int], ...]:
+def _pasts(plan: Plan, argument: dict[str, Argument]) -> tuple[tuple[Argument, int], ...]:
     writes = [write for site in plan.sites for write in site.writes]
     found = [(argument[w.past], w.token_dim) for w in writes if w.past is not None]
     return tuple(found) if len(found) == len(writes) else ()
 
 
-def _held(plan: Plan, argument: dict[str, int]) -> tuple[Held, ...]:
+def _held(plan: Plan, argument: dict[str, Argument]) -> tuple[Held, ...]:
     pairs = [
         (write, slot)
         for site, slots in zip(plan.sites, plan.slots, strict=True)
@@ -143,9 +143,10 @@ def _buffers(canonical: Canonical, plan: Plan, own: set[int]) -> tuple[int, ...]
     pasts = {write.past for site in plan.sites for write in site.writes}
     pairs = zip(canonical.inputs, canonical.arguments, strict=True)
     return tuple(
-        argument
+        argument.position
         for given, argument in pairs
-        if argument in own and not (given.parameter or given.symbolic or given.name in pasts)
+        if argument.position in own
+        and not (given.parameter or given.symbolic or given.name in pasts)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from focus_compile.graph.sharding import local
@@ -22,7 +23,10 @@ def arguments(layout: Layout, args: Sequence[Any], tokens: int) -> dict[str, Ten
     """
     values: dict[str, Tensor] = {}
     for spec, argument in zip(layout.inputs, layout.arguments, strict=True):
-        value = local(args[argument])
+        value = argument.of(args)
+        if isinstance(value, int):
+            value = torch.tensor(value, device=spec.device)
+        value = local(value)
         if spec.strided:
             fits = value.stride(-1) == 1
         else:
@@ -36,7 +40,7 @@ def arguments(layout: Layout, args: Sequence[Any], tokens: int) -> dict[str, Ten
 
 def held_slots(layout: Layout, args: Sequence[Any], state: BlockState) -> dict[str, Tensor]:
     """Slots that are the caller's cache: 0 where a block that begins holds nothing."""
-    slots = {held.slot: local(args[held.argument]) for held in layout.held}
+    slots = {held.slot: local(held.argument.of(args)) for held in layout.held}
     if not state.goes_on:
         for held in layout.held:
             clear(slots[held.slot], state.written, held.dim)

@@ -15,7 +15,7 @@ from focus_compile.errors import EvictedTokenDecoded
 from focus_compile.ops.tables import last_position
 from focus_compile.runtime.identity import NO_WEIGHTS, Weights
 
-__all__ = ["BlockState", "History"]
+__all__ = ["BlockState", "History", "history_of"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class History:
 
     ``length``: keys before the block. ``mark``: the last of them in the last layer, ``[B, ...]``,
     or None without a cache or with an empty one. ``keys``: keys that the cache holds; ``places``:
-    the slots that the block takes in a cache of fixed length, int64 ``[T]``, else None;
-    ``before``: the key that stands where the last one stood a call ago, or None.
+    the slots that the block takes in a cache of fixed length, int64 ``[T]``, or ``[B, T]`` where
+    rows have their own, else None; ``before``: the key that stands where the last one stood a call
+    ago, or None. Of rows with slots of their own, ``length`` is the least.
     """
 
     length: int
@@ -33,6 +34,11 @@ class History:
     keys: int = 0
     places: Tensor | None = None
     before: Tensor | None = None
+
+    @property
+    def starts(self) -> int | Tensor:
+        """Where the block begins: ``length``, or int64 ``[B]``, row by row."""
+        return _starts(self.length, self.places)
 
     def same_slots(self, other: History) -> bool:
         """Whether the block stands where it stood, among as many keys."""
@@ -49,6 +55,37 @@ class History:
         if self.mark is None or other.mark is None:
             return self.mark is other.mark
         return _equal_rows(self.mark, other.mark)
+
+
+def history_of(past: Tensor, dim: int, places: Tensor | None, before: History | None) -> History:
+    """Of a call whose last layer has these keys, along ``dim``.
+
+    ``places``: as :attr:`History.places`, which may be counted from the end; ``before``: the
+    history of the call before.
+    """
+    keys = length = past.shape[dim]
+    if places is not None:
+        places = places.remainder(keys)
+        length = int(places.min())
+    mark = _key_before(past, dim, _starts(length, places))
+    last = None if before is None else before.starts
+    same = not isinstance(last, Tensor) or len(last) == len(past)
+    if last is None or not same or (isinstance(last, int) and last > length):
+        return History(length, mark, keys, places, None)
+    return History(length, mark, keys, places, _key_before(past, dim, last))
+
+
+def _starts(length: int, places: Tensor | None) -> int | Tensor:
+    return length if places is None or places.dim() == 1 else places.amin(1)
+
+
+def _key_before(past: Tensor, dim: int, starts: int | Tensor) -> Tensor | None:
+    """The last key before a block, ``[B, ...]``; 0 in rows that begin with theirs."""
+    if isinstance(starts, int):
+        return past.select(dim, starts - 1).clone() if starts else None
+    rows = torch.arange(len(past), device=past.device)
+    keys = past.movedim(dim, 1)[rows, (starts - 1).clamp(0, past.shape[dim] - 1)]
+    return keys.masked_fill((starts == 0).view(-1, *[1] * (keys.dim() - 1)), 0)
 
 
 class BlockState:
@@ -200,11 +237,12 @@ class BlockState:
             kept = (self.masked | (ids == self.ids)).all(1)
             return kept & ~(self.masked & masked).any(1)
         none = torch.zeros_like(self.settled)
-        if not self.committed or history.length != before.length + ids.shape[-1]:
+        grew = none | (history.starts == before.starts + ids.shape[-1])
+        if not self.committed:
             return none
         if before.mark is None:
-            return ~none
-        return none if history.before is None else _equal_rows(history.before, before.mark)
+            return grew
+        return none if history.before is None else grew & _equal_rows(history.before, before.mark)
 
     def _note_first(self, decoded: Tensor, masked: Tensor, fresh: Tensor, follows: Tensor) -> None:
         """Section 10: how many tokens a block's first step decoded, once that is known."""

@@ -24,7 +24,7 @@ from focus_compile.programs.halves import Halves
 from focus_compile.programs.layout import Layout
 from focus_compile.programs.program import Program
 from focus_compile.runtime.arguments import arguments, held_slots
-from focus_compile.runtime.block import BlockState, History
+from focus_compile.runtime.block import BlockState, History, history_of
 from focus_compile.runtime.controls import Constants, controls, empty_slots, is_exact, ranking
 from focus_compile.runtime.demand import Demand, demand_of, rescue_of
 from focus_compile.runtime.holes import Holes
@@ -78,6 +78,7 @@ class Executable:
         dense_calls: how often the dense program ran; ``prefix.calls`` and ``suffix.calls`` count
             the others.
         captured: the programs are recorded as CUDA graphs.
+        written: arguments, by position, that the model writes into.
         stored: names of keys and values that are a part of the caller's cache.
         returns: whether the function that Dynamo captured returns behind this graph; else it goes
             on behind a graph break.
@@ -106,6 +107,7 @@ class Executable:
         self.captured = config.captures(slot.device for slot in layout.slots)
         self.returns = returns
         self.constants = Constants()
+        self.written = {argument.position for argument in layout.written}
         self.stored = {halves.slots[held.slot] for held in layout.held}
         self.read_as = Outputs()
         self.logits = Logits(halves, self.read_as)
@@ -142,7 +144,7 @@ class Executable:
             warning_once(log, HELD)
             self.record.dense_call("keys and values are written into a part of a cache")
             return self._dense(args, session, masked=True)
-        if self.layout.written and overlap(args, self.layout.written):
+        if self.layout.written and overlap(args, self.written):
             warning_once(log, OVERLAP)
             self.record.dense_call("written and shared memory")
             return self._dense(args, session, masked=True)
@@ -160,7 +162,7 @@ class Executable:
         empty = self.holes.empty(args, tokens)
         if empty is None:
             return
-        pasts = [(local(args[index]), dim) for index, dim in self.layout.pasts]
+        pasts = [(local(argument.of(args)), dim) for argument, dim in self.layout.pasts]
         if not session.origins.complete(model_key(args), pasts, empty):
             raise UncommittedHistory(int(empty.sum()))
 
@@ -259,7 +261,7 @@ class Executable:
         """Write into the arguments that the model writes into; what it returns beside them."""
         own = len(made) - len(self.layout.written)
         for argument, value in zip(self.layout.written, made[own:], strict=True):
-            args[argument].copy_(value)
+            argument.of(args).copy_(value)
         return made[:own]
 
     def _check_calibration(self, args: Sequence[Any], session: Session) -> None:
@@ -369,17 +371,11 @@ class Executable:
         state = session.state(key) if key else None
         if self.layout.past is not None:
             past = values[self.layout.past]
-            dim = self.layout.past_dim
-            keys = length = past.shape[dim]
             places: Tensor | None = None
             if (index := self.layout.index) is not None:
                 (places,) = index.gm(*(values[name] for name in index.inputs))
-                places = places.remainder(keys)
-                length = int(places.min())
-            mark = past.select(dim, length - 1).clone() if length else None
-            last = state.history.length - 1 if state is not None else -1
-            before = past.select(dim, last) if 0 <= last < length else None
-            history = History(length, mark, keys, places, before)
+            known = None if state is None else state.history
+            history = history_of(past, self.layout.past_dim, places, known)
         weights = weights_of(args, self.layout.buffers, self.layout.key_program)
         session.forget(key)  # until this call is through
         if state is None:

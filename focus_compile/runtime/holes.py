@@ -45,7 +45,13 @@ def _value(dtype: torch.dtype) -> float | None:
 
 
 def empty_slots(past: Tensor, dim: int) -> Tensor | None:
-    """Which slots of a past are marked, bool ``[S]``, in any row; None: none is.
+    """Which slots of a past are marked, bool ``[S]``, in any row; None: none is."""
+    found = _empty_slots(past, dim)
+    return None if found is None else found.any(0)
+
+
+def _empty_slots(past: Tensor, dim: int) -> Tensor | None:
+    """Row by row, bool ``[B, S]``.
 
     One number of each slot is read, and all of them only where that one is the mark.
     """
@@ -58,7 +64,7 @@ def empty_slots(past: Tensor, dim: int) -> Tensor | None:
         one = one.select(-1, 0)
     if not bool((one == value).any()):
         return None
-    found = (moved == value).flatten(2).all(-1).any(0)
+    found = (moved == value).flatten(2).all(-1)
     return found if bool(found.any()) else None
 
 
@@ -102,18 +108,19 @@ class Holes:
         not count, nor, where there is a mask, those behind them.
         """
         layout = self.layout
-        past = None if self.past is None else local(args[self.past])
-        empty = None if past is None else empty_slots(past, layout.values_dim)
+        past = None if self.past is None else local(self.past.of(args))
+        empty = None if past is None else _empty_slots(past, layout.values_dim)
         if empty is None:
             return None
         if layout.index is not None:
             values = arguments(layout, args, tokens)
             (places,) = layout.index.gm(*(values[name] for name in layout.index.inputs))
-            places = places.remainder(len(empty))
-            empty[places] = False
+            places = places.remainder(empty.shape[1]).expand(len(empty), -1)
+            empty.scatter_(1, places, False)
             if layout.masked:
-                empty[int(places.min()) :] = False
-        return empty if bool(empty.any()) else None
+                slots = torch.arange(empty.shape[1], device=empty.device)
+                empty &= slots < places.amin(1, keepdim=True)
+        return empty.any(0) if bool(empty.any()) else None
 
 
 def refuse_any(args: Sequence[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from focus_compile.graph.sharding import local
 __all__ = ["NO_WEIGHTS", "Weights", "model_key", "overlap", "weights_of"]
 
 
-def overlap(values: Sequence[Any], written: Sequence[int]) -> bool:
+def overlap(values: Sequence[Any], written: Collection[int]) -> bool:
     """Whether memory of a tensor among ``values`` that is ``written`` may be another's too.
 
     Views that interleave count as overlapping.

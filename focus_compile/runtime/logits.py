@@ -102,7 +102,7 @@ class Logits:
         logits = None if at is None else self.halves.own[at]
         if at is None or logits is None or logits.batch_dim is None or logits.last is not None:
             return None
-        written = {*layout.written, *(held.argument for held in layout.held)}
+        written = {a.position for a in (*layout.written, *(held.argument for held in layout.held))}
         copies = [arg.clone() if index in written else arg for index, arg in enumerate(args)]
         canvas: Tensor = dense(*copies)[at]
         rows = canvas.movedim((logits.batch_dim, logits.token_dim), (0, 1))

@@ -54,7 +54,7 @@ class Origin:
         """None where it cannot be run again, or does not return the last layer's values as such."""
         if layout.written or layout.held or not any(each is values for each in made):
             return None
-        kept = {argument for argument, _ in layout.pasts} | {*layout.buffers}
+        kept = {argument.position for argument, _ in layout.pasts} | {*layout.buffers}
         kept |= {index for index, arg in enumerate(args) if isinstance(arg, Parameter)}
         versions = {index: _version(args[index]) for index in kept}
         copies = (

@@ -63,7 +63,6 @@ SPECIAL: dict[OpOverload, tuple[Any, ...]] = {
     aten.to.other: (X, _x(2, 11).float()),
     aten.type_as.default: (X, _flags(2, 11)),
     aten.dropout.default: (X, 0.3, False),
-    aten.full_like.default: (X, 2.0),
     aten.addcmul.default: (X, Y, X),
     aten.lerp.Tensor: (X, Y, X),
     aten.clamp.default: (X, 0.7, 1.2),
@@ -110,6 +109,10 @@ SHAPES = [
     Example(aten.unsqueeze.default, (_x(3, 5), 1), kept=2),
     Example(aten.expand.default, (_x(3, 1, 7), [3, 5, 7]), kept=2),
     Example(aten.expand.default, (_x(5, 7), [3, -1, 7]), kept=2),
+    Example(aten.expand_as.default, (_x(5, 1), X), kept=3),
+    Example(aten.view_as.default, (_x(15, 7), X), kept=3),
+    Example(aten.reshape_as.default, (_x(15, 7), X), kept=3),
+    Example(aten.repeat.default, (X, [2, 1, 1, 3]), kept=3),
     Example(aten.transpose.int, (X, 1, -1), kept=3),
     Example(aten.t.default, (_x(5, 7),), kept=2),
     Example(aten.permute.default, (X, [2, 0, -2]), kept=3),
@@ -130,6 +133,7 @@ GROUPED = (_x(3, 6, 5, 8), _x(3, 2, 7, 8), _x(3, 2, 7, 11))
 GROUPS = (_x(5, 16).float(), _x(3, 16, 8).float())
 ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
 SLOTS = torch.tensor([1, 0, 4, 2])
+ROW_SLOTS = torch.stack([SLOTS, SLOTS.flip(0), SLOTS.roll(1)])
 MIXERS = [
     Example(aten.embedding.default, (_x(61, 13), torch.tensor([[4, 0, 9, 60, 2]] * 3)), kept=3),
     Example(focus.embedding_shard.default, (_x(61, 13), torch.tensor([[9, 4, 2]] * 5), 3), kept=3),
@@ -175,6 +179,12 @@ MIXERS = [
     Example(focus.extend_mask.default, (_x(3, 1, 4, 5), X, SLOTS, 1), kept=2),
     Example(focus.extend_mask.default, (None, X, SLOTS, 1), kept=0),
     Example(focus.replace.default, (X, _x(3, 9, 7), SLOTS, 1), kept=2),
+    Example(focus.clear.default, (X, ROW_SLOTS, 1), kept=2),
+    Example(focus.extend.default, (X, ROW_SLOTS, 1), kept=2),
+    Example(focus.extend_mask.default, (_x(3, 1, 4, 5), X, ROW_SLOTS, 1), kept=2),
+    Example(focus.extend_mask.default, (_x(4, 5), X, ROW_SLOTS, 1), kept=1),
+    Example(focus.extend_mask.default, (None, X, ROW_SLOTS, 1), kept=1),
+    Example(focus.replace.default, (X, _x(3, 9, 7), ROW_SLOTS, 1), kept=2),
     Example(aten.histc.default, (_x(5), 4, 0, 2), kept=0),
     Example(aten.bincount.default, (_index(5),), kept=0),
     Example(aten._grouped_mm.default, GROUPS, {"offs": ENDS}, kept=0),
@@ -198,5 +208,22 @@ MAKERS = [
     Example(aten.arange.start, (2, 7), kept=0),
     Example(aten.arange.start_step, (2, 12, 2), kept=0),
     Example(aten.empty_like.default, (X,), kept=3),
+    Example(aten.zeros_like.default, (X,), kept=3),
+    Example(aten.ones_like.default, (X,), kept=3),
+    Example(aten.full_like.default, (X, 2.0), kept=3),
+    Example(aten.fill.Scalar, (X, 2.0), kept=3),
+    Example(aten.zero.default, (X,), kept=3),
+    Example(aten.zeros.default, ([5, 7],), kept=0),
+    Example(aten.ones.default, ([5, 7],), kept=0),
+    Example(aten.full.default, ([5, 7], 2.0), kept=0),
+    Example(aten.empty.memory_format, ([5, 7],), kept=0),
+    Example(aten.new_zeros.default, (X, [5, 7]), kept=0),
+    Example(aten.new_ones.default, (X, [5, 7]), kept=0),
+    Example(aten.new_full.default, (X, [5, 7], 2.0), kept=0),
+    Example(aten.new_empty.default, (X, [5, 7]), kept=0),
+    Example(aten.eye.default, (5,), kept=0),
+    Example(aten.eye.m, (5, 7), kept=0),
+    Example(aten.tril.default, (X,), kept=1),
+    Example(aten.triu.default, (X, 1), kept=1),
 ]
 EXAMPLES = [*POINTWISE_EXAMPLES, *SHAPES, *MIXERS, *MAKERS]

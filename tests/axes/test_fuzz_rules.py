@@ -51,6 +51,9 @@ TOKENWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "gather": lambda x: x.gather(-1, x.argsort(-1)),
     "one hot": lambda x: x * F.one_hot(x.argmax(-1), x.shape[-1]),
     "clip": lambda x: torch.where(x > 0, x, x.clamp(min=-0.5)),
+    "filled alike": lambda x: x * torch.full_like(x, 0.5) + torch.zeros_like(x),
+    "shaped alike": lambda x: x.flatten(0, 1).view_as(x) + x[..., :1].expand_as(x),
+    "tiled": lambda x: x.repeat(*[1] * (x.dim() - 1), 2),
     "repeat": lambda x: x.repeat_interleave(2, dim=-1),
 }
 MIXING: dict[str, Callable[[Tensor], Tensor]] = {
@@ -60,6 +63,7 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "shift": lambda x: x.roll(1, 1),
     "backwards": lambda x: x.flip(1),
     "sorted tokens": lambda x: x.sort(dim=1)[0],
+    "triangle": lambda x: x.transpose(1, -1).tril().transpose(1, -1),
     "first token": lambda x: x + x[:, :1],
 }
 """Along dim 1, where tokens mostly stand."""

@@ -100,7 +100,7 @@ def subject(
     canonical = canonicalize(label(captured(values, function, symbolic)))
     arguments = list(values)
     pairs = zip(canonical.inputs, canonical.arguments, strict=True)
-    names = {given.name: arguments[at] for given, at in pairs}
+    names = {given.name: arguments[at.position] for given, at in pairs}
     return Subject(canonical, make_plan(canonical, scored), names)
 
 

@@ -104,6 +104,11 @@ def _llada_dual(model: LLaDA, draw: Draw) -> dict[str, Any]:
     return {"input_ids": draw.ids, "past_key_values": past, "replace_position": places}
 
 
+def _llada_span(model: LLaDA, draw: Draw) -> dict[str, Any]:
+    """The same cache; the block is told by where it begins."""
+    return _llada_dual(model, draw) | {"replace_position": draw.history}
+
+
 def _llada_canvas(_: LLaDA, draw: Draw) -> dict[str, Any]:
     return {"input_ids": draw.ids, "output_hidden_states": True}
 
@@ -256,6 +261,7 @@ DIALECTS: dict[str, Dialect] = {
         lambda: LLaDA(tied=True), _llada_canvas, lambda out: out.logits, history=False
     ),
     "llada-dual": Dialect(lambda: LLaDA(groups=2), _llada_dual, lambda out: out.logits),
+    "llada-span": Dialect(lambda: LLaDA(groups=2), _llada_span, lambda out: out.logits, least=2),
     "sdar-static": Dialect(lambda: qwen3("sdpa"), _static, lambda out: out.logits),
     "causal": Dialect(
         lambda: LLaDA(causal=True), _llada_canvas, lambda out: out.logits, history=False

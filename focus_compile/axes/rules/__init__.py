@@ -6,10 +6,20 @@ from focus_compile.axes.rules import (
     experts,
     fixed_cache,
     indexing,
+    makers,
     pointwise,
     products,
     reductions,
     views,
 )
 
-__all__ = ["experts", "fixed_cache", "indexing", "pointwise", "products", "reductions", "views"]
+__all__ = [
+    "experts",
+    "fixed_cache",
+    "indexing",
+    "makers",
+    "pointwise",
+    "products",
+    "reductions",
+    "views",
+]

@@ -1,4 +1,4 @@
-"""Transfer rules of operators that compute every element by itself, and of new tensors."""
+"""Transfer rules of operators that compute every element by itself."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch.fx import Node
 
 from focus_compile.axes.axes import AxisMap, Dim, Transfer
-from focus_compile.axes.rules.table import ARANGES, one_result, source, transfer
+from focus_compile.axes.rules.table import one_result, source, transfer
 from focus_compile.graph.nodes import aten, operands, tensor_of
 
-__all__ = ["POINTWISE"]
+__all__ = ["NUMERIC", "POINTWISE"]
 
 _ELEMENTWISE = (
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar,
@@ -33,11 +33,21 @@ _ELEMENTWISE = (
     aten.clone.default, aten.contiguous.default, aten.alias.default,
     aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default,
     aten.dropout.default, aten.addcmul.default, aten.lerp.Tensor,
-    aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.copy.default,
+    aten.copy.default,
     torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default,
 )  # fmt: skip
 _CASTS = (aten.type_as.default, aten.to.other)
 POINTWISE = (*_ELEMENTWISE, *_CASTS)
+
+NUMERIC = {
+    overload: packet.Tensor
+    for packet in (
+        aten.add, aten.sub, aten.mul, aten.div,
+        aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge,
+    )
+    for overload in (packet.Tensor, packet.Scalar)
+}  # fmt: skip
+"""Operators whose second operand may be a number, and those that take it as a tensor."""
 
 
 @transfer(*_ELEMENTWISE)
@@ -53,21 +63,9 @@ def _pointwise(node: Node, axes: AxisMap) -> Transfer:
     return one_result(*aligned_dims)
 
 
-@transfer(*ARANGES)
-def _arange(node: Node, axes: AxisMap) -> Transfer:
-    """An axis of its own, until an elementwise operator tells which one it is."""
-    return one_result(*(axes.fresh(size) for size in tensor_of(node).shape))
-
-
 @transfer(*_CASTS)
 def _cast(node: Node, axes: AxisMap) -> Transfer:
     """To the dtype of another value, whose shape does not matter."""
-    return one_result(*axes.dims[source(node)][0])
-
-
-@transfer(aten.empty_like.default)
-def _empty_like(node: Node, axes: AxisMap) -> Transfer:
-    """No values to speak of: whoever reads them before they are written gets anything."""
     return one_result(*axes.dims[source(node)][0])
 
 

@@ -14,6 +14,7 @@ from focus_compile.torch_private import OpOverload
 
 __all__ = [
     "ARANGES",
+    "AS_OTHERS",
     "EMBEDDINGS",
     "RESHAPES",
     "RULES",
@@ -26,6 +27,12 @@ __all__ = [
 EMBEDDINGS = (aten.embedding.default, focus.embedding_shard.default)
 ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+AS_OTHERS = {
+    aten.expand_as.default: aten.expand.default,
+    aten.view_as.default: aten.view.default,
+    aten.reshape_as.default: aten.reshape.default,
+}
+"""Operators that take their sizes from a second operand, with those that are told them."""
 Rule = Callable[[Node, AxisMap], Transfer]
 RULES: dict[OpOverload, Rule] = {}
 

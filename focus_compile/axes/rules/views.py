@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 from torch.fx import Node
 
 from focus_compile.axes.axes import AxisMap, Dim, Transfer
 from focus_compile.axes.rules.table import fresh, one_result, source, transfer
-from focus_compile.graph.nodes import argument, aten, cat_parts, expr_of, tensor_of, wrap
+from focus_compile.graph.nodes import (
+    argument,
+    aten,
+    cat_parts,
+    expr_of,
+    operands,
+    tensor_of,
+    wrap,
+)
 
 
 def _sizes(node: Node) -> list[sympy.Expr]:
@@ -25,12 +35,37 @@ def _view(node: Node, axes: AxisMap) -> Transfer:
     return one_result(*axes.regroup(factors, _sizes(node)))
 
 
+@transfer(aten.view_as.default, aten.reshape_as.default)
+def _view_as(node: Node, axes: AxisMap) -> Transfer:
+    """The axes of another value, of which nothing else is read."""
+    (dims,), other = _view(node, axes).out, axes.dims[operands(node)[-1]][0]
+    return one_result(*(axes.unify(dim, as_) for dim, as_ in zip(dims, other, strict=True)))
+
+
 @transfer(aten.expand.default)
 def _expand(node: Node, axes: AxisMap) -> Transfer:
     dims = axes.dims[source(node)][0]
     shape = tensor_of(node).shape
     dims = ((),) * (len(shape) - len(dims)) + dims
     return one_result(*(dim or axes.fresh(size) for dim, size in zip(dims, shape, strict=True)))
+
+
+@transfer(aten.expand_as.default)
+def _expand_as(node: Node, axes: AxisMap) -> Transfer:
+    """The axes of another value where there are none, and nothing else of it."""
+    dims, others = (axes.dims[operand][0] for operand in operands(node))
+    dims = ((),) * (len(others) - len(dims)) + dims
+    return one_result(*(axes.unify(dim, other) for dim, other in zip(dims, others, strict=True)))
+
+
+@transfer(aten.repeat.default)
+def _repeat(node: Node, axes: AxisMap) -> Transfer:
+    """Each dim ``times`` in a row, as a whole: the dim becomes a product."""
+    dims = axes.dims[source(node)][0]
+    given: Any = node.args[1]
+    times = [n.meta["val"] if isinstance(n, Node) else n for n in given]
+    dims = ((),) * (len(times) - len(dims)) + dims
+    return one_result(*(axes.fresh(n) + dim for n, dim in zip(times, dims, strict=True)))
 
 
 @transfer(aten.transpose.int)
