@@ -50,6 +50,7 @@ __all__ = [
     "OptimizedModule",
     "ShapeEnv",
     "TracingContext",
+    "any_sizes",
     "at_fixed_addresses",
     "backend_of",
     "compile_arguments",
@@ -73,6 +74,7 @@ __all__ = [
     "trace_structured",
     "tracing",
     "tree_leaves",
+    "uncompiled",
 ]
 
 _COMPILE_ARGUMENTS = {"isolate_recompiles": True, "recompile_limit": 64}
@@ -164,6 +166,25 @@ def compile_arguments() -> dict[str, Any]:
     """
     parameters = inspect.signature(torch.compile).parameters
     return {name: value for name, value in _COMPILE_ARGUMENTS.items() if name in parameters}
+
+
+@contextmanager
+def any_sizes() -> Iterator[None]:
+    """Around a compiled call: sizes that are equal in the call that is captured may differ later.
+
+    By default Dynamo takes a prompt that is as long as the block for a rule of the model, and
+    captures anew when the next one is not.
+    """
+    leave = torch.fx.experimental._config._make_closure_patcher(use_duck_shape=False)()
+    try:
+        yield
+    finally:
+        leave()
+
+
+def uncompiled(model: Module) -> Module:
+    """What ``torch.compile`` was given, of the module that it returned; else the module."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def recompile_limits_hit() -> int:
