@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.convert_frame import compile_lock
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+from torch._dynamo.eval_frame import OptimizedModule, cached_backends, innermost_backend
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
@@ -75,6 +75,7 @@ __all__ = [
     "tracing",
     "tree_leaves",
     "uncompiled",
+    "was_compiled_for",
 ]
 
 _COMPILE_ARGUMENTS = {"isolate_recompiles": True, "recompile_limit": 64}
@@ -175,7 +176,8 @@ def any_sizes() -> Iterator[None]:
     By default Dynamo takes a prompt that is as long as the block for a rule of the model, and
     captures anew when the next one is not.
     """
-    leave = torch.fx.experimental._config._make_closure_patcher(use_duck_shape=False)()
+    config: Any = torch.fx.experimental._config
+    leave = config._make_closure_patcher(use_duck_shape=False)()
     try:
         yield
     finally:
@@ -203,6 +205,15 @@ def backend_of(model: Any) -> Any:
         return None
     backend: Any = innermost_backend(callback) if callable(callback) else None
     return backend.compiler_fn if isinstance(backend, torch._TorchCompileWrapper) else backend
+
+
+def was_compiled_for(name: str) -> bool:
+    """Whether ``torch.compile`` was called with a backend of that name, since Dynamo was reset."""
+    backends: Mapping[int, Any] = cached_backends
+    return any(
+        isinstance(backend, torch._TorchCompileWrapper) and backend.compiler_name == name
+        for backend in [*backends.values()]
+    )
 
 
 def is_module_state(node: Node) -> bool:

@@ -88,9 +88,7 @@ class Compiled:
         state = self._focus
         if state.again is not None:
             return state.again, (state.plain,)
-        function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
-        plain = (state.base if arg is type(self) else arg for arg in args)
-        return function, tuple(plain), *rest
+        return state.plain.__reduce_ex__(1)  # from 2 on, pickle compares the class with this one
 
 
 def twin(
@@ -132,9 +130,10 @@ def remove(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not compiled in place.
     """
-    if not is_in_place(model) or "_focus" not in vars(type(model)):
+    kind: Any = type(model)
+    if not is_in_place(model) or "_focus" not in vars(kind):
         raise ValueError(NOT_IN_PLACE)
-    object.__setattr__(model, "__class__", type(model)._focus.base)
+    object.__setattr__(model, "__class__", kind._focus.base)
 
 
 def is_in_place(model: Any) -> bool:
@@ -160,7 +159,7 @@ def _class(
     backend: Any,
     again: Callable[[nn.Module], nn.Module] | None,
 ) -> type[nn.Module]:
-    base = type(plain)
+    base: Any = type(plain)
     own = vars(plain).get("forward")
     run = functools.wraps(plain.forward)(make(plain))
     same = {name: getattr(base, name) for name in ("__qualname__", "__module__", "__doc__")}
