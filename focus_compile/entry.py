@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from inspect import Signature, signature
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.fx import GraphModule
 from transformers import PreTrainedTokenizerBase
 
+from focus_compile.adapters.adaptation import Adaptation, adaptation
 from focus_compile.backend import focus_backend
 from focus_compile.config import FocusConfig
 from focus_compile.log import warning_once
@@ -20,7 +22,7 @@ from focus_compile.models.compiled import backend_of, install, original, remove,
 from focus_compile.models.mask_token import find_mask_token
 from focus_compile.models.vocabulary import check_mask_token, rows_of
 from focus_compile.runtime.record import Record, Status
-from focus_compile.torch_private import any_sizes, compile_arguments, recompile_limits_hit
+from focus_compile.torch_private import captures_more, compile_arguments, recompile_limits_hit
 
 __all__ = ["Backend", "compile", "in_place", "restore", "status"]
 
@@ -53,6 +55,7 @@ def compile(
     *,
     dynamic: bool | None = True,
     in_place: bool = False,
+    adapt: bool = True,
     **options: Any,
 ) -> Any:
     """``torch.compile(model, backend="focus")``, for the model's own methods too.
@@ -67,6 +70,8 @@ def compile(
             of other sizes need no capture of their own.
         in_place: compile the model itself, for code that holds it: a pipeline, or a module that it
             is a part of. :func:`restore` undoes it, and so does the end of :func:`in_place`.
+        adapt: replace, for compiled calls, code of the model that would break the graph by code
+            that computes the same (docs/models.md); what is replaced is logged, at INFO.
         options: see :class:`~focus_compile.FocusConfig`.
 
     What is compiled counts against a recompile limit of its own, where torch has that, and a
@@ -82,7 +87,8 @@ def compile(
     Raises:
         ValueError: the id is not to be found or no row of the model's embedding, or an option is
             unknown or out of range; or the model is compiled in place already.
-        RuntimeError: from the compiled model: somebody replaced its ``forward`` since.
+        RuntimeError: from the compiled model: somebody replaced its ``forward`` since, or the model
+            wrote into a mask that an adapter had read.
     """
     if options.get("mask_token_id") is None:
         options["mask_token_id"] = find_mask_token(original(model), tokenizer)
@@ -91,14 +97,17 @@ def compile(
     backend = Backend()
 
     def make(plain: nn.Module) -> Callable[..., Any]:
+        changes = adaptation(plain) if adapt else Adaptation()
+        with changes:
+            forward = plain.forward
         compiled = torch.compile(
-            plain.forward, backend=backend, dynamic=dynamic, options=options, **compile_arguments()
+            forward, backend=backend, dynamic=dynamic, options=options, **compile_arguments()
         )
-        return partial(_call, compiled, config.strict)
+        return partial(_call, compiled, config.strict, changes, signature(forward))
 
     if in_place:
         return install(model, make, backend)
-    return twin(model, make, backend, partial(compile, dynamic=dynamic, **options))
+    return twin(model, make, backend, partial(compile, dynamic=dynamic, adapt=adapt, **options))
 
 
 def restore(model: nn.Module) -> None:
@@ -141,14 +150,22 @@ def status(compiled: Any) -> Status:
     return backend.record.status()
 
 
-def _call(compiled: Callable[..., Any], strict: bool, /, *args: Any, **kwargs: Any) -> Any:
+def _call(
+    compiled: Callable[..., Any],
+    strict: bool,
+    changes: Adaptation,
+    known: Signature,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """One call of a compiled forward.
 
     Raises:
         RuntimeError: Dynamo ran it eagerly, for its recompile limit is reached, and ``strict``.
     """
     before = recompile_limits_hit()
-    with any_sizes():
+    with changes.calling(known, args, kwargs), captures_more():
         made = compiled(*args, **kwargs)
     if recompile_limits_hit() > before:
         if strict:

@@ -8,6 +8,7 @@ name must do, and names the releases on which that was seen (docs/versions.md ha
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -50,9 +51,9 @@ __all__ = [
     "OptimizedModule",
     "ShapeEnv",
     "TracingContext",
-    "any_sizes",
     "at_fixed_addresses",
     "backend_of",
+    "captures_more",
     "compile_arguments",
     "compile_fx",
     "compile_lock",
@@ -170,18 +171,32 @@ def compile_arguments() -> dict[str, Any]:
 
 
 @contextmanager
-def any_sizes() -> Iterator[None]:
-    """Around a compiled call: sizes that are equal in the call that is captured may differ later.
+def captures_more() -> Iterator[None]:
+    """Around a compiled call: what Dynamo would capture anew, or not at all, by its defaults.
 
-    By default Dynamo takes a prompt that is as long as the block for a rule of the model, and
-    captures anew when the next one is not.
+    - Sizes that are equal in the call that is captured may differ later. By default a prompt that
+      is as long as the block is taken for a rule of the model.
+    - Calls of a logger are left out of the graph, and break it no more.
     """
-    config: Any = torch.fx.experimental._config
-    leave = config._make_closure_patcher(use_duck_shape=False)()
+    shapes: Any = torch.fx.experimental._config
+    dynamo: Any = torch._dynamo.config
+    ignored = {*dynamo.ignore_logger_methods, *_logging_methods()}
+    leave = (
+        shapes._make_closure_patcher(use_duck_shape=False)(),
+        dynamo._make_closure_patcher(ignore_logger_methods=ignored)(),
+    )
     try:
         yield
     finally:
-        leave()
+        for restore in leave:
+            restore()
+
+
+def _logging_methods() -> Iterator[Any]:
+    """What loggers are called by, as libraries extend it (transformers' ``warning_once``)."""
+    for name in ("debug", "info", "warning", "error", "warning_once", "info_once"):
+        if name in vars(logging.Logger):
+            yield vars(logging.Logger)[name]
 
 
 def uncompiled(model: Module) -> Module:

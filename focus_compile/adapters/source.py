@@ -1,0 +1,80 @@
+"""A method as a syntax tree, and a function again."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+__all__ = ["Method", "read", "rebuilt"]
+
+_PRIVATE = re.compile(r"\b__\w*[^_\W]_?\b")
+"""Names that Python changes in the body of a class."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's function, without decorators, and its syntax tree, with the file's own lines."""
+
+    function: FunctionType
+    tree: ast.FunctionDef
+
+    @property
+    def place(self) -> str:
+        return f"{self.function.__code__.co_filename}:{self.tree.lineno}"
+
+
+def read(function: Any) -> Method | None:
+    """A plain function as a tree; None where its source is not at hand, or it is decorated."""
+    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+        return None
+    try:
+        lines, first = inspect.getsourcelines(function)
+        (tree,) = ast.parse(textwrap.dedent("".join(lines))).body
+    except (OSError, TypeError, ValueError, SyntaxError):
+        return None
+    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
+        return None
+    words = (getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(tree))
+    if any(_PRIVATE.fullmatch(word) for word in words):
+        return None
+    ast.increment_lineno(tree, first - 1)
+    return Method(function, tree)
+
+
+def rebuilt(method: Method, tree: ast.FunctionDef, names: Mapping[str, Any]) -> FunctionType | None:
+    """The function of a changed tree: globals, defaults and closure are those of the method's.
+
+    ``names``: what the tree refers to besides. None where a variable of the closure is not set.
+    """
+    old = method.function
+    try:
+        cells = [cell.cell_contents for cell in old.__closure__ or ()]
+    except ValueError:
+        return None
+    given = dict(zip(old.__code__.co_freevars, cells, strict=True)) | dict(names)
+    arguments = [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]
+    for argument in (*arguments, tree.args.vararg, tree.args.kwarg):
+        if argument is not None:
+            argument.annotation = None
+    tree.returns = None
+    tree.args.defaults = [ast.Constant(None) for _ in tree.args.defaults]
+    tree.args.kw_defaults = [value and ast.Constant(None) for value in tree.args.kw_defaults]
+    outer = ast.parse(f"def outer({', '.join(given)}):\n    return {tree.name}")
+    maker = outer.body[0]
+    assert isinstance(maker, ast.FunctionDef)
+    maker.body.insert(0, tree)
+    space: dict[str, Any] = {}
+    code = compile(
+        ast.fix_missing_locations(outer), old.__code__.co_filename, "exec", dont_inherit=True
+    )
+    exec(code, old.__globals__, space)
+    made: FunctionType = space["outer"](**given)
+    made.__defaults__, made.__kwdefaults__ = old.__defaults__, old.__kwdefaults__
+    made.__qualname__, made.__doc__, made.__module__ = old.__qualname__, old.__doc__, old.__module__
+    return made
