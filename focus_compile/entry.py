@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import GraphModule
 from transformers import PreTrainedTokenizerBase
 
-from focus_compile.adapters.adaptation import Adaptation, adaptation
+from focus_compile.adapters.adaptation import Adaptation, adaptation, adapted
 from focus_compile.backend import focus_backend
 from focus_compile.config import FocusConfig
 from focus_compile.log import warning_once
@@ -24,7 +24,7 @@ from focus_compile.models.vocabulary import check_mask_token, rows_of
 from focus_compile.runtime.record import Record, Status
 from focus_compile.torch_private import captures_more, compile_arguments, recompile_limits_hit
 
-__all__ = ["Backend", "compile", "in_place", "restore", "status"]
+__all__ = ["Backend", "adapt", "compile", "in_place", "restore", "status"]
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,22 @@ def compile(
     if in_place:
         return install(model, make, backend)
     return twin(model, make, backend, partial(compile, dynamic=dynamic, adapt=adapt, **options))
+
+
+@contextmanager
+def adapt(model: nn.Module) -> Iterator[nn.Module]:
+    """Replace code of a model that would break its graph, until the end of the ``with``.
+
+    For the bare line, ``torch.compile(model, backend="focus")``; :func:`compile` does so by itself.
+    What is replaced, and where, is logged, a line each at INFO; it computes the same numbers. State
+    dicts are as before, and copies and pickles are not adapted. Calls of one model come one after
+    another inside of it.
+
+    Raises:
+        RuntimeError: from the model: it wrote into a mask that an adapter had read.
+    """
+    with adapted(model):
+        yield model
 
 
 def restore(model: nn.Module) -> None:

@@ -71,11 +71,13 @@ __all__ = [
     "output_modules",
     "recompile_limit",
     "recompile_limits_hit",
+    "reported_breaks",
     "symbolic_mode",
     "trace_structured",
     "tracing",
     "tree_leaves",
     "uncompiled",
+    "untraced",
     "was_compiled_for",
 ]
 
@@ -192,11 +194,44 @@ def captures_more() -> Iterator[None]:
             restore()
 
 
+class _Breaks(logging.Handler):
+    """Keeps what Dynamo writes of graph breaks into its structured trace."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        metadata: Any = getattr(record, "metadata", {})
+        if metadata.get("artifact", {}).get("name") == "dynamo_graph_break_reason":
+            self.texts.append(str(getattr(record, "payload", "")))
+
+
+@contextmanager
+def reported_breaks() -> Iterator[list[str]]:
+    """What Dynamo says of graph breaks inside: place, reason and its own traceback.
+
+    Unlike what graphs hold, also of those for which it ran a whole function eagerly.
+    """
+    handler, trace = _Breaks(), logging.getLogger("torch.__trace")
+    trace.addHandler(handler)
+    try:
+        yield handler.texts
+    finally:
+        trace.removeHandler(handler)
+
+
 def _logging_methods() -> Iterator[Any]:
     """What loggers are called by, as libraries extend it (transformers' ``warning_once``)."""
     for name in ("debug", "info", "warning", "error", "warning_once", "info_once"):
         if name in vars(logging.Logger):
             yield vars(logging.Logger)[name]
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that Dynamo runs as it is."""
+    made: Callable[..., Any] = torch._dynamo.disable(function)
+    return made
 
 
 def uncompiled(model: Module) -> Module:

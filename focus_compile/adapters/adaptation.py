@@ -15,8 +15,9 @@ from torch import nn
 
 from focus_compile.adapters.filled import filled_tests, may_test, told
 from focus_compile.adapters.source import read, rebuilt
+from focus_compile.torch_private import untraced
 
-__all__ = ["Adaptation", "adaptation"]
+__all__ = ["Adaptation", "adaptation", "adapted"]
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ class Adaptation:
         with self.lock:
             self.inside += 1
             if self.inside == 1:
-                for module, _, adapted in self.classes:
-                    object.__setattr__(module, "__class__", adapted)
+                for module, _, replacing in self.classes:
+                    object.__setattr__(module, "__class__", replacing)
         return self
 
     def __exit__(
@@ -84,6 +85,34 @@ class Adaptation:
             yield
 
 
+@contextmanager
+def adapted(model: nn.Module) -> Iterator[nn.Module]:
+    """A model adapted inside of the ``with``, for eager calls and whichever compiler."""
+    made, known = adaptation(model), inspect.signature(model.forward)
+    open_calls: list[Any] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = told(_arguments(known, args, kwargs), made.names)
+        call.__enter__()
+        open_calls.append(call)
+
+    def leave(*_: Any) -> None:
+        if open_calls:  # else the call failed before it began
+            open_calls.pop().__exit__(None, None, None)
+
+    handles: list[Any] = []
+    if made.names:
+        first = model.register_forward_pre_hook(untraced(enter), prepend=True, with_kwargs=True)
+        last = model.register_forward_hook(untraced(leave), always_call=True)
+        handles = [first, last]
+    try:
+        with made:
+            yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def adaptation(model: nn.Module) -> Adaptation:
     """What of a model's modules can be adapted; a line at INFO says what is."""
     made = Adaptation()
@@ -92,9 +121,9 @@ def adaptation(model: nn.Module) -> Adaptation:
         kind = type(module)
         if kind not in classes:
             classes[kind] = _adapted(kind, made)
-        adapted = classes[kind]
-        if adapted is not None:
-            made.classes.append((module, kind, adapted))
+        replacing = classes[kind]
+        if replacing is not None:
+            made.classes.append((module, kind, replacing))
     for note in made.notes:
         log.info("%s", note)
     return made
@@ -128,10 +157,10 @@ def _adapted(kind: type[nn.Module], made: Adaptation) -> type[nn.Module] | None:
         return None
     same = {name: getattr(kind, name) for name in ("__qualname__", "__module__", "__doc__")}
     maker: Any = type(kind)
-    adapted: type[nn.Module] = maker(
+    replacing: type[nn.Module] = maker(
         kind.__name__, (Adapted, kind), {**same, **methods, "_focus_plain": kind}
     )
-    return adapted
+    return replacing
 
 
 def _may_test(function: Any) -> bool:
