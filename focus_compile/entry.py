@@ -147,7 +147,7 @@ def in_place(
     Raises:
         ValueError: see :func:`compile`.
     """
-    compiled: nn.Module = compile(model, tokenizer, in_place=True, **options)
+    compiled: nn.Module = _compile(model, tokenizer, in_place=True, **options)
     try:
         yield compiled
     finally:
@@ -188,3 +188,6 @@ def _call(
             raise RuntimeError(LIMIT)
         warning_once(log, LIMIT)
     return made
+
+
+_compile = compile  # the name of a builtin means that one wherever it is called

@@ -230,7 +230,8 @@ def _logging_methods() -> Iterator[Any]:
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that Dynamo runs as it is."""
-    made: Callable[..., Any] = torch._dynamo.disable(function)
+    dynamo: Any = torch._dynamo
+    made: Callable[..., Any] = dynamo.disable(function)
     return made
 
 

@@ -145,14 +145,12 @@ def _adapted(kind: type[nn.Module], made: Adaptation) -> type[nn.Module] | None:
             if method is None or found is None:
                 continue
             tree, names = found
-            replaced = rebuilt(method, tree, {})
-            if replaced is not None:
-                methods[name] = replaced
-                made.names |= names
-                made.notes.append(
-                    f"adapted {kind.__name__}.{name} ({method.place}): whether {_listed(names)} "
-                    "has a zero is read once in a call, before the graph"
-                )
+            methods[name] = rebuilt(method, tree)
+            made.names |= names
+            made.notes.append(
+                f"adapted {kind.__name__}.{name} ({method.place}): whether {_listed(names)} has a "
+                "zero is read once in a call, before the graph"
+            )
     if not methods:
         return None
     same = {name: getattr(kind, name) for name in ("__qualname__", "__module__", "__doc__")}

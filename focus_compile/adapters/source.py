@@ -6,9 +6,8 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 __all__ = ["Method", "read", "rebuilt"]
@@ -47,17 +46,12 @@ def read(function: Any) -> Method | None:
     return Method(function, tree)
 
 
-def rebuilt(method: Method, tree: ast.FunctionDef, names: Mapping[str, Any]) -> FunctionType | None:
+def rebuilt(method: Method, tree: ast.FunctionDef) -> FunctionType:
     """The function of a changed tree: globals, defaults and closure are those of the method's.
 
-    ``names``: what the tree refers to besides. None where a variable of the closure is not set.
+    Nothing is executed: the tree is compiled as the file was, and its code taken out.
     """
     old = method.function
-    try:
-        cells = [cell.cell_contents for cell in old.__closure__ or ()]
-    except ValueError:
-        return None
-    given = dict(zip(old.__code__.co_freevars, cells, strict=True)) | dict(names)
     arguments = [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]
     for argument in (*arguments, tree.args.vararg, tree.args.kwarg):
         if argument is not None:
@@ -65,16 +59,23 @@ def rebuilt(method: Method, tree: ast.FunctionDef, names: Mapping[str, Any]) -> 
     tree.returns = None
     tree.args.defaults = [ast.Constant(None) for _ in tree.args.defaults]
     tree.args.kw_defaults = [value and ast.Constant(None) for value in tree.args.kw_defaults]
-    outer = ast.parse(f"def outer({', '.join(given)}):\n    return {tree.name}")
+    outer = ast.parse(f"def outer({', '.join(old.__code__.co_freevars)}): pass")
     maker = outer.body[0]
     assert isinstance(maker, ast.FunctionDef)
-    maker.body.insert(0, tree)
-    space: dict[str, Any] = {}
-    code = compile(
-        ast.fix_missing_locations(outer), old.__code__.co_filename, "exec", dont_inherit=True
-    )
-    exec(code, old.__globals__, space)
-    made: FunctionType = space["outer"](**given)
-    made.__defaults__, made.__kwdefaults__ = old.__defaults__, old.__kwdefaults__
+    maker.body = [tree]
+    file = old.__code__.co_filename
+    module = compile(ast.fix_missing_locations(outer), file, "exec", dont_inherit=True)
+    code = _inner(_inner(module, "outer"), tree.name)
+    cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
+    closure = tuple(cells[name] for name in code.co_freevars)
+    made = FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
+    made.__kwdefaults__ = old.__kwdefaults__
     made.__qualname__, made.__doc__, made.__module__ = old.__qualname__, old.__doc__, old.__module__
     return made
+
+
+def _inner(code: CodeType, name: str) -> CodeType:
+    """The code of a function that is defined in another's."""
+    return next(
+        value for value in code.co_consts if isinstance(value, CodeType) and value.co_name == name
+    )
