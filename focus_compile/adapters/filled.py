@@ -27,9 +27,8 @@ __all__ = ["filled_tests", "may_test", "told"]
 
 _ATTRIBUTE = "_focus_filled"
 _LOOPS = (ast.For, ast.While, ast.AsyncFor)
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.GeneratorExp)
-_SCOPES += (ast.ListComp, ast.SetComp, ast.DictComp)
-
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 
 WRITTEN = (
     "the model wrote into a mask whose values it tests, which an adapter had read before: what it "
@@ -108,7 +107,7 @@ class _Tests(ast.NodeTransformer):
             self.parameters = set()
 
     def visit(self, node: ast.AST) -> Any:
-        if isinstance(node, _SCOPES):
+        if isinstance(node, _COMPREHENSIONS + _FUNCTIONS):
             return node
         if isinstance(node, ast.If | ast.IfExp | ast.Assert | ast.While):
             node.test = self._test(node.test)
