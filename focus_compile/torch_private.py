@@ -182,10 +182,13 @@ def captures_more() -> Iterator[None]:
     """
     shapes: Any = torch.fx.experimental._config
     dynamo: Any = torch._dynamo.config
-    ignored = {*dynamo.ignore_logger_methods, *_logging_methods()}
+    loggers = "ignore_logging_functions"
+    if not hasattr(dynamo, loggers):  # its name in earlier releases; an alias is not patched
+        loggers = "ignore_logger_methods"
+    ignored = {*getattr(dynamo, loggers), *_logging_methods()}
     leave = (
         shapes._make_closure_patcher(use_duck_shape=False)(),
-        dynamo._make_closure_patcher(ignore_logger_methods=ignored)(),
+        dynamo._make_closure_patcher(**{loggers: ignored})(),
     )
     try:
         yield

@@ -6,6 +6,7 @@ Seen on the releases of ``SEEN``; docs/versions.md has the suites that ran on th
 from __future__ import annotations
 
 import ast
+import logging
 import re
 import tomllib
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from focus_compile.graph.inputs import Input
 from focus_compile.programs.symbols import Symbols
 from tests.support.paths import ROOT
 
+LOGGER = logging.getLogger(__name__)
 SEEN = ((2, 11), (2, 13), (2, 14), (2, 15))
 """Releases of PyTorch on which every test of this file passed."""
 SOURCES = [*sorted(ROOT.glob("focus_compile/**/*.py")), *sorted(ROOT.glob("passes/*.py"))]
@@ -139,6 +141,15 @@ def test_sizes_that_are_equal_once() -> None:
         return len(seen)
 
     assert graphs(torch_private.captures_more) == 1 and graphs(nullcontext) == 2
+
+
+def test_loggers_break_no_graph() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        LOGGER.info("seen")
+        return x + 1
+
+    with torch_private.captures_more():
+        torch.compile(function, backend="eager", fullgraph=True)(torch.zeros(3))
 
 
 def test_what_was_compiled() -> None:
