@@ -38,6 +38,21 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "a session ends without one masked call": (
         "the id of the mask token is another model's, or the loop never calls with masks",
         "give the model's own: tokenizer.mask_token_id"),
+    "a session ends in which no call reached backend": (
+        "the model's own generation method calls the model that was not compiled",
+        "focus_compile.compile(model), or in_place=True"),
+    "Dynamo has reached its recompile limit with this model": (
+        "ever other kinds of arguments, or layouts of caches", "what it says"),
+    "the model wrote into a mask whose values it tests": (
+        "an adapter had read the mask before the model changed it", "adapt=False"),
+    "the forward of this model was replaced after it was compiled": (
+        "hooks of another library, or a patch, that came behind the compiler", "what it says"),
+    "this model is compiled already": (
+        "compile(in_place=True) of what compile returned, or twice",
+        "compile the model itself, once"),
+    "this model is not compiled in place": (
+        "restore of a model that is as it was, or whose class somebody else changed since",
+        "restore what compile(in_place=True) returned, once"),
     "a session ends in which masked calls may have run eagerly": (
         "Dynamo compiles only so many graphs of one function",
         "focus_compile.compile, session(alpha=...), or a larger recompile_limit"),

@@ -6,7 +6,7 @@ from focus_compile import testing
 from focus_compile.backend import focus_backend
 from focus_compile.calibration.calibrate import Calibration, calibrate
 from focus_compile.config import FocusConfig
-from focus_compile.entry import compile, status
+from focus_compile.entry import adapt, compile, in_place, restore, status
 from focus_compile.errors import EvictedTokenDecoded, NotCompiled, UncommittedHistory, Unsupported
 from focus_compile.generation.decoding import Candidates
 from focus_compile.generation.generated import Generated
@@ -39,12 +39,15 @@ __all__ = [
     "UncommittedHistory",
     "Unsupported",
     "__version__",
+    "adapt",
     "block_mask",
     "calibrate",
     "compile",
     "explain",
     "focus_backend",
     "generate",
+    "in_place",
+    "restore",
     "session",
     "status",
     "testing",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule
 
@@ -14,6 +14,7 @@ from focus_compile.capture.canonical import Canonical, canonicalize
 from focus_compile.capture.capture import capture
 from focus_compile.capture.grow import grow
 from focus_compile.capture.last_tokens import widen
+from focus_compile.capture.returned_sizes import without_sizes
 from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
 from focus_compile.graph.inputs import Input
 from focus_compile.graph.nodes import graph_inputs, tensor_of
@@ -70,6 +71,7 @@ def analyze(
 
 
 def _analyze(gm: GraphModule, broke: GraphBreak | None, layers: tuple[int, int]) -> Analysis:
+    gm, sizes = without_sizes(gm)
     traced = capture(gm)
     captured = traced.gm
     written = tuple(traced.arguments[at] for at in traced.written)
@@ -82,7 +84,7 @@ def _analyze(gm: GraphModule, broke: GraphBreak | None, layers: tuple[int, int])
     plan = make_plan(canonical, layers)
     stages = tuple(rewrite(canonical.gm, plan))
     module_state = [index for index, node in enumerate(graph_inputs(gm)) if is_module_state(node)]
-    layout = layout_of(canonical, plan, written, module_state)
+    layout = replace(layout_of(canonical, plan, written, module_state), sizes=sizes)
     if {held.argument for held in layout.held} != {traced.arguments[at] for at in traced.held}:
         raise Unsupported(WRITES_INPUT)
     halves = cut(stages[-1][1], plan, last)

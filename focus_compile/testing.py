@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from focus_compile.models.compiled import original
 from focus_compile.models.mask_token import find_mask_token
 from focus_compile.reports.measure import with_fresh_code
 from focus_compile.reports.play import output_tensors
@@ -57,7 +58,7 @@ def assert_matches_eager(
         Unsupported: a module was given, and FOCUS cannot be applied to it.
         ValueError: no mask token is known, or none is among the ids.
     """
-    eager_model: Any = eager or getattr(model, "_orig_mod", model)
+    eager_model: Any = eager or (original(model) if isinstance(model, nn.Module) else model)
     mask_token = find_mask_token(eager_model) if mask_token_id is None else mask_token_id
     compiled = model
     if eager_model is model:

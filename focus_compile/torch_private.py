@@ -8,6 +8,7 @@ name must do, and names the releases on which that was seen (docs/versions.md ha
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.convert_frame import compile_lock
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+from torch._dynamo.eval_frame import OptimizedModule, cached_backends, innermost_backend
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
@@ -52,6 +53,7 @@ __all__ = [
     "TracingContext",
     "at_fixed_addresses",
     "backend_of",
+    "captures_more",
     "compile_arguments",
     "compile_fx",
     "compile_lock",
@@ -69,10 +71,14 @@ __all__ = [
     "output_modules",
     "recompile_limit",
     "recompile_limits_hit",
+    "reported_breaks",
     "symbolic_mode",
     "trace_structured",
     "tracing",
     "tree_leaves",
+    "uncompiled",
+    "untraced",
+    "was_compiled_for",
 ]
 
 _COMPILE_ARGUMENTS = {"isolate_recompiles": True, "recompile_limit": 64}
@@ -166,6 +172,77 @@ def compile_arguments() -> dict[str, Any]:
     return {name: value for name, value in _COMPILE_ARGUMENTS.items() if name in parameters}
 
 
+@contextmanager
+def captures_more() -> Iterator[None]:
+    """Around a compiled call: what Dynamo would capture anew, or not at all, by its defaults.
+
+    - Sizes that are equal in the call that is captured may differ later. By default a prompt that
+      is as long as the block is taken for a rule of the model.
+    - Calls of a logger are left out of the graph, and break it no more.
+    """
+    shapes: Any = torch.fx.experimental._config
+    dynamo: Any = torch._dynamo.config
+    loggers = "ignore_logging_functions"
+    if not hasattr(dynamo, loggers):  # its name in earlier releases; an alias is not patched
+        loggers = "ignore_logger_methods"
+    ignored = {*getattr(dynamo, loggers), *_logging_methods()}
+    leave = (
+        shapes._make_closure_patcher(use_duck_shape=False)(),
+        dynamo._make_closure_patcher(**{loggers: ignored})(),
+    )
+    try:
+        yield
+    finally:
+        for restore in leave:
+            restore()
+
+
+class _Breaks(logging.Handler):
+    """Keeps what Dynamo writes of graph breaks into its structured trace."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        metadata: Any = getattr(record, "metadata", {})
+        if metadata.get("artifact", {}).get("name") == "dynamo_graph_break_reason":
+            self.texts.append(str(getattr(record, "payload", "")))
+
+
+@contextmanager
+def reported_breaks() -> Iterator[list[str]]:
+    """What Dynamo says of graph breaks inside: place, reason and its own traceback.
+
+    Unlike what graphs hold, also of those for which it ran a whole function eagerly.
+    """
+    handler, trace = _Breaks(), logging.getLogger("torch.__trace")
+    trace.addHandler(handler)
+    try:
+        yield handler.texts
+    finally:
+        trace.removeHandler(handler)
+
+
+def _logging_methods() -> Iterator[Any]:
+    """What loggers are called by, as libraries extend it (transformers' ``warning_once``)."""
+    for name in ("debug", "info", "warning", "error", "warning_once", "info_once"):
+        if name in vars(logging.Logger):
+            yield vars(logging.Logger)[name]
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that Dynamo runs as it is."""
+    dynamo: Any = torch._dynamo
+    made: Callable[..., Any] = dynamo.disable(function)
+    return made
+
+
+def uncompiled(model: Module) -> Module:
+    """What ``torch.compile`` was given, of the module that it returned; else the module."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
 def recompile_limits_hit() -> int:
     """How many functions Dynamo has stopped compiling, since it was reset."""
     reasons = counters["unimplemented"]
@@ -182,6 +259,15 @@ def backend_of(model: Any) -> Any:
         return None
     backend: Any = innermost_backend(callback) if callable(callback) else None
     return backend.compiler_fn if isinstance(backend, torch._TorchCompileWrapper) else backend
+
+
+def was_compiled_for(name: str) -> bool:
+    """Whether ``torch.compile`` was called with a backend of that name, since Dynamo was reset."""
+    backends: Mapping[int, Any] = cached_backends
+    return any(
+        isinstance(backend, torch._TorchCompileWrapper) and backend.compiler_name == name
+        for backend in [*backends.values()]
+    )
 
 
 def is_module_state(node: Node) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import linecache
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,45 +18,90 @@ from torch.fx import GraphModule
 from focus_compile.errors import Unsupported
 from focus_compile.refusals import BEHIND_A_BREAK, DYNAMIC_ROPE, NO_EMBEDDING
 
-__all__ = ["GraphBreak", "graph_break", "refuse_fragment"]
+__all__ = ["GraphBreak", "graph_break", "refuse_fragment", "reported_break"]
 
+_NEAR = 3
+"""Functions that tell what a line is a part of: its own and those that called it."""
+_PLACE = re.compile(r"Graph break in user code at (.+):(\d+)")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 _RESUMED = re.compile(r'File "([^"]+)", line \d+, in torch_dynamo_resume_in_\w+_at_(\d+)')
 
-REMEDIES = (
+_ADAPTS = "focus_compile.compile(model)"
+_EXPERTS = r"expert|moe|router"
+_READS = r"tensor\.item\(\)|data.dependent|numpy|tolist|dynamic shape|nonzero|int\("
+
+REMEDIES: tuple[tuple[str, str, str], ...] = (
+    # found in reason and line; found in the functions on the way there; what to do
     (
-        ("accelerate/hooks.py",),
+        r"accelerate/hooks\.py",
+        "",
         "accelerate's hooks run outside of graphs: load the model on one device, without "
         "device_map, or call accelerate.hooks.remove_hook_from_submodules(model)",
     ),
     (
-        ("expert_hit",),
+        r"expert_hit",
+        "",
         "experts are computed in a loop over those that are hit: load the model with "
         "experts_implementation='grouped_mm' or 'batched_mm'",
     ),
     (
-        ("modeling_rope_utils.py",),
+        r"modeling_rope_utils\.py",
+        "",
         "dynamic RoPE (rope_type 'dynamic' or 'longrope') reads the length of the text in the "
         "model's forward: set rope_type='default' in the config's rope_parameters where texts are "
         "no longer than the model was trained for, or 'yarn', whose table is fixed",
     ),
     (
-        ("data-dependent branching", "torch.all("),
-        "an `if` reads a tensor's value, such as SDAR's `if torch.all(attention_mask)`: load the "
-        "weights into transformers' Qwen3ForCausalLM (SDAR) and pass a 4D mask, or decide outside "
-        "the model",
+        r"use_return_dict",
+        "",
+        f"a property of the config logs: pass return_dict=True, or compile with {_ADAPTS}, which "
+        "leaves logging out of graphs",
     ),
     (
-        ("data dependent operator", "numpy(", "item(", "tolist("),
-        "values go to the host, such as the counts per expert of LLaDA2-MoE's `moe_infer`: compute "
+        r"logging|logger",
+        "",
+        f"Dynamo does not trace logging: compile with {_ADAPTS}, which leaves it out of graphs, "
+        "or take the call out of the model's forward",
+    ),
+    (
+        r"(\ball\(|\bany\(|\b(0|0\.0|false) (not )?in ).*mask|mask\.(all|any)\(",
+        "",
+        "an `if` reads the mask's values, such as SDAR's `if torch.all(attention_mask)`: compile "
+        f"with {_ADAPTS}, which reads those of an argument before the graph; load the weights into "
+        "transformers' Qwen3ForCausalLM (SDAR) and pass a 4D mask; or decide outside the model",
+    ),
+    (
+        _READS,
+        _EXPERTS,
+        "the tokens of each expert are counted by Python, as in LLaDA2-MoE's `moe_infer`: compute "
         "experts as transformers' grouped_mm and batched_mm do (docs/models.md; on a CPU "
         "`F.grouped_mm` itself traces in bf16 only)",
+    ),
+    (
+        r"nonzero|dynamic shape|torch\.where\(",
+        "",
+        "positions are looked up by value, so that their number is a value too: look them up "
+        "outside the model, and pass them as a tensor",
+    ),
+    (
+        r"data.dependent branching",
+        "",
+        "an `if` depends on a tensor's value: decide outside the model and pass True or False, or "
+        "compute both and choose with torch.where",
+    ),
+    (
+        _READS,
+        "",
+        "Python reads a tensor's value at this line: take the number from shapes (x.shape), or "
+        "compute it outside the model and pass it",
     ),
 )
 
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """Why Dynamo ended a graph: its words, the user's line, and a remedy where one is known."""
+    """Why Dynamo ended a graph, or ran a function eagerly: its words, the user's line, and a remedy
+    where one is known."""
 
     reason: str
     line: str
@@ -73,14 +119,34 @@ def graph_break(gm: GraphModule) -> GraphBreak | None:
     if reason is None or not reason.graph_break:
         return None
     frames = [frame for frame in reason.user_stack if frame.line]
-    line = "?"
-    if frames:
-        last = frames[-1]
-        line = f"{last.filename}:{last.lineno} `{last.line}`"
     message = reason.reason.strip().splitlines()[0] if reason.reason.strip() else "graph break"
+    return _broke(message, [(frame.filename, frame.lineno, frame.name) for frame in frames])
+
+
+def reported_break(text: str) -> GraphBreak | None:
+    """A graph break as Dynamo's trace has it (:func:`~.torch_private.reported_breaks`)."""
+    head, _, stack = text.partition("User code traceback:")
+    said = head.partition("Graph Break Reason:")[2].split("\n")
+    said = [line.strip() for line in said if line.strip()]
+    frames = [(file, int(number), name) for file, number, name in _FRAME.findall(stack)]
+    place = _PLACE.search(head)
+    if place is None or not said:
+        return None
+    ends = [at for at, frame in enumerate(frames) if frame[:2] == (place[1], int(place[2]))]
+    frames = frames[: ends[0] + 1] if ends else [(place[1], int(place[2]), "")]
+    preface = len(said) > 1 and said[0].endswith(":")  # what Dynamo did, then why
+    return _broke(said[preface], frames)
+
+
+def _broke(message: str, frames: Sequence[tuple[str, int, str]]) -> GraphBreak:
+    """``frames``: file, line and function, from the outermost to that of the break."""
+    codes = [linecache.getline(file, number).strip() for file, number, _ in frames]
+    line = f"{frames[-1][0]}:{frames[-1][1]} `{codes[-1]}`" if frames else "?"
+    names = [name for *_, name in frames]
+    way = " ".join((*codes[-_NEAR:], *names[-_NEAR:])).lower()
     text = f"{message} {line}".lower()
-    remedies = [cure for signs, cure in REMEDIES if any(sign in text for sign in signs)]
-    return GraphBreak(message, line, remedies[0] if remedies else None)
+    cures = (cure for at, on, cure in REMEDIES if re.search(at, text) and re.search(on, way))
+    return GraphBreak(message, line, next(cures, None))
 
 
 def refuse_fragment(gm: GraphModule) -> NoReturn:

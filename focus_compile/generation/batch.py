@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from focus_compile.generation.cache import hold
 from focus_compile.generation.neighbours import refuse_neighbours
+from focus_compile.models.compiled import original
 from focus_compile.models.masks import attention_mask, cache_keyword, canvas_arguments
 
 __all__ = ["CachedBatch", "CanvasBatch"]
@@ -26,7 +27,7 @@ def _is_transformers(model: nn.Module) -> bool:
     These take a mask of one line for all queries, and ask nothing of a cache but to be updated.
     Others' code may compare the mask's shape with that of the scores, and join keys by itself.
     """
-    return type(getattr(model, "_orig_mod", model)).__module__.startswith("transformers.models.")
+    return type(original(model)).__module__.startswith("transformers.models.")
 
 
 def _check_windows(cache: DynamicCache, length: int) -> None:

@@ -32,12 +32,12 @@ from focus_compile.generation.request import (
 from focus_compile.generation.scores import step_scores
 from focus_compile.generation.text import StopStrings
 from focus_compile.graph.sharding import is_sharded
+from focus_compile.models.compiled import backend_of
 from focus_compile.models.vocabulary import check_ids, check_mask_token, rows_of
 from focus_compile.runtime.ambient import current_session, inside, open_elsewhere
 from focus_compile.runtime.reader import Reader
 from focus_compile.runtime.session import Session, warn_outside
 from focus_compile.runtime.statistics import SessionStats
-from focus_compile.torch_private import backend_of
 
 __all__ = ["generate"]
 

@@ -7,6 +7,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from focus_compile.models.compiled import original
+
 __all__ = [
     "attention_mask",
     "block_mask",
@@ -19,8 +21,7 @@ __all__ = [
 
 def own_arguments(model: nn.Module) -> nn.Module:
     """A model as it was before it was compiled."""
-    uncompiled: nn.Module = getattr(model, "_orig_mod", model)
-    return uncompiled
+    return original(model)
 
 
 def forward_arguments(model: nn.Module) -> tuple[set[str], bool]:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from focus_compile.models.compiled import original
+
 __all__ = ["check_ids", "check_mask_token", "rows_of"]
 
 
 def rows_of(model: nn.Module) -> int | None:
     """Rows of the embedding of a transformers model, compiled or not; None of any other."""
-    inner: Any = getattr(model, "_orig_mod", model)
+    inner: Any = original(model)
     table = inner.get_input_embeddings() if isinstance(inner, PreTrainedModel) else None
     return table.num_embeddings if isinstance(table, nn.Embedding) else None
 

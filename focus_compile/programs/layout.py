@@ -9,6 +9,7 @@ import torch
 
 from focus_compile.axes.axes import Entry
 from focus_compile.capture.canonical import Canonical
+from focus_compile.capture.returned_sizes import ReturnedSize
 from focus_compile.graph.inputs import Argument, Input
 from focus_compile.graph.nodes import operands, tensor_of
 from focus_compile.graph.recompute import no_constant_sizes
@@ -55,6 +56,7 @@ class Layout:
         key_program: what computes keys and values
             (:func:`~focus_compile.programs.key_program.key_program`).
         vocabulary: rows of the embedding, None where that is not known.
+        sizes: numbers that the model returns, which no program computes.
     """
 
     inputs: tuple[Input, ...]
@@ -74,6 +76,7 @@ class Layout:
     key_program: str = ""
     vocabulary: int | None = None
     held: tuple[Held, ...] = ()
+    sizes: tuple[ReturnedSize, ...] = ()
 
 
 def layout_of(

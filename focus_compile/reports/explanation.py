@@ -16,13 +16,14 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from focus_compile.analysis import Analysis, analyze
-from focus_compile.capture.breaks import GraphBreak, graph_break
+from focus_compile.capture.breaks import GraphBreak, graph_break, reported_break
 from focus_compile.capture.capture import has_attention
 from focus_compile.errors import Unsupported
 from focus_compile.graph.nodes import graph_outputs
 from focus_compile.models.mask_token import find_mask_token
 from focus_compile.reports.measure import Measured, measure, with_fresh_code
 from focus_compile.reports.terminal import render
+from focus_compile.torch_private import reported_breaks
 from focus_compile.views.cost import Cost, cost_of
 from focus_compile.views.describe import describe
 from focus_compile.views.files import save_analysis, save_refusal
@@ -107,10 +108,13 @@ class GraphReport:
 class Explanation:
     """The whole story of one call of a model; ``print`` it, ``save`` it, or read its parts.
 
-    ``measured``: what a real run gave, where :func:`explain` was asked for one.
+    ``skipped``: graph breaks for which Dynamo ran a whole function eagerly, what it calls captured
+    apart: no graph ends at them. ``measured``: what a real run gave, where :func:`explain` was
+    asked for one.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
+    skipped: list[GraphBreak] = field(default_factory=list)
     measured: Measured | None = None
 
     def __repr__(self) -> str:
@@ -131,8 +135,8 @@ class Explanation:
 
     @property
     def breaks(self) -> list[GraphBreak]:
-        """Graph breaks, in order: the first is the one to remove."""
-        return [graph.broke for graph in self.graphs if graph.broke is not None]
+        """Graph breaks, in order, those of skipped functions last: the first is to be removed."""
+        return [graph.broke for graph in self.graphs if graph.broke is not None] + self.skipped
 
     def __str__(self) -> str:
         buffer = io.StringIO()
@@ -147,7 +151,9 @@ class Explanation:
         """All of it as plain data: one entry of ``graphs`` for each graph, in order."""
         measured = None if self.measured is None else self.measured.to_dict()
         graphs = [graph.to_dict() for graph in self.graphs]
-        return {"applied": self.applied, "graphs": graphs, "measured": measured}
+        skipped = [asdict(broke) for broke in self.skipped]
+        data = {"applied": self.applied, "skipped": skipped, "graphs": graphs}
+        return data | {"measured": measured}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -206,8 +212,13 @@ def explain(
             raise ValueError("give mask_token_id=...: the model is a function")
         mask_token_id = find_mask_token(model)
     compiled = torch.compile(with_fresh_code(model), backend=record)
-    with torch.no_grad():
+    with torch.no_grad(), reported_breaks() as reports:
         compiled(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    known = {broke.line for broke in story.breaks}
+    for broke in filter(None, map(reported_break, reports)):
+        if broke.line not in known:
+            known.add(broke.line)
+            story.skipped.append(broke)
     if run and story.applied:
         assert mask_token_id is not None
         story.measured = measure(model, args, kwargs, mask_token_id)

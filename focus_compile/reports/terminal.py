@@ -18,6 +18,8 @@ def render(console: Console, data: Mapping[str, Any]) -> None:
     """Print what :meth:`~focus_compile.Explanation.to_dict` returns."""
     console.print(f"FOCUS applied: {'yes' if data['applied'] else 'no'}", markup=False)
     console.print(f"Dynamo captured {len(data['graphs'])} graph(s)", markup=False)
+    for broke in data["skipped"]:
+        console.print(f"Dynamo ran a function eagerly: {_told(broke)}", markup=False)
     for index, graph in enumerate(data["graphs"]):
         console.rule(f"graph {index}: {graph['nodes']} nodes")
         if graph["refusal"] is not None:
@@ -28,13 +30,15 @@ def render(console: Console, data: Mapping[str, Any]) -> None:
             _print_analysis(console, graph["analysis"])
             _print_cost(console, graph)
         if graph["break"] is not None:
-            broke = graph["break"]
-            cure = "" if broke["remedy"] is None else f"; {broke['remedy']}"
-            message = f"{broke['line']}: {broke['reason']}{cure}"
-            console.print(f"ended by a graph break: {message}", markup=False)
+            console.print(f"ended by a graph break: {_told(graph['break'])}", markup=False)
     if data["measured"] is not None:
         console.rule("run for real")
         _print_measured(console, data["measured"])
+
+
+def _told(broke: Mapping[str, Any]) -> str:
+    cure = "" if broke["remedy"] is None else f"; {broke['remedy']}"
+    return f"{broke['line']}: {broke['reason']}{cure}"
 
 
 def _print_refusal(console: Console, refusal: Mapping[str, str]) -> None:

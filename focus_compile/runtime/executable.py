@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from focus_compile.calibrated import Calibrated
+from focus_compile.capture.returned_sizes import with_sizes
 from focus_compile.config import FocusConfig
 from focus_compile.errors import EmptyCall, EvictedTokenDecoded, UncommittedHistory
 from focus_compile.graph.sharding import local
@@ -253,7 +254,7 @@ class Executable:
         session.stats.record(masked.numel(), fed.tokens.numel(), len(kept.tokens), rescued)
         self._tell(session, made, retained, packed)
         session.keep(model_key(args), state)  # last: a call that is interrupted has no state
-        return made
+        return with_sizes(made, self.layout.sizes, args)
 
     def _written(
         self, args: Sequence[Any], made: tuple[Tensor | None, ...]

@@ -24,7 +24,7 @@ from focus_compile.runtime.origin import Origins
 from focus_compile.runtime.reader import Reader
 from focus_compile.runtime.signals import Choice, check_signal
 from focus_compile.runtime.statistics import SessionStats
-from focus_compile.torch_private import recompile_limits_hit
+from focus_compile.torch_private import recompile_limits_hit, was_compiled_for
 
 __all__ = [
     "PackedLogits",
@@ -50,6 +50,12 @@ NO_MASKED_CALL = (
 MORE_MISSED = (
     "eviction misses more than its calibration has seen: %s. There a sure token was kept in "
     "%.1f %% to %.1f %% of such rows: calibrate anew, with prompts like these"
+)
+BYPASSED = (
+    "a session ends in which no call reached backend 'focus', though a model was compiled with it. "
+    "Of torch.compile(model, backend='focus') the model's own methods (compiled.generate) call the "
+    "model that was not compiled. Use focus_compile.compile(model, ...), whose methods run what is "
+    "compiled, or compile the model that other code holds: in_place=True"
 )
 NOT_REACHED = (
     "a session ends in which masked calls may have run eagerly, without backend 'focus': Dynamo "
@@ -253,6 +259,8 @@ class Session:
             missed = False
         else:
             missed = bool(recompile_limits_hit()) and not self.reached
+            if not (missed or self.reached) and was_compiled_for("focus"):
+                warning_once(log, BYPASSED)
         if missed and self.enabled:
             warning_once(log, NOT_REACHED)
         audit = self.stats.audit
@@ -466,3 +474,5 @@ def session(
     finally:
         scope.exit()
         opened.reset()
+        if (around := current_session()) is not None:
+            around.reached += opened.reached

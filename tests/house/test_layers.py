@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plan",),
     ("capture",),
     ("axes",),
-    ("graph", "ops", "models"),
+    ("graph", "ops", "models", "adapters"),
     ("config",),
     ("errors", "log", "rounding", "calibrated", "intervals"),
     ("torch_private",),

@@ -60,7 +60,10 @@ def trusting(arguments: ast.arguments) -> Iterator[ast.arg]:
 def test_no_source_runs_what_it_is_given() -> None:
     assert len(SOURCES) > 60
     found = {path.name: list(offences(ast.parse(path.read_text()))) for path in SOURCES}
-    assert not {name: what for name, what in found.items() if what}
+    # a method's own syntax tree, changed: docs/security.md
+    assert {name: what for name, what in found.items() if what} == {"source.py": ["compile"]}
+    (adapters,) = (path for path in SOURCES if path.name == "source.py")
+    assert 'compile(ast.fix_missing_locations(outer), file, "exec"' in adapters.read_text()
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ Seen on the releases of ``SEEN``; docs/versions.md has the suites that ran on th
 from __future__ import annotations
 
 import ast
+import logging
 import re
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from focus_compile.graph.inputs import Input
 from focus_compile.programs.symbols import Symbols
 from tests.support.paths import ROOT
 
+LOGGER = logging.getLogger(__name__)
 SEEN = ((2, 11), (2, 13), (2, 14), (2, 15))
 """Releases of PyTorch on which every test of this file passed."""
 SOURCES = [*sorted(ROOT.glob("focus_compile/**/*.py")), *sorted(ROOT.glob("passes/*.py"))]
@@ -118,6 +121,51 @@ def test_graphs_of_a_function_are_counted() -> None:
     assert seen == [0, 1, 2] and torch_private.frame_compile_id() is None
     with torch._dynamo.config.patch(recompile_limit=5):
         assert torch_private.recompile_limit() == 5
+
+
+def test_sizes_that_are_equal_once() -> None:
+    """By default Dynamo captures anew when they differ later."""
+
+    def graphs(around: Any) -> int:
+        seen: list[Any] = []
+
+        def backend(gm: GraphModule, _: Any) -> Any:
+            seen.append(gm)
+            return gm.forward
+
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, y: (x + 1, y + 2), backend=backend, dynamic=True)
+        for sizes in ((5, 5), (3, 7)):
+            with around():
+                compiled(*map(torch.zeros, sizes))
+        return len(seen)
+
+    assert graphs(torch_private.captures_more) == 1 and graphs(nullcontext) == 2
+
+
+def test_loggers_break_no_graph() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        LOGGER.info("seen")
+        return x + 1
+
+    with torch_private.captures_more():
+        torch.compile(function, backend="eager", fullgraph=True)(torch.zeros(3))
+
+
+def test_what_was_compiled() -> None:
+    model = nn.Linear(2, 3)
+    assert torch_private.uncompiled(torch.compile(model)) is model  # type: ignore[arg-type]
+    assert torch_private.uncompiled(model) is model
+
+
+def test_backends_of_a_process() -> None:
+    torch._dynamo.reset()
+    torch.compile(lambda x: x, backend="eager")
+    assert not torch_private.was_compiled_for("focus")
+    torch.compile(lambda x: x, backend="focus", options={})
+    assert torch_private.was_compiled_for("focus")
+    torch._dynamo.reset()
+    assert not torch_private.was_compiled_for("focus")
 
 
 def test_operators_run_on_symbolic_sizes() -> None:

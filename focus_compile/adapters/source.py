@@ -1,0 +1,81 @@
+"""A method as a syntax tree, and a function again."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+
+__all__ = ["Method", "read", "rebuilt"]
+
+_PRIVATE = re.compile(r"\b__\w*[^_\W]_?\b")
+"""Names that Python changes in the body of a class."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's function, without decorators, and its syntax tree, with the file's own lines."""
+
+    function: FunctionType
+    tree: ast.FunctionDef
+
+    @property
+    def place(self) -> str:
+        return f"{self.function.__code__.co_filename}:{self.tree.lineno}"
+
+
+def read(function: Any) -> Method | None:
+    """A plain function as a tree; None where its source is not at hand, or it is decorated."""
+    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+        return None
+    try:
+        lines, first = inspect.getsourcelines(function)
+        (tree,) = ast.parse(textwrap.dedent("".join(lines))).body
+    except (OSError, TypeError, ValueError, SyntaxError):
+        return None
+    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
+        return None
+    words = (getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(tree))
+    if any(_PRIVATE.fullmatch(word) for word in words):
+        return None
+    ast.increment_lineno(tree, first - 1)
+    return Method(function, tree)
+
+
+def rebuilt(method: Method, tree: ast.FunctionDef) -> FunctionType:
+    """The function of a changed tree: globals, defaults and closure are those of the method's.
+
+    Nothing is executed: the tree is compiled as the file was, and its code taken out.
+    """
+    old = method.function
+    arguments = [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]
+    for argument in (*arguments, tree.args.vararg, tree.args.kwarg):
+        if argument is not None:
+            argument.annotation = None
+    tree.returns = None
+    tree.args.defaults = [ast.Constant(None) for _ in tree.args.defaults]
+    tree.args.kw_defaults = [value and ast.Constant(None) for value in tree.args.kw_defaults]
+    outer = ast.parse(f"def outer({', '.join(old.__code__.co_freevars)}): pass")
+    maker = outer.body[0]
+    assert isinstance(maker, ast.FunctionDef)
+    maker.body = [tree]
+    file = old.__code__.co_filename
+    module = compile(ast.fix_missing_locations(outer), file, "exec", dont_inherit=True)
+    code = _inner(_inner(module, "outer"), tree.name)
+    cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
+    closure = tuple(cells[name] for name in code.co_freevars)
+    made = FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
+    made.__kwdefaults__ = old.__kwdefaults__
+    made.__qualname__, made.__doc__, made.__module__ = old.__qualname__, old.__doc__, old.__module__
+    return made
+
+
+def _inner(code: CodeType, name: str) -> CodeType:
+    """The code of a function that is defined in another's."""
+    return next(
+        value for value in code.co_consts if isinstance(value, CodeType) and value.co_name == name
+    )

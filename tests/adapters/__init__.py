@@ -1,0 +1,1 @@
+"""Tests of focus_compile.adapters: code of models that breaks graphs."""
