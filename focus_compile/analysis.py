@@ -14,6 +14,7 @@ from focus_compile.capture.canonical import Canonical, canonicalize
 from focus_compile.capture.capture import capture
 from focus_compile.capture.grow import grow
 from focus_compile.capture.last_tokens import widen
+from focus_compile.capture.unwrap import unwrap
 from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
 from focus_compile.graph.inputs import Input
 from focus_compile.graph.nodes import graph_inputs, tensor_of
@@ -70,7 +71,8 @@ def analyze(
 
 
 def _analyze(gm: GraphModule, broke: GraphBreak | None, layers: tuple[int, int]) -> Analysis:
-    traced = capture(gm)
+    unwrapped = unwrap(gm)
+    traced = capture(unwrapped.gm)
     captured, written = traced.gm, traced.written
     entry = find_entry(captured)
     if entry is not None:
@@ -79,8 +81,11 @@ def _analyze(gm: GraphModule, broke: GraphBreak | None, layers: tuple[int, int])
     canonical = canonicalize(widened, traced.held)
     plan = make_plan(canonical, layers)
     stages = tuple(rewrite(canonical.gm, plan))
-    module_state = [index for index, node in enumerate(graph_inputs(gm)) if is_module_state(node)]
-    layout = layout_of(canonical, plan, written, module_state)
+    given = graph_inputs(gm)
+    if any(argument >= len(given) for argument in written):
+        raise Unsupported(WRITES_INPUT)
+    module_state = [index for index, node in enumerate(given) if is_module_state(node)]
+    layout = layout_of(canonical, plan, written, module_state, unwrapped.parts)
     if {held.argument for held in layout.held} != traced.held.keys():
         raise Unsupported(WRITES_INPUT)
     halves = cut(stages[-1][1], plan, last)

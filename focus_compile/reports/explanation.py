@@ -237,9 +237,9 @@ def _sizes(analysis: Analysis, example_inputs: Sequence[Any]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     canonical = analysis.canonical
     for spec, argument in zip(canonical.inputs, canonical.arguments, strict=True):
-        for extent, size in zip(spec.shape, example_inputs[argument].shape, strict=True):
+        for dim, extent in enumerate(spec.shape):
             if isinstance(extent, str):
-                sizes[extent] = int(size)
+                sizes[extent] = int(example_inputs[argument].shape[dim])
     return sizes
 
 

@@ -94,7 +94,8 @@ class Executable:
         *,
         returns: bool = True,
     ) -> None:
-        self.dense = dense
+        given = -len(layout.parts) or None
+        self.dense = lambda *args: dense(*args[:given])
         self.halves = halves
         self.layout = layout
         self.config = config
@@ -115,6 +116,7 @@ class Executable:
         return bool(self.halves.vocabulary)
 
     def __call__(self, *args: Any) -> Any:
+        args += tuple(part.of(args) for part in self.layout.parts.values())
         session = current_session()
         if session is None:
             return self._run(args, None)
