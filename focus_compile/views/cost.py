@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from focus_compile.axes.axes import Axis, AxisMap, Dim, Role
 from focus_compile.axes.rules.experts import GROUPED
-from focus_compile.axes.rules.products import PACKED_PRODUCTS
+from focus_compile.axes.rules.products import is_packed_product
 from focus_compile.capture.canonical import Canonical
 from focus_compile.graph.nodes import aten, graph_inputs, operands, tensor_of
 from focus_compile.graph.sizes import Extent
@@ -43,7 +43,6 @@ _PRODUCTS = (
     aten.addmm.default,
     aten._int_mm.default,
     aten._scaled_mm.default,
-    *PACKED_PRODUCTS,
     *GROUPED,
 )
 
@@ -177,7 +176,8 @@ class _Counter:
         for node in self.nodes.values():
             sites_passed = (passed[arg] + (arg.name in outs) for arg in node.all_input_nodes)
             passed[node] = max(sites_passed, default=0)
-            if node.target in _PRODUCTS and node.name not in inside:
+            product = node.target in _PRODUCTS or is_packed_product(node)
+            if product and node.name not in inside:
                 work[passed[node]] += self._product(node, packed)
         for site in self.sites:
             work[site.layer] += self._attention(site, packed)
@@ -195,7 +195,7 @@ class _Counter:
     def _product(self, node: Node, packed: Mapping[str, Place]) -> _Work:
         first, *rest = operands(node)[node.target is aten.addmm.default :]
         inner = self._size(self.axes.of(first)[-1])
-        factors = (first, *(rest if node.target in PACKED_PRODUCTS else rest[:1]))
+        factors = (first, *(rest if is_packed_product(node) else rest[:1]))
         read = {source for value in factors for source in self.weights.get(value, {value})}
         sizes = [self._numel(value, packed) * _bytes(value) for value in (*read, node)]
         return _Work(2 * inner * self._numel(node, packed), sympy.Add(*sizes))

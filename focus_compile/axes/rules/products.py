@@ -5,18 +5,21 @@ from __future__ import annotations
 from torch.fx import Node
 
 from focus_compile.axes.axes import AxisMap, Dim, Transfer
-from focus_compile.axes.rules.table import fresh, one_result, source, transfer
+from focus_compile.axes.rules.table import fresh, named, one_result, rule_of, source, transfer
 from focus_compile.graph.nodes import argument, aten, operands, tensor_of
 from focus_compile.ops.library import focus
 
-__all__ = ["PACKED_PRODUCTS"]
+__all__ = ["is_packed_product"]
 
-PACKED_PRODUCTS = (
+_PACKED = (
     aten._weight_int8pack_mm.default, aten._weight_int4pack_mm.default,
-    aten._weight_int4pack_mm_for_cpu.default, aten._weight_int4pack_mm_with_scales_and_zeros.default,
-    aten._dyn_quant_matmul_4bit.default,
+    aten._weight_int4pack_mm_for_cpu.default, aten._dyn_quant_matmul_4bit.default,
+    aten._weight_int4pack_mm_with_scales_and_zeros.default,
 )  # fmt: skip
-"""``(rows, packed weight, ...)``."""
+_NAMED = (
+    "bitsandbytes::gemv_4bit", "bitsandbytes::gemm_4bit", "mslk::bf16i4bf16_rowwise",
+)  # fmt: skip
+"""``(rows, packed weight, ...)``: PyTorch's, and those of bitsandbytes and torchao's kernels."""
 
 
 @transfer(focus.gather_ranks.default)
@@ -47,7 +50,13 @@ def _addmm(node: Node, axes: AxisMap) -> Transfer:
     return one_result(*out, mixed=[left[1], right[0]])
 
 
-@transfer(*PACKED_PRODUCTS)
+def is_packed_product(node: Node) -> bool:
+    """Whether a node multiplies rows by a weight whose layout only its operator knows."""
+    return rule_of(node) is _packed_product
+
+
+@named(*_NAMED)
+@transfer(*_PACKED)
 def _packed_product(node: Node, axes: AxisMap) -> Transfer:
     """Rows times a weight whose layout only the operator knows, and its scales."""
     x, *weight = (axes.dims[operand][0] for operand in operands(node))
