@@ -146,7 +146,9 @@ class BlockState:
         self.decode_steps = torch.where(fresh, 0, self.decode_steps + (count > 0))
         self.progress = torch.where(fresh, -1, self.progress)
         self.final, self.retained = self.final & line, self.retained & line
-        self.written01, self.written = self.written01 & line, self.written & line
+        # a masked token that is another one now, drawn anew: its slot holds that of one that is gone
+        here = line & ~(self.masked & masked & (ids != self.ids))
+        self.written01, self.written = self.written01 & line, self.written & here
         self.confidence = torch.where(line, self.confidence, 0.0)
         self.age = torch.where(line, self.age, -1)
         self.calls, self.settled = torch.where(fresh, 0, self.calls), self.settled & ~fresh
