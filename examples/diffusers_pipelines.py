@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers import BlockRefinementScheduler, DiffusionGemmaPipeline, LLaDA2Pipeline
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.diffusion_gemma import (
     DiffusionGemmaConfig,
@@ -119,12 +120,17 @@ def prompts(rows: int) -> Tensor:
 
 
 def answer_masked(pipe: LLaDA2Pipeline, focus: focus_compile.Session | None = None) -> Tensor:
-    """Answers ``[2, 7 + 32]``. The session finds masks by their token; it is only to be asked that
-    no evicted token was decoded, which the last step of a block would not tell otherwise."""
+    """Answers ``[2, 32]``. The session finds masks by their token, and is told of edits.
+
+    It is asked, too, whether a decoded token was evicted: after the last step of a block no other
+    call would tell.
+    """
 
     def decoded(pipe: Any, step: int, timestep: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         if focus is not None and focus.retain_mask is not None:
             assert not (tensors["transfer_index"] & ~focus.retain_mask[:, -BLOCK:]).any()
+            before = tensors["block_x"].shape[1] - BLOCK
+            focus.edited = F.pad(tensors["editing_transfer_index"], (before, 0))
         return {}
 
     return pipe(
@@ -133,12 +139,13 @@ def answer_masked(pipe: LLaDA2Pipeline, focus: focus_compile.Session | None = No
         block_length=BLOCK,
         num_inference_steps=8,
         threshold=0.9,
+        editing_threshold=0.3,
         sampling_method="greedy",
         mask_token_id=MASK,
         eos_early_stop=False,
         output_type="seq",
         callback_on_step_end=decoded,
-        callback_on_step_end_tensor_inputs=["transfer_index"],
+        callback_on_step_end_tensor_inputs=["block_x", "transfer_index", "editing_transfer_index"],
     ).sequences
 
 

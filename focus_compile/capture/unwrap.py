@@ -139,8 +139,10 @@ class _Graph:
                 for source, value in zip(sources, values, strict=True)
             }
             args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-            function = getattr(args[0], node.target) if node.op == "call_method" else node.target
-            result = _taken_apart(function(*args[node.op == "call_method" :], **kwargs))
+            target: Any = node.target
+            if node.op == "call_method":
+                target, args = getattr(args[0], target), args[1:]
+            result = _taken_apart(target(*args, **kwargs))
             made.append(result.nest)
             return result.plain
 

@@ -116,20 +116,30 @@ class BlockState:
             raise UncommittedHistory(before.length, history.length)
 
     def observe(
-        self, ids: Tensor, masked: Tensor, history: History, shifted_logits: bool = False
+        self,
+        ids: Tensor,
+        masked: Tensor,
+        history: History,
+        shifted_logits: bool = False,
+        edited: Tensor | None = None,
     ) -> None:
         """Take in the next masked call: new blocks, and what was decoded since the last one.
 
         A mask-free call in between (a commit, or another request's prefill) ended every block.
-        ``shifted_logits``: a position is decoded by the logits of its left neighbour. To be called
-        after :meth:`check_committed`.
+        ``shifted_logits``: a position is decoded by the logits of its left neighbour. ``edited``,
+        bool ``[B, T]``: decoded tokens that were changed, which start no other block; they are fed
+        again, and their slots hold nothing until then. To be called after :meth:`check_committed`.
 
         Raises:
             EvictedTokenDecoded: a position was decoded that the last call had evicted.
         """
         before = self.history
         decoded = self.masked & ~masked
-        changed = (~self.masked & (masked | (ids != self.ids))).any(1)
+        other = ids != self.ids
+        edit = torch.zeros_like(masked)
+        if edited is not None and edited.shape == masked.shape:
+            edit = edited & other & ~self.masked & ~masked
+        changed = (~self.masked & (masked | other) & ~edit).any(1)
         same = history.same_rows(self.history)
         fresh = torch.ones_like(changed) if self.committed or same is False else changed
         fresh = fresh if isinstance(same, bool) else fresh | ~same
@@ -145,9 +155,9 @@ class BlockState:
         self.decoded_sum = torch.where(fresh, 0, self.decoded_sum + count)
         self.decode_steps = torch.where(fresh, 0, self.decode_steps + (count > 0))
         self.progress = torch.where(fresh, -1, self.progress)
-        self.final, self.retained = self.final & line, self.retained & line
-        # a masked token that is another one now, drawn anew: its slot holds that of one that is gone
-        here = line & ~(self.masked & masked & (ids != self.ids))
+        self.final, self.retained = self.final & line & ~edit, self.retained & line
+        # the slot of an edited token, or of a masked one drawn anew, holds one that is gone
+        here = line & ~(edit | (self.masked & masked & other))
         self.written01, self.written = self.written01 & line, self.written & here
         self.confidence = torch.where(line, self.confidence, 0.0)
         self.age = torch.where(line, self.age, -1)

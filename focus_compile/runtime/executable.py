@@ -94,8 +94,7 @@ class Executable:
         *,
         returns: bool = True,
     ) -> None:
-        given = -len(layout.parts) or None
-        self.dense = lambda *args: dense(*args[:given])
+        self.dense = _without(dense, len(layout.parts)) if layout.parts else dense
         self.halves = halves
         self.layout = layout
         self.config = config
@@ -380,7 +379,7 @@ class Executable:
             state.check_committed(ids, history)
             if not state.fits(ids, weights) or not self._stores(state):
                 return BlockState(ids, masked, history, weights)
-            state.observe(ids, masked, history, session.shifted_logits)
+            state.observe(ids, masked, history, session.shifted_logits, session.edited)
         except (UncommittedHistory, EvictedTokenDecoded):
             session.keep(key, state)  # refused before anything was changed
             raise
@@ -402,3 +401,12 @@ class Executable:
             for slot, name in self.halves.slots.items()
             if name not in self.stored
         }
+
+
+def _without(dense: Callable[..., Any], parts: int) -> Callable[..., Any]:
+    """A program that is given that many arguments more, and leaves them out."""
+
+    def run(*args: Any) -> Any:
+        return dense(*args[:-parts])
+
+    return run

@@ -126,17 +126,3 @@ def test_an_evicted_token_is_no_answer(example: ModuleType) -> None:
         pipe(**given)
     with focus_compile.session(exact=True):
         assert pipe(**given).sequences.shape == (2, 32)
-
-
-def test_noise_drawn_anew_hides_its_slot() -> None:
-    """Keys and values of an evicted token that has been another one: later layers see none."""
-    from focus_compile.runtime.block import BlockState, History
-
-    ids, masks = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[True, True, True, False]])
-    state = BlockState(ids, masks, History(0, None))
-    everything = torch.ones_like(masks)
-    state.advance(everything, everything, {}, True)
-    state.observe(torch.tensor([[3, 9, 5, 6]]), masks, History(0, None))
-    assert state.warm.all()  # the block goes on
-    assert state.written.tolist() == [[True, False, True, True]]
-    assert state.written01.all()  # fed anew in any case

@@ -27,7 +27,7 @@ from tests.support.harness import MASK, PAPER, retained
 from tests.support.quantised import Convert, PackedLinear, Scaled, packed, scaled, small, torchao
 
 QWEN = DIALECTS["sdar-moe-grouped"]
-HALF = {"int4", "float8"}
+HALF = {"int4"}
 OWN: dict[str, Convert] = {
     "scaled": scaled(1),
     "scaled-scales": scaled(2),
@@ -114,7 +114,7 @@ def test_evicting(name: str) -> None:
         assert torch.equal(kept, found.retained)
         error = (actual - found.logits)[kept].abs()
         if name in ROUNDING:
-            assert error.median() < 0.01 and error.max() < 0.3
+            assert error.median() < 0.03 and error.max() < 0.3
         else:
             assert error.max() < (1e-4 if model.dtype == torch.float32 else 0.1)
     assert evicted > 10
