@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import focus_compile
 from focus_compile.calibrated import fingerprint
+from focus_compile.refusals import RETURNS_TENSOR_OF_TENSORS
 from tests.reference.emulation import Emulation
 from tests.reference.state import Config
 from tests.support.dialects import DIALECTS, Draw, Subject, draw_call
@@ -203,7 +205,7 @@ def test_a_calibration_knows_a_quantised_weight() -> None:
     assert len({fingerprint(each) for each in (one, other, weight)}) == 3
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(tmp_path: Path) -> None:
     """Tensors made of others that are no weights, or that come back."""
 
     def returning(model: nn.Module) -> None:
@@ -218,6 +220,13 @@ def test_what_is_refused() -> None:
     draw = draw_call(QWEN, 0)
     with pytest.raises(BackendCompilerFailed, match="the model returns a tensor made of others"):
         Subject(dataclasses.replace(QWEN, build=build)).focus(draw)
+    made = build()
+    story = focus_compile.explain(made, **QWEN.arguments(made, draw))
+    assert [refusal.reason for refusal in story.refusals] == [RETURNS_TENSOR_OF_TENSORS.reason]
+    assert not list(story.save(tmp_path).glob("**/*.py"))  # text cannot carry such weights
+    scaled(1)(made := small())
+    whole = focus_compile.explain(made, **QWEN.arguments(made, draw)).save(tmp_path / "whole")
+    assert list(whole.glob("**/*.pt2"))
 
     def wrapped(model: Any, draw: Draw) -> dict[str, Any]:
         given = QWEN.arguments(model, draw)
