@@ -29,8 +29,8 @@ UNFIT = unfit()
 pytestmark = pytest.mark.skipif(UNFIT is not None, reason=str(UNFIT))
 
 FUSED_ATTENTION = "aten._scaled_dot_product_efficient_attention.default"
-PRODUCTS = dict.fromkeys(("qwen3", "held", "int8", "canvas"), {"mm"})
-PRODUCTS |= {"moe": {"mm", "_grouped_mm"}}
+PRODUCTS = {name: {"mm"} for name in ("qwen3", "held", "int8", "canvas")}
+PRODUCTS["moe"] = {"mm", "_grouped_mm"}
 """Matrix products, by model: ATen's, as Inductor takes them unless it may tune on the device."""
 
 FALLBACKS = {
