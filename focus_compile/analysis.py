@@ -15,6 +15,7 @@ from focus_compile.capture.capture import capture
 from focus_compile.capture.grow import grow
 from focus_compile.capture.last_tokens import widen
 from focus_compile.capture.returned_sizes import without_sizes
+from focus_compile.capture.unwrap import unwrap
 from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
 from focus_compile.graph.inputs import Input
 from focus_compile.graph.nodes import graph_inputs, tensor_of
@@ -72,7 +73,8 @@ def analyze(
 
 def _analyze(gm: GraphModule, broke: GraphBreak | None, layers: tuple[int, int]) -> Analysis:
     gm, sizes = without_sizes(gm)
-    traced = capture(gm)
+    unwrapped = unwrap(gm)
+    traced = capture(unwrapped.gm)
     captured = traced.gm
     written = tuple(traced.arguments[at] for at in traced.written)
     entry = find_entry(captured)
@@ -83,8 +85,12 @@ def _analyze(gm: GraphModule, broke: GraphBreak | None, layers: tuple[int, int])
     canonical = canonicalize(widened, traced.held, traced.arguments)
     plan = make_plan(canonical, layers)
     stages = tuple(rewrite(canonical.gm, plan))
-    module_state = [index for index, node in enumerate(graph_inputs(gm)) if is_module_state(node)]
-    layout = replace(layout_of(canonical, plan, written, module_state), sizes=sizes)
+    given = graph_inputs(gm)
+    if any(argument.position >= len(given) for argument in written):
+        raise Unsupported(WRITES_INPUT)
+    module_state = [index for index, node in enumerate(given) if is_module_state(node)]
+    layout = layout_of(canonical, plan, written, module_state, unwrapped.parts)
+    layout = replace(layout, sizes=sizes)
     if {held.argument for held in layout.held} != {traced.arguments[at] for at in traced.held}:
         raise Unsupported(WRITES_INPUT)
     halves = cut(stages[-1][1], plan, last)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from focus_compile.torch_private import is_made_of_tensors
+
 __all__ = ["Calibrated", "fingerprint", "given_signal", "read"]
 
 SAMPLE = 64
@@ -68,10 +70,17 @@ def given_signal(signal: Any, calibration: Any) -> Any:
 
 
 def fingerprint(parameter: Tensor) -> str:
-    """Of a parameter's shape, dtype and first values."""
-    values = parameter.detach().flatten()[:SAMPLE].cpu().contiguous().view(torch.uint8)
-    told = f"{tuple(parameter.shape)} {parameter.dtype} ".encode() + bytes(values.tolist())
+    """Of a parameter's shape, dtype and first values, or of what it is made of, if of others."""
+    told = f"{tuple(parameter.shape)} {parameter.dtype} ".encode() + _first_values(parameter)
     return hashlib.sha256(told).hexdigest()[:12]
+
+
+def _first_values(parameter: Tensor) -> bytes:
+    if is_made_of_tensors(parameter):
+        names, _ = parameter.__tensor_flatten__()  # type: ignore[attr-defined]
+        return " ".join(fingerprint(getattr(parameter, name)) for name in names).encode()
+    values = parameter.detach().flatten()[:SAMPLE].cpu().contiguous().view(torch.uint8)
+    return bytes(values.tolist())
 
 
 def read(value: Any) -> Calibrated:

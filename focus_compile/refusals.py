@@ -78,9 +78,13 @@ OPERATOR_WITH_A_GRAPH = Refusal(
     "take control flow (torch.cond, while_loop, checkpointing) out of the model's forward",
 )
 TENSOR_OF_TENSORS = Refusal(
-    "an input is a {kind}, a tensor made of others, such as quantised weights",
-    "load the weights as plain tensors, or quantise inside of modules with operators that "
-    "Dynamo captures as such",
+    "an input is a {kind}, a tensor made of others, and no weight of one process",
+    "tensors made of others may be weights and buffers, as quantised ones are, in one process: "
+    "call the model with plain tensors, and share prompts out in place of quantised weights",
+)
+RETURNS_TENSOR_OF_TENSORS = Refusal(
+    "the model returns a tensor made of others",
+    "return plain tensors: no token of another one can be evicted",
 )
 WRITES_INPUT = Refusal(
     "an operator writes into its input",

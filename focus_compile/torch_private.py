@@ -27,6 +27,7 @@ from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._prims_common import is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -35,7 +36,7 @@ from torch.library import wrap_triton
 from torch.nn import Module
 from torch.package.importer import sys_importer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils._sympy.functions import FloorDiv
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "import_block",
     "inductor_modes",
     "is_contiguous_or_false",
+    "is_made_of_tensors",
     "is_module_state",
     "is_traceable_wrapper_subclass",
     "launchable",
@@ -75,7 +77,9 @@ __all__ = [
     "symbolic_mode",
     "trace_structured",
     "tracing",
+    "tree_flatten",
     "tree_leaves",
+    "tree_unflatten",
     "uncompiled",
     "untraced",
     "was_compiled_for",
@@ -268,6 +272,14 @@ def was_compiled_for(name: str) -> bool:
         isinstance(backend, torch._TorchCompileWrapper) and backend.compiler_name == name
         for backend in [*backends.values()]
     )
+
+
+def is_made_of_tensors(value: Any) -> bool:
+    """Whether a value is a tensor whose class puts it together of others, as quantised weights are.
+
+    A DTensor is one rank's part of a tensor, and no such thing here.
+    """
+    return is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor)
 
 
 def is_module_state(node: Node) -> bool:

@@ -59,6 +59,7 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     (r"test_(families_)?inductor\.py", "inductor"),
     (r"test_no_eviction_generate\.py::test_inductor", "inductor"),
     (r"test_linear\.py::test_inductor", "inductor"),
+    (r"test_quantised\.py::test_inductor", "inductor"),
     (r"test_compiles\.py::test_table", "inductor"),
     (r"test_explain\.py::test_(a_real_run|artifacts)", "inductor"),
     # processes
@@ -79,6 +80,7 @@ PATTERNS: tuple[tuple[str, str | None], ...] = (
     (r"test_how_it_works\.py", "docs"),
     # many of a kind
     (r"test_(dialects|families)\.py::test_(\w+\[|the_distinct)", "wide"),
+    (r"test_quantised\.py::test_(evicting|nothing_evicted)\[(?!scaled\])", "wide"),
     (r"test_no_eviction\.py", "wide"),
     (r"test_(cache_writes|made)\.py", "wide"),
     (r"test_eviction\.py::test_equals_the_reference", "wide"),

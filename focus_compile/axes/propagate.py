@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from focus_compile.axes.axes import AxisMap, Entry, Role
 from focus_compile.axes.embedding import find_entry
 from focus_compile.axes.rules.experts import meaning_of
-from focus_compile.axes.rules.table import RULES, fresh
+from focus_compile.axes.rules.table import fresh, rule_of
 
 __all__ = ["Labelled", "label", "propagate"]
 
@@ -63,7 +63,7 @@ def propagate(gm: GraphModule, entry: Entry | None = None) -> AxisMap:
                 axes.mixed[node] = ()
                 _note(node, axes)
         elif node.op == "call_function" and isinstance(value, torch.Tensor | list | tuple):
-            rule = RULES.get(node.target)
+            rule = rule_of(node)
             if rule is None:
                 axes.unruled.add(node)
                 axes.dims[node] = fresh(node, axes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.fx.traceback import preserve_node_meta
 
@@ -25,13 +24,11 @@ from focus_compile.refusals import (
     FLEX_ATTENTION,
     NO_TENSOR_INPUT,
     OPERATOR_WITH_A_GRAPH,
-    TENSOR_OF_TENSORS,
 )
 from focus_compile.torch_private import (
     FakeTensor,
     HigherOrderOperator,
     is_module_state,
-    is_traceable_wrapper_subclass,
     make_fx,
 )
 
@@ -66,14 +63,12 @@ def has_attention(gm: GraphModule) -> bool:
 def capture(gm: GraphModule) -> Captured:
     """Trace Dynamo's graph to pre-dispatch ATen; module paths and input provenance are kept.
 
+    Inputs that are made of other tensors (:mod:`~.unwrap`) are no values of it.
+
     Raises:
-        Unsupported: the graph has no tensor input, or one that is more than a tensor, or an
-            operator that holds a graph of its own.
+        Unsupported: the graph has no tensor input, or an operator that holds a graph of its own.
     """
     values = [node.meta["example_value"] for node in graph_inputs(gm)]
-    for value in values:
-        if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
-            raise Unsupported(TENSOR_OF_TENSORS, kind=type(value).__name__)
     for node in gm.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
             if str(node.target).startswith("flex_attention"):
@@ -88,10 +83,14 @@ def capture(gm: GraphModule) -> Captured:
     for node, traced in zip(graph_inputs(gm), graph_inputs(graph), strict=True):
         if "tensor_dict" in node.meta:
             traced.meta["tensor_dict"] = node.meta["tensor_dict"]
-        traced.meta.setdefault("val", None)  # of a mesh
+        traced.meta.setdefault("val", None)  # of a mesh, or what is made of tensors
         traced.meta["shard"] = shard_of(node.meta["example_value"])
     graph.graph.eliminate_dead_code()
-    own = {at for at, node in enumerate(graph_inputs(gm)) if is_module_state(node)}
+    own = {
+        at
+        for at, node in enumerate(graph_inputs(gm))
+        if is_module_state(node) or "part" in node.meta
+    }
     arguments = split_inputs(graph, own)
     say_plainly(graph)
     held = hold(graph)

@@ -23,7 +23,7 @@ from focus_compile.errors import Unsupported
 from focus_compile.graph.sharding import Group, collectives
 from focus_compile.ops.library import focus
 from focus_compile.refusals import OWN_COLLECTIVES, UNKNOWN_SHARDS
-from focus_compile.torch_private import OpOverload, OpOverloadPacket
+from focus_compile.torch_private import OpOverload, OpOverloadPacket, is_made_of_tensors
 
 __all__ = ["LocalRank", "local_value", "shard_of"]
 
@@ -39,11 +39,15 @@ class PlacedTensor:
 
 
 def local_value(value: Any) -> Any:
-    """What the graph of one rank has for a fake value of Dynamo's: a mesh is no value there."""
+    """What the graph of one rank has for a fake value of Dynamo's.
+
+    A mesh is no value there, nor is a tensor that is made of others, which are inputs themselves.
+    """
     if isinstance(value, DTensor):
         local = value._local_tensor
         return torch.nn.Parameter(local, False) if isinstance(value, torch.nn.Parameter) else local
-    return 0 if isinstance(_real_object(value), DeviceMesh) else value
+    mesh = isinstance(_real_object(value), DeviceMesh)
+    return 0 if mesh or is_made_of_tensors(value) else value
 
 
 def shard_of(value: Any) -> Group | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from focus_compile.axes.axes import Entry
 from focus_compile.capture.canonical import Canonical
 from focus_compile.capture.returned_sizes import ReturnedSize
+from focus_compile.capture.unwrap import Part
 from focus_compile.graph.inputs import Argument, Input
 from focus_compile.graph.nodes import operands, tensor_of
 from focus_compile.graph.recompute import no_constant_sizes
@@ -53,6 +54,8 @@ class Layout:
         masked: whether the caller's mask hides slots of a cache of fixed length.
         causal: whether a mask that the model makes itself hides later tokens.
         buffers: arguments that are tensors of the model, beside its weights.
+        parts: what weights and buffers are made of, by position: arguments behind those of Dynamo's
+            graph.
         key_program: what computes keys and values
             (:func:`~focus_compile.programs.key_program.key_program`).
         vocabulary: rows of the embedding, None where that is not known.
@@ -77,12 +80,21 @@ class Layout:
     vocabulary: int | None = None
     held: tuple[Held, ...] = ()
     sizes: tuple[ReturnedSize, ...] = ()
+    parts: Mapping[int, Part] = field(default_factory=dict)
 
 
 def layout_of(
-    canonical: Canonical, plan: Plan, written: tuple[Argument, ...], own: Sequence[int]
+    canonical: Canonical,
+    plan: Plan,
+    written: tuple[Argument, ...],
+    own: Sequence[int],
+    parts: Mapping[int, Part],
 ) -> Layout:
-    """The layout of a planned graph; ``own``: arguments that are the model's, not the call's."""
+    """The layout of a planned graph.
+
+    ``own``: arguments that are the model's, not the call's; ``parts``: what the last inputs of the
+    captured graph are parts of, by position.
+    """
     keys, values = plan.sites[-1].writes
     nodes = {node.name: node for node in canonical.gm.graph.nodes}
     argument = {
@@ -105,7 +117,8 @@ def layout_of(
         written=written,
         masked=index is not None and _hides(canonical, plan, index),
         causal=any(is_causal(canonical.gm, site) for site in plan.sites),
-        buffers=_buffers(canonical, plan, {*own} - {each.position for each in written}),
+        buffers=(*_buffers(canonical, plan, {*own} - {each.position for each in written}), *parts),
+        parts=parts,
         key_program=key_program(canonical.gm, (w for site in plan.sites for w in site.writes)),
         vocabulary=_vocabulary(canonical.axes.entry),
         held=_held(plan, argument),

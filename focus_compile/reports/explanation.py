@@ -248,11 +248,9 @@ def _sizes(analysis: Analysis, example_inputs: Sequence[Any]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     canonical = analysis.canonical
     for spec, argument in zip(canonical.inputs, canonical.arguments, strict=True):
-        if not spec.shape:
-            continue  # a number
-        for extent, size in zip(spec.shape, argument.of(example_inputs).shape, strict=True):
+        for dim, extent in enumerate(spec.shape):
             if isinstance(extent, str):
-                sizes[extent] = int(size)
+                sizes[extent] = int(argument.of(example_inputs).shape[dim])
     return sizes
 
 

@@ -148,6 +148,7 @@ class BlockState:
         masked: Tensor,
         history: History,
         shifted_logits: bool = False,
+        edited: Tensor | None = None,
         *,
         alone: bool = False,
     ) -> None:
@@ -156,14 +157,20 @@ class BlockState:
         A mask-free call in between (a commit, or another request's prefill) ended every block.
         ``shifted_logits``: a position is decoded by the logits of its left neighbour. ``alone``: a
         row with masks of which nothing was decoded starts anew, and where nothing was in any row
-        all do, so that the same call gives the same again.
+        all do, so that the same call gives the same again. ``edited``, bool ``[B, T]``: decoded
+        tokens that were changed, which start no other block; they are fed again, and their slots
+        hold nothing until then.
 
         Raises:
             EvictedTokenDecoded: a position was decoded that the last call had evicted.
         """
         before = self.history
         decoded = self.masked & ~masked
-        changed = (~self.masked & (masked | (ids != self.ids))).any(1)
+        other = ids != self.ids
+        edit = torch.zeros_like(masked)
+        if edited is not None and edited.shape == masked.shape:
+            edit = edited & other & ~self.masked & ~masked
+        changed = (~self.masked & (masked | other) & ~edit).any(1)
         same = history.same_rows(self.history)
         fresh = torch.ones_like(changed) if self.committed or same is False else changed
         fresh = fresh if isinstance(same, bool) else fresh | ~same
@@ -182,8 +189,9 @@ class BlockState:
         self.decoded_sum = torch.where(fresh, 0, self.decoded_sum + count)
         self.decode_steps = torch.where(fresh, 0, self.decode_steps + (count > 0))
         self.progress = torch.where(fresh, -1, self.progress)
-        self.final, self.retained = self.final & line, self.retained & line
-        self.written01, self.written = self.written01 & line, self.written & line
+        self.final, self.retained = self.final & line & ~edit, self.retained & line
+        # the slot of an edited token holds one that is gone
+        self.written01, self.written = self.written01 & line, self.written & line & ~edit
         self.confidence = torch.where(line, self.confidence, 0.0)
         self.age = torch.where(line, self.age, -1)
         self.calls, self.settled = torch.where(fresh, 0, self.calls), self.settled & ~fresh

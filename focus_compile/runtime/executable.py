@@ -98,7 +98,7 @@ class Executable:
         *,
         returns: bool = True,
     ) -> None:
-        self.dense = dense
+        self.dense = _without(dense, len(layout.parts)) if layout.parts else dense
         self.halves = halves
         self.layout = layout
         self.config = config
@@ -120,6 +120,7 @@ class Executable:
         return bool(self.halves.vocabulary)
 
     def __call__(self, *args: Any) -> Any:
+        args += tuple(part.of(args) for part in self.layout.parts.values())
         session = session_here()
         with session.calling():
             return self._run(args, session)
@@ -384,7 +385,8 @@ class Executable:
         try:
             if not state.fits(ids, weights) or not self._stores(state):
                 return BlockState(ids, masked, history, weights)
-            state.observe(ids, masked, history, session.shifted_logits, alone=session.implicit)
+            alone = session.implicit
+            state.observe(ids, masked, history, session.shifted_logits, session.edited, alone=alone)
         except EvictedTokenDecoded:
             if not session.implicit:  # there nobody could reset it
                 session.keep(key, state)  # refused before anything was changed
@@ -407,3 +409,12 @@ class Executable:
             for slot, name in self.halves.slots.items()
             if name not in self.stored
         }
+
+
+def _without(dense: Callable[..., Any], parts: int) -> Callable[..., Any]:
+    """A program that is given that many arguments more, and leaves them out."""
+
+    def run(*args: Any) -> Any:
+        return dense(*args[:-parts])
+
+    return run

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from focus_compile.graph.sharding import local
+from focus_compile.torch_private import is_made_of_tensors
 
 __all__ = ["NO_WEIGHTS", "Weights", "model_key", "overlap", "weights_of"]
 
@@ -18,11 +19,11 @@ __all__ = ["NO_WEIGHTS", "Weights", "model_key", "overlap", "weights_of"]
 def overlap(values: Sequence[Any], written: Collection[int]) -> bool:
     """Whether memory of a tensor among ``values`` that is ``written`` may be another's too.
 
-    Views that interleave count as overlapping.
+    Views that interleave count as overlapping. What a tensor is made of is among ``values`` itself.
     """
     spans: dict[int, list[tuple[int, int, int]]] = {}
     for index, value in enumerate(values):
-        if isinstance(value, Tensor) and value.numel():
+        if isinstance(value, Tensor) and not is_made_of_tensors(value) and value.numel():
             size = value.element_size()
             steps = zip(value.shape, value.stride(), strict=True)
             start = int(value.storage_offset()) * size

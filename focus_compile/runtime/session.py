@@ -114,6 +114,9 @@ class Session:
             what ranked its masked tokens.
         any_masked: whether the masks of the next call hold one, as its caller knows; taken by that
             call. None: it waits for the device to tell.
+        edited: bool ``[B, T]``, decoded tokens that the loop has changed since the last call; taken
+            by the next one. They are computed anew, and their rows go on. A decoded token that
+            changes without it starts its row's block anew: it could be another text.
         commits_exactly: the caller commits every block with a mask-free call, so that a row whose
             last mask has gone need not be fed again before.
         shifted_logits: the token at p is predicted by the logits of p - 1 (Dream), so that it may
@@ -182,11 +185,11 @@ class Session:
         self.logits: PackedLogits | None = None
         self.reader: Reader | None = None
         self.any_masked: bool | None = None
+        self.edited: Tensor | None = None
         self.commits_exactly = False
         self.owns_kv = False
         self.mask_sought: int | None = None
-        self.reached = 0
-        self.eager = 0
+        self.reached = self.eager = 0
         self.calls: dict[str, object] = {}
         self._limits = recompile_limits_hit()
         self._masked: Tensor | None = None
@@ -331,6 +334,7 @@ class Session:
                 self.reached += 1
                 yield
             finally:
+                self.edited = None
                 self.calls.clear()
                 self._require = None
         except BaseException as error:

@@ -2,8 +2,9 @@
 
 Counted: matrix products (``linear``, ``matmul``), attention, and the importance that FOCUS adds. A
 multiply-add counts as 2 FLOPs. Bytes are those of the operands and the result of each of these,
-every one once: what must be moved if nothing else stays in fast memory. Elementwise work, gathers
-and scatters, masks and embedding rows are not counted.
+every one once: what must be moved if nothing else stays in fast memory. An operand that is computed
+from weights alone counts as what it is computed from: a quantised weight as its packed numbers and
+their scales. Elementwise work, gathers and scatters, masks and embedding rows are not counted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.fx import Node
 
 from focus_compile.axes.axes import Axis, AxisMap, Dim, Role
 from focus_compile.axes.rules.experts import GROUPED
+from focus_compile.axes.rules.products import is_packed_product
 from focus_compile.capture.canonical import Canonical
 from focus_compile.graph.nodes import aten, graph_inputs, operands, tensor_of
 from focus_compile.graph.sizes import Extent
@@ -38,6 +40,9 @@ _PRODUCTS = (
     aten.matmul.default,
     aten.bmm.default,
     aten.mm.default,
+    aten.addmm.default,
+    aten._int_mm.default,
+    aten._scaled_mm.default,
     *GROUPED,
 )
 
@@ -153,6 +158,7 @@ class _Counter:
     def __init__(self, canonical: Canonical, plan: Plan) -> None:
         self.axes = canonical.axes
         self.names = _names(canonical)
+        self.weights = _weights(canonical)
         self.nodes = {node.name: node for node in canonical.gm.graph.nodes}
         self.sites, self.scored = plan.sites, plan.scored_sites
 
@@ -170,7 +176,8 @@ class _Counter:
         for node in self.nodes.values():
             sites_passed = (passed[arg] + (arg.name in outs) for arg in node.all_input_nodes)
             passed[node] = max(sites_passed, default=0)
-            if node.target in _PRODUCTS and node.name not in inside:
+            product = node.target in _PRODUCTS or is_packed_product(node)
+            if product and node.name not in inside:
                 work[passed[node]] += self._product(node, packed)
         for site in self.sites:
             work[site.layer] += self._attention(site, packed)
@@ -186,10 +193,12 @@ class _Counter:
         return work
 
     def _product(self, node: Node, packed: Mapping[str, Place]) -> _Work:
-        first, second = operands(node)[:2]
+        first, *rest = operands(node)[node.target is aten.addmm.default :]
         inner = self._size(self.axes.of(first)[-1])
-        moved = [self._numel(value, packed) * _bytes(value) for value in (first, second, node)]
-        return _Work(2 * inner * self._numel(node, packed), sympy.Add(*moved))
+        factors = (first, *(rest if is_packed_product(node) else rest[:1]))
+        read = {source for value in factors for source in self.weights.get(value, {value})}
+        sizes = [self._numel(value, packed) * _bytes(value) for value in (*read, node)]
+        return _Work(2 * inner * self._numel(node, packed), sympy.Add(*sizes))
 
     def _attention(self, site: Site, packed: Mapping[str, Place]) -> _Work:
         """Fixed caches: the block's keys join their slots where focus attends, and there only."""
@@ -214,6 +223,17 @@ class _Counter:
 
     def _size(self, dim: Dim, domain: Domain | None = None) -> sympy.Expr:
         return _size(self.axes, self.names, dim, domain)
+
+
+def _weights(canonical: Canonical) -> dict[Node, set[Node]]:
+    """Inputs that no call changes the size of, and what is computed from these alone: of which."""
+    inputs = zip(graph_inputs(canonical.gm), canonical.inputs, strict=True)
+    made_of = {node: {node} for node, spec in inputs if not spec.symbolic}
+    for node in canonical.gm.graph.nodes:
+        sources = operands(node)
+        if sources and all(source in made_of for source in sources):
+            made_of[node] = {one for source in sources for one in made_of[source]}
+    return made_of
 
 
 def _bytes(node: Node) -> int:

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from focus_compile.analysis import analyze
 from focus_compile.errors import EmptyCall, Unsupported
 from focus_compile.graph.nodes import graph_inputs
-from focus_compile.torch_private import import_block
+from focus_compile.torch_private import import_block, is_made_of_tensors
 
 __all__ = ["script", "smallest"]
 
@@ -51,10 +51,13 @@ def script(gm: GraphModule, refusal: Unsupported, name: str) -> str | None:
         gm: Dynamo's graph; refusal: why it was refused; name: of the file.
 
     Returns:
-        None where the graph holds others, or tensors of its own, which text cannot carry, and where
-        the graph alone does not tell why it is refused, but the break at its end.
+        None where the graph holds others, or tensors of its own, which text cannot carry, or reads
+        tensors made of others, and where the graph alone does not tell why it is refused, but the
+        break at its end.
     """
     if any(node.op in ("get_attr", "call_module") for node in gm.graph.nodes):
+        return None
+    if any(is_made_of_tensors(node.meta["example_value"]) for node in graph_inputs(gm)):
         return None
     original, gm = gm, smallest(gm, refusal.reason)
     if _reason(gm) != refusal.reason:

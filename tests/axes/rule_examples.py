@@ -134,6 +134,22 @@ GROUPS = (_x(5, 16).float(), _x(3, 16, 8).float())
 ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
 SLOTS = torch.tensor([1, 0, 4, 2])
 ROW_SLOTS = torch.stack([SLOTS, SLOTS.flip(0), SLOTS.roll(1)])
+CODES = torch.randint(-9, 9, (17, 64), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+CODES_T = CODES[:16].t().contiguous()
+_NIBBLES = torch.randint(0, 15, (32, 64), generator=torch.Generator().manual_seed(2)).int()
+INT4 = (aten._convert_weight_to_int4pack_for_cpu(_NIBBLES, 1), 32, _x(2, 32, 2).float())
+ARM = (
+    aten._dyn_quant_pack_4bit_weight(_NIBBLES[:, :32].to(torch.uint8), _x(32, 1).float(), None, 64,
+                                     64, 32),
+    64, 64, 32,
+)  # fmt: skip
+EIGHTS = (_x(17, 32).to(torch.float8_e4m3fn), _x(16, 32).to(torch.float8_e4m3fn).t())
+BF16 = {"out_dtype": torch.bfloat16}
+ON_CUDA = {
+    aten._weight_int4pack_mm.default,
+    aten._weight_int4pack_mm_with_scales_and_zeros.default,
+}
+"""Operators that run on CUDA alone."""
 MIXERS = [
     Example(aten.embedding.default, (_x(61, 13), torch.tensor([[4, 0, 9, 60, 2]] * 3)), kept=3),
     Example(focus.embedding_shard.default, (_x(61, 13), torch.tensor([[9, 4, 2]] * 5), 3), kept=3),
@@ -144,6 +160,14 @@ MIXERS = [
     Example(aten.matmul.default, (_x(3, 2, 5, 7), _x(7, 11)), kept=4),
     Example(aten.bmm.default, (_x(3, 5, 7), _x(3, 7, 11)), kept=3),
     Example(aten.mm.default, (_x(5, 7), _x(7, 11)), kept=2),
+    Example(aten.addmm.default, (_x(11), _x(5, 7), _x(7, 11)), kept=2),
+    Example(aten.addmm.default, (_x(5, 1), _x(5, 7), _x(7, 11)), kept=2),
+    Example(aten._int_mm.default, (CODES, CODES_T), kept=2),
+    Example(aten._weight_int8pack_mm.default, (_x(5, 64).float(), CODES[:16], _x(16).float())),
+    Example(aten._weight_int4pack_mm_for_cpu.default, (_x(5, 64).float(), *INT4)),
+    Example(aten._dyn_quant_matmul_4bit.default, (_x(5, 64).float(), *ARM)),
+    Example(aten._scaled_mm.default, (*EIGHTS, _x(17, 1).float(), _x(1, 16).float()), BF16, kept=2),
+    Example(aten._scaled_mm.default, (*EIGHTS, _x(1).float(), _x(1).float()), BF16, kept=2),
     Example(aten.mean.dim, (X, [-1], True), kept=2),
     Example(aten.sum.dim_IntList, (X, [1, 2]), kept=1),
     Example(aten.amax.default, (X, [1]), kept=2),

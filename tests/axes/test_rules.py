@@ -19,9 +19,9 @@ from torch.fx.node import map_arg
 
 from focus_compile.axes.axes import Axis, AxisMap, Dims
 from focus_compile.axes.propagate import propagate
-from focus_compile.axes.rules.table import RULES, transfer
+from focus_compile.axes.rules.table import NAMED, RULES, named, transfer
 from focus_compile.graph.nodes import graph_inputs
-from tests.axes.rule_examples import EXAMPLES, Example
+from tests.axes.rule_examples import EXAMPLES, ON_CUDA, Example
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -132,7 +132,27 @@ def test_gathering_commutes(example: Example) -> None:
 
 
 def test_every_rule_has_an_example() -> None:
-    assert {example.op for example in EXAMPLES} == set(RULES)
+    """Those that run on CUDA alone share the rule of one that runs here."""
+    assert {example.op for example in EXAMPLES} == set(RULES) - ON_CUDA
+    here = RULES[torch.ops.aten._weight_int4pack_mm_for_cpu.default]
+    assert {RULES[op] for op in ON_CUDA} == {here}
+
+
+def test_rules_by_name() -> None:
+    """bitsandbytes' linears of 4 bits, as an operator of that name and form is labelled."""
+    library = torch.library.Library("bitsandbytes", "FRAGMENT")
+    try:
+        library.define("gemv_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax) -> Tensor")
+        library.impl("gemv_4bit", lambda x, codes, shape, _: x @ codes.view(shape).t(), "CPU")
+        codes, scales = torch.rand(11 * 7, dtype=torch.float64), torch.rand(3)
+        op = torch.ops.bitsandbytes.gemv_4bit.default
+        x = torch.rand(3, 5, 7, dtype=torch.float64)
+        test_gathering_commutes(Example(op, (x, codes, [11, 7], scales), kept=2))
+    finally:
+        library._destroy()
+    (name, *_) = NAMED
+    with pytest.raises(ValueError, match=f"{name} has a rule already"):
+        named(name)(RULES[torch.ops.aten.t.default])
 
 
 @pytest.mark.parametrize("op", [torch.ops.aten.sin.default, torch.ops.aten.to.other], ids=str)

@@ -37,6 +37,7 @@ from tests.gpu_lowering.output_code import read, tidy
 from tests.support.dialects import DIALECTS, Dialect, Draw, qwen3
 from tests.support.harness import CACHE
 from tests.support.models.llada import LLaDA
+from tests.support.quantised import scaled, small
 
 
 def held(model: Any, draw: Draw) -> dict[str, Any]:
@@ -49,6 +50,12 @@ def held(model: Any, draw: Draw) -> dict[str, Any]:
     return given
 
 
+def quantised(model: Any, draw: Draw) -> dict[str, Any]:
+    """A call of a model whose weights become int8 codes and scales, once it is on the fake GPU."""
+    scaled(1)(model)
+    return MOE.arguments(model, draw)
+
+
 MOE = DIALECTS["sdar-moe-grouped"]
 MODELS = {
     "qwen3": Dialect(lambda: qwen3("sdpa"), MOE.arguments, MOE.logits),
@@ -56,6 +63,7 @@ MODELS = {
     "canvas": replace(DIALECTS["llada-canvas"], build=lambda: LLaDA(layers=4, tied=True)),
     "qwen3-5": Dialect(lambda: qwen3("sdpa", layers=5), MOE.arguments, MOE.logits),
     "held": Dialect(lambda: qwen3("sdpa"), held, MOE.logits),
+    "int8": Dialect(small, quantised, MOE.logits),
     "held-5": Dialect(lambda: qwen3("sdpa", layers=5), held, MOE.logits),
     "llada": DIALECTS["llada"],
     "llada-5": replace(DIALECTS["llada"], build=lambda: LLaDA(layers=5)),

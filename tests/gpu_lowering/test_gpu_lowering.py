@@ -29,7 +29,8 @@ UNFIT = unfit()
 pytestmark = pytest.mark.skipif(UNFIT is not None, reason=str(UNFIT))
 
 FUSED_ATTENTION = "aten._scaled_dot_product_efficient_attention.default"
-PRODUCTS = {"qwen3": {"mm"}, "held": {"mm"}, "moe": {"mm", "_grouped_mm"}, "canvas": {"mm"}}
+PRODUCTS = {name: {"mm"} for name in ("qwen3", "held", "int8", "canvas")}
+PRODUCTS["moe"] = {"mm", "_grouped_mm"}
 """Matrix products, by model: ATen's, as Inductor takes them unless it may tune on the device."""
 
 FALLBACKS = {
@@ -37,6 +38,7 @@ FALLBACKS = {
     "moe": {"aten.histc.default", "aten.sort.stable", "aten.topk.default"},
     "canvas": set(),
     "held": set(),
+    "int8": set(),
 }
 """What Inductor does not lower: the router's choice and the order of its experts, nothing else."""
 
@@ -58,7 +60,7 @@ GRAPHS = "/reduce-overhead"
 LOWERED = {
     80: ("qwen3",),
     90: (
-        "qwen3", "held", "moe", "canvas", "qwen3-5", "llada", "llada-5", f"qwen3{GRAPHS}",
+        "qwen3", "held", "int8", "moe", "canvas", "qwen3-5", "llada", "llada-5", f"qwen3{GRAPHS}",
         f"held{GRAPHS}",
     ),
 }  # fmt: skip
@@ -87,7 +89,9 @@ def lowered(model: str, arch: int = 90) -> dict[str, Any]:
     return reports(arch)[model]
 
 
-@pytest.fixture(params=[*(f"qwen3-{arch}" for arch in ARCHES), "held-90", "moe-90", "canvas-90"])
+@pytest.fixture(
+    params=[*(f"qwen3-{arch}" for arch in ARCHES), "held-90", "int8-90", "moe-90", "canvas-90"]
+)
 def report(request: pytest.FixtureRequest) -> dict[str, Any]:
     model, arch = request.param.split("-")
     return lowered(model, int(arch))

@@ -14,7 +14,6 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
-from torch.testing._internal.two_tensor import TwoTensor
 
 import focus_compile
 from tests.reference.emulation import Emulation
@@ -95,20 +94,6 @@ def test_accelerate_hooks() -> None:
         stories.append(focus_compile.explain(model, **dialect.arguments(model, draw)))
     assert not stories[0].applied and stories[1].applied
     assert "remove_hook_from_submodules(model)" in (stories[0].breaks[0].remedy or "")
-
-
-def test_quantised_weights_are_refused_by_name() -> None:
-    """Tensor subclasses, as torchao's: plain Inductor still runs them."""
-
-    def build() -> torch.nn.Module:
-        model = Dream()
-        weight = model.lm_head.weight.detach()
-        model.lm_head.weight = torch.nn.Parameter(TwoTensor(weight, weight), requires_grad=False)
-        return model
-
-    subject = Subject(dataclasses.replace(DIALECTS["dream-canvas"], build=build))
-    with pytest.raises(BackendCompilerFailed, match="an input is a TwoTensor, a tensor made of"):
-        subject.focus(draw_call(subject.dialect, 0))
 
 
 def test_last_tokens_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

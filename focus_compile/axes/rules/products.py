@@ -5,9 +5,21 @@ from __future__ import annotations
 from torch.fx import Node
 
 from focus_compile.axes.axes import AxisMap, Dim, Transfer
-from focus_compile.axes.rules.table import fresh, one_result, source, transfer
+from focus_compile.axes.rules.table import fresh, named, one_result, rule_of, source, transfer
 from focus_compile.graph.nodes import argument, aten, operands, tensor_of
 from focus_compile.ops.library import focus
+
+__all__ = ["is_packed_product"]
+
+_PACKED = (
+    aten._weight_int8pack_mm.default, aten._weight_int4pack_mm.default,
+    aten._weight_int4pack_mm_for_cpu.default, aten._dyn_quant_matmul_4bit.default,
+    aten._weight_int4pack_mm_with_scales_and_zeros.default,
+)  # fmt: skip
+_NAMED = (
+    "bitsandbytes::gemv_4bit", "bitsandbytes::gemm_4bit", "mslk::bf16i4bf16_rowwise",
+)  # fmt: skip
+"""``(rows, packed weight, ...)``: PyTorch's, and those of bitsandbytes and torchao's kernels."""
 
 
 @transfer(focus.gather_ranks.default)
@@ -28,7 +40,50 @@ def _linear(node: Node, axes: AxisMap) -> Transfer:
     return one_result(*rows, out_features, mixed=[last, in_features])
 
 
-@transfer(aten.matmul.default, aten.bmm.default, aten.mm.default)
+@transfer(aten.addmm.default)
+def _addmm(node: Node, axes: AxisMap) -> Transfer:
+    added, left, right = (axes.dims[operand][0] for operand in operands(node))
+    axes.unify(left[1], right[0])
+    out = (left[0], right[1])
+    for dim, added_dim in zip(reversed(out), reversed(added), strict=False):
+        axes.unify(dim, added_dim)
+    return one_result(*out, mixed=[left[1], right[0]])
+
+
+def is_packed_product(node: Node) -> bool:
+    """Whether a node multiplies rows by a weight whose layout only its operator knows."""
+    return rule_of(node) is _packed_product
+
+
+@named(*_NAMED)
+@transfer(*_PACKED)
+def _packed_product(node: Node, axes: AxisMap) -> Transfer:
+    """Rows times a weight whose layout only the operator knows, and its scales."""
+    x, *weight = (axes.dims[operand][0] for operand in operands(node))
+    mixed = [x[-1], *(dim for dims in weight for dim in dims)]
+    return one_result(*x[:-1], axes.fresh(tensor_of(node).shape[-1]), mixed=mixed)
+
+
+@transfer(aten._scaled_mm.default)
+def _scaled_mm(node: Node, axes: AxisMap) -> Transfer:
+    """Scales: one for all, or one per row of the left factor and per column of the right one."""
+    left, right, left_scale, right_scale, *rest = (
+        axes.dims[operand][0] for operand in operands(node)
+    )
+    axes.unify(left[1], right[0])
+    mixed = [left[1], right[0]]
+    if len(left_scale) == 2:
+        axes.unify(left[0], left_scale[0])
+        axes.unify(right[1], right_scale[-1])
+        mixed += [left_scale[1], *right_scale[:-1]]
+    else:
+        mixed += [*left_scale, *right_scale]
+    if isinstance(argument(node, 4, "bias"), Node):
+        axes.unify(right[1], rest[0][0])
+    return one_result(left[0], right[1], mixed=mixed)
+
+
+@transfer(aten.matmul.default, aten.bmm.default, aten.mm.default, aten._int_mm.default)
 def _matmul(node: Node, axes: AxisMap) -> Transfer:
     left, right = (axes.dims[operand][0] for operand in node.args)  # type: ignore[index]
     if len(left) < 2 or len(right) < 2:

@@ -16,10 +16,13 @@ __all__ = [
     "ARANGES",
     "AS_OTHERS",
     "EMBEDDINGS",
+    "NAMED",
     "RESHAPES",
     "RULES",
     "fresh",
+    "named",
     "one_result",
+    "rule_of",
     "source",
     "transfer",
 ]
@@ -35,6 +38,8 @@ AS_OTHERS = {
 """Operators that take their sizes from a second operand, with those that are told them."""
 Rule = Callable[[Node, AxisMap], Transfer]
 RULES: dict[OpOverload, Rule] = {}
+NAMED: dict[str, Rule] = {}
+"""Rules of operators that other packages define, once they are imported: by qualified name."""
 
 
 def transfer(*ops: OpOverload) -> Callable[[Rule], Rule]:
@@ -52,6 +57,32 @@ def transfer(*ops: OpOverload) -> Callable[[Rule], Rule]:
         return rule
 
     return register
+
+
+def named(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators of other packages, by name, ``"namespace::operator"``.
+
+    It is that of the overload ``default``.
+
+    Raises:
+        ValueError: one of them has a rule.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for name in names:
+            if name in NAMED:
+                raise ValueError(f"{name} has a rule already: {NAMED[name].__name__}")
+            NAMED[name] = rule
+        return rule
+
+    return register
+
+
+def rule_of(node: Node) -> Rule | None:
+    """The rule of the operator that a node calls."""
+    if isinstance(node.target, OpOverload) and node.target._overloadname == "default":
+        return RULES.get(node.target) or NAMED.get(node.target._schema.name)
+    return RULES.get(node.target)  # type: ignore[call-overload, no-any-return]
 
 
 def one_result(*dims: Dim, mixed: Sequence[Dim] = ()) -> Transfer:
