@@ -45,7 +45,8 @@ def budget(
         whole = (average.clamp_min(1.0) * alpha).ceil().clamp_min(least or 1)
         if needed is not None:
             whole = whole + needed.sum(1)
-        average = (whole - 0.5) / alpha  # which section 2 rounds up to the whole
+        # section 2 rounds it up to the whole; an infinite alpha needs no help
+        average = torch.where(alpha.isinf(), average, (whole - 0.5) / alpha)
     if first_step != "evict":
         opening = ~state.warm
         if first_step == "auto":

@@ -130,11 +130,12 @@ def test_loops_that_know_nothing(loop: str, compiled: Any) -> None:
         assert torch.equal(made[:, :PROMPT], canvas(seed)[:, :PROMPT])
 
 
+@pytest.mark.parametrize("options", [{"exact": True}, {"alpha": 1e9, "delayed_cache": False}])
 @pytest.mark.parametrize("loop", LOOPS)
 @torch.no_grad()
-def test_nothing_evicted(loop: str, model: LLaDA) -> None:
-    """With a budget for all tokens, texts equal those of the eager model."""
-    compiled = compiled_with(model, alpha=1e9, delayed_cache=False)
+def test_nothing_evicted(loop: str, options: dict[str, Any], model: LLaDA) -> None:
+    """Exactly, or with a budget for all tokens, texts equal those of the eager model."""
+    compiled = compiled_with(model, **options)
     for seed in range(3):
         assert torch.equal(LOOPS[loop](compiled, canvas(seed)), LOOPS[loop](model, canvas(seed)))
 
