@@ -380,6 +380,7 @@ class Executable:
             history = history_of(past, self.layout.past_dim, places, known)
         weights = weights_of(args, self.layout.buffers, self.layout.key_program)
         session.forget(key)  # until this call is through
+        session.origins.begin(key)
         if state is None:
             return BlockState(ids, masked, history, weights)
         try:

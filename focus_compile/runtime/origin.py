@@ -113,10 +113,13 @@ class Origins:
         self._last: dict[tuple[int, ...], Origin] = {}
         self._used: dict[tuple[int, ...], Origin] = {}
 
+    def begin(self, key: tuple[int, ...]) -> None:
+        """Another masked call: the last one is no longer known, nor its memory held."""
+        self._last.pop(key, None)
+
     def keep(self, key: tuple[int, ...], origin: Origin | None) -> None:
-        if origin is None:
-            self._last.pop(key, None)
-        else:
+        """What the last masked call was; None: it cannot be made again."""
+        if origin is not None:
             self._last[key] = origin
 
     def complete(

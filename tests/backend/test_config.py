@@ -24,6 +24,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("alpha", math.nan, "a number >= 1"),
     ("alpha", True, "a number >= 1"),
     ("alpha", "1.5", "a number >= 1"),
+    ("tokens_per_step", 0, "an int >= 1 or None"),
     ("visibility", "all", "one of ('written', 'prefix')"),
     ("visibility", None, "one of ('written', 'prefix')"),
     ("delayed_cache", 1, "True or False"),

@@ -129,7 +129,7 @@ def test_applied(put: Put, places: Tensor | int, dynamic: bool, batch: int, retu
             kept = pair.compiled(ids, evicted, **arguments).attn_key_values
             assert focus.stats.retained < focus.stats.fed
         inside = slice(START + shift, START + shift + BLOCK)
-        for left in (evicted, kept or []):
+        for left in (evicted, kept) if returned else (evicted,):
             for parts, pasts in zip(left, past_of(batch), strict=True):
                 for part, before in zip(parts, pasts, strict=True):
                     part[:, :, inside] = before[:, :, inside]

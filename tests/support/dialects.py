@@ -27,7 +27,7 @@ from transformers.models.diffusion_gemma import (
 from focus_compile import focus_backend
 from focus_compile.analysis import Analysis, analyze
 from focus_compile.runtime.executable import Executable
-from tests.support.harness import CACHE, MASK, PAPER, eager_inner
+from tests.support.harness import CACHE, MASK, PAPER, computed, eager_inner
 from tests.support.models.dream import Dream
 from tests.support.models.gemma import Gemma
 from tests.support.models.llada import LLaDA
@@ -327,11 +327,11 @@ class Subject:
 
     @torch.no_grad()
     def focus(self, draw: Draw) -> Tensor:
-        """Logits of a call that must run prefix and suffix once."""
+        """Logits of a call that must run prefix and suffix once, 0 where none were computed."""
         before = self.suffixes()
         out = self.dialect.logits(self.compiled(**self.dialect.arguments(self.model, draw)))
         assert self.suffixes() == before + 1
-        return out
+        return computed(out)
 
     def suffixes(self) -> int:
         return sum(program.suffix.calls for program in self.executables)

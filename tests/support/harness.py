@@ -283,6 +283,11 @@ def retained(logits: Tensor) -> Tensor:
     return (logits != 0).sum(-1) > 1
 
 
+def computed(logits: Tensor) -> Tensor:
+    """Logits of retained tokens, 0 elsewhere."""
+    return logits * retained(logits).unsqueeze(-1)
+
+
 def bound(logits: Tensor) -> float:
     """Allowed absolute error of fp32: relative to the largest logit, or to 1."""
     return 1e-5 * max(1.0, logits.abs().max().item())

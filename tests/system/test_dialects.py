@@ -14,7 +14,7 @@ from tests.reference.emulation import Emulation
 from tests.reference.state import Config, Visibility
 from tests.reference.trust import Judge
 from tests.support.dialects import DIALECTS, DISTINCT, Draw, Subject, SubjectOf, draw_call
-from tests.support.harness import MASK, retained
+from tests.support.harness import MASK, computed, retained
 
 DRAWS = 30
 TOLERANCE = 1e-4
@@ -126,7 +126,7 @@ def test_a_block_with_rescue(subject: Subject, visibility: Visibility) -> None:
             found = emulation.step(lambda d=draw: subject.eager(d), draw.ids, masked, draw.history)
             before = subject.suffixes()
             arguments = subject.dialect.arguments(subject.model, draw)
-            actual = subject.dialect.logits(subject.compiled(**arguments))
+            actual = computed(subject.dialect.logits(subject.compiled(**arguments)))
             assert min(found.margin, found.need_margin) > NEAR_TIE
             assert subject.suffixes() == before + 1 + bool(found.rescued.any())
             assert torch.equal(retained(actual), found.retained)
@@ -152,7 +152,7 @@ def test_logits_of_the_last_tokens(subject: Subject) -> None:
         arguments = subject.dialect.arguments(subject.model, draw)
         with focus_compile.session(alpha=1.2):
             out = subject.compiled(**arguments, num_logits_to_keep=last)
-        torch.testing.assert_close(subject.dialect.logits(out), whole[:, -last:])
+        torch.testing.assert_close(computed(subject.dialect.logits(out)), whole[:, -last:])
 
 
 @torch.no_grad()
@@ -204,7 +204,7 @@ def test_inference_mode(subject: Subject) -> None:
         with torch.inference_mode(), focus_compile.session(alpha=1.2) as focus:
             out = subject.compiled(**arguments(subject.model, draw))
             assert focus.stats.steps == 1
-            torch.testing.assert_close(subject.dialect.logits(out), expected)
+            torch.testing.assert_close(computed(subject.dialect.logits(out)), expected)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+import focus_compile
 from focus_compile.ops.library import focus
 from focus_compile.programs.program import Program
 from tests.reference.state import Config, StepResult, Visibility
@@ -109,7 +110,8 @@ def evicting_call(setup: Setup, run: Run, draw: int) -> tuple[Call, Tensor]:
     """The first call from this draw on that evicts something, with its logits."""
     for attempt in range(20):
         call = draw_call(setup, run, seed=1000 * attempt + draw)
-        logits = run.logits(call)
+        with focus_compile.session():
+            logits = run.logits(call)
         if not retained(logits).all():
             return call, logits
     raise AssertionError("twenty calls evicted nothing")
