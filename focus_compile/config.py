@@ -52,6 +52,8 @@ class FocusConfig:
             the first call. One that says "do not evict" sets ``evict=False``.
         tokens_per_step: how many tokens of a row the caller's loop decodes in a step: at least so
             many masked ones are retained. None: as many as it has decoded so far (section 2).
+        shifted_logits: in calls of loops of one's own, the token at p is predicted by the logits of
+            p - 1, as in Dream. A session or a generation may say so for itself.
         evict: False runs the dense program in every call.
         exact: nothing is evicted and nothing delayed: FOCUS's programs compute every token of a
             masked call in every layer, and the logits are the model's own to rounding, in every
@@ -76,6 +78,7 @@ class FocusConfig:
     rescue: Rescue = "auto"
     calibration: Any = None
     tokens_per_step: int | None = None
+    shifted_logits: bool = False
     evict: bool = True
     exact: bool = False
     strict: bool = False
@@ -118,7 +121,7 @@ class FocusConfig:
         )
         valid = self.tokens_per_step is None or is_count(self.tokens_per_step)
         _expect("tokens_per_step", self.tokens_per_step, valid, "an int >= 1 or None")
-        for name in ("delayed_cache", "stale_kv", "exact", "evict", "strict"):
+        for name in ("delayed_cache", "stale_kv", "shifted_logits", "exact", "evict", "strict"):
             _expect(
                 name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
             )

@@ -19,7 +19,7 @@ from focus_compile.backend import focus_backend
 from focus_compile.config import FocusConfig
 from focus_compile.log import warning_once
 from focus_compile.models.compiled import backend_of, install, original, remove, twin
-from focus_compile.models.mask_token import find_mask_token
+from focus_compile.models.mask_token import find_mask_token, predicts_next
 from focus_compile.models.vocabulary import check_mask_token, rows_of
 from focus_compile.runtime.record import Record, Status
 from focus_compile.torch_private import captures_more, compile_arguments, recompile_limits_hit
@@ -92,6 +92,8 @@ def compile(
     """
     if options.get("mask_token_id") is None:
         options["mask_token_id"] = find_mask_token(original(model), tokenizer)
+    if "shifted_logits" not in options:
+        options["shifted_logits"] = predicts_next(original(model))
     config = FocusConfig.from_options(options)
     check_mask_token(options["mask_token_id"], rows_of(model))
     backend = Backend()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["FAMILIES", "find_mask_token"]
+__all__ = ["FAMILIES", "find_mask_token", "predicts_next"]
 
 log = logging.getLogger(__name__)
 
@@ -58,3 +58,9 @@ def find_mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None 
         f"{model_type!r} of {', '.join(map(str, architectures)) or 'no architecture'} is no family "
         f"that we know ({', '.join(FAMILIES)}); give mask_token_id=..., see the model's card"
     )
+
+
+def predicts_next(model: Any) -> bool:
+    """Whether a model is of a family that predicts the token at p by the logits of p - 1: Dream."""
+    config = getattr(model, "config", None)
+    return str(getattr(config, "model_type", "")).lower() == "dream"

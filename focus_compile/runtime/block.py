@@ -273,11 +273,13 @@ class BlockState:
         self.reach = torch.where(self.anywhere, length, reach)
         self.first = torch.where(fresh, _leftmost(masked), self.first)
 
-    @property
-    def beyond(self) -> Tensor:
-        """Masked tokens behind what the loop was seen to decode, bool ``[B, T]``."""
+    def beyond(self, shifted_logits: bool) -> Tensor:
+        """Masked tokens behind what the loop was seen to decode, bool ``[B, T]``.
+
+        ``shifted_logits``: and the one before them, whose logits predict the first of them.
+        """
         index = torch.arange(self.masked.shape[1], device=self.masked.device)
-        return self.masked & (index >= self.reach.unsqueeze(1))
+        return self.masked & (index + shifted_logits >= self.reach.unsqueeze(1))
 
     @property
     def average(self) -> Tensor:

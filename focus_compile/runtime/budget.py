@@ -10,6 +10,7 @@ from torch import Tensor
 
 from focus_compile.config import FocusConfig
 from focus_compile.runtime.block import BlockState
+from focus_compile.runtime.logits import is_shifted
 from focus_compile.runtime.session import Session
 
 __all__ = ["budget", "required"]
@@ -24,7 +25,8 @@ def required(config: FocusConfig, session: Session, state: BlockState) -> Tensor
     named = session.required(state.masked)
     if not session.implicit or _first_step(config, session) == "evict":
         return named
-    return state.beyond if named is None else named | state.beyond
+    beyond = state.beyond(is_shifted(config, session))
+    return beyond if named is None else named | beyond
 
 
 def budget(

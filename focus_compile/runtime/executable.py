@@ -31,7 +31,7 @@ from focus_compile.runtime.demand import Demand, demand_of, rescue_of
 from focus_compile.runtime.holes import Holes
 from focus_compile.runtime.identity import model_key, overlap, weights_of
 from focus_compile.runtime.implicit import session_here
-from focus_compile.runtime.logits import Logits, reading_of
+from focus_compile.runtime.logits import Logits, is_shifted, reading_of
 from focus_compile.runtime.origin import Origin
 from focus_compile.runtime.outputs import Packed, packed_logits, returned
 from focus_compile.runtime.reader import MaskedCall, Outputs
@@ -247,7 +247,7 @@ class Executable:
         state.advance(fed.fed, retained, self._slots(values), delayed)
         if self._reads_confidences(session):
             sure = self._sure(values, masked.shape, kept, session)
-            if sure is not None and session.shifted_logits:
+            if sure is not None and is_shifted(self.config, session):
                 sure[:, 0] = -1  # judged by logits of another block
             state.computed(sure)
         session.retain_mask, session.rescue_mask = retained, rescued
@@ -313,7 +313,7 @@ class Executable:
 
         None where it is not known which output are the logits.
         """
-        reading = reading_of(self.config.mask_token_id, session)
+        reading = reading_of(self.config, session)
         found = self.logits.predictions(values, shape, retained, reading)
         return None if found is None else found.confidence
 
@@ -330,7 +330,7 @@ class Executable:
         audit = session.stats.audit
         if audit is None or not audit.next_is_due():
             return
-        reading = reading_of(self.config.mask_token_id, session)
+        reading = reading_of(self.config, session)
         focus = self.logits.predictions(values, masked.shape, kept, reading)
         dense = self.logits.dense_predictions(self.dense, self.layout, args, masked.shape, reading)
         if focus is None or dense is None:
@@ -386,8 +386,8 @@ class Executable:
         try:
             if not state.fits(ids, weights) or not self._stores(state):
                 return BlockState(ids, masked, history, weights)
-            alone = session.implicit
-            state.observe(ids, masked, history, session.shifted_logits, session.edited, alone=alone)
+            shifted, alone = is_shifted(self.config, session), session.implicit
+            state.observe(ids, masked, history, shifted, session.edited, alone=alone)
         except EvictedTokenDecoded:
             if not session.implicit:  # there nobody could reset it
                 session.keep(key, state)  # refused before anything was changed

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from focus_compile.config import FocusConfig
 from focus_compile.log import warning_once
 from focus_compile.ops.likelihood import most_probable
 from focus_compile.programs.halves import Halves
@@ -18,7 +19,7 @@ from focus_compile.runtime.predictions import Predictions, Reading, on_canvas
 from focus_compile.runtime.reader import Outputs, outermost
 from focus_compile.runtime.session import Session
 
-__all__ = ["Logits", "reading_of"]
+__all__ = ["Logits", "is_shifted", "reading_of"]
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +30,23 @@ NOT_PACKED = (
 )
 
 
-def reading_of(option: int | None, session: Session) -> Reading:
-    """How a call in a session is read; ``option``: the mask token of the model's options."""
+def is_shifted(config: FocusConfig, session: Session) -> bool:
+    """Whether the token at p is predicted by the logits of p - 1.
+
+    A generation knows it; a loop of one's own says it of its session, or of its model.
+    """
+    return session.shifted_logits or (session.reader is None and config.shifted_logits)
+
+
+def reading_of(config: FocusConfig, session: Session) -> Reading:
+    """How a call in a session is read."""
+    option, shifted = config.mask_token_id, is_shifted(config, session)
     token = option if session.mask_token_id is None else session.mask_token_id
     model = None if session.reader is None else session.reader.model
     before = None
-    if session.shifted_logits and session.last is not None:
+    if shifted and session.last is not None:
         before = most_probable(session.last, token)
-    return Reading(model, token, session.shifted_logits, before)
+    return Reading(model, token, shifted, before)
 
 
 class Logits:
