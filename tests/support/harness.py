@@ -19,7 +19,9 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from focus_compile import focus_backend
 from focus_compile.programs.program import Program
+from focus_compile.runtime.ambient import current_session
 from focus_compile.runtime.executable import Executable
+from focus_compile.runtime.implicit import session_here
 
 VOCAB, MASK = 61, 60
 PAPER: dict[str, Any] = {"first_step": "evict", "rescue": None}
@@ -246,7 +248,12 @@ class Run:
 
     @torch.no_grad()
     def logits(self, call: Call) -> Tensor:
-        """Logits of a call that must run prefix and suffix once each, and nothing dense."""
+        """Logits of a call that must run prefix and suffix once each, and nothing dense.
+
+        In no session it is the first one of its thread: tests draw calls that belong to no loop.
+        """
+        if current_session() is None:
+            session_here().reset()
         assert call.masked.any()
         dense, prefix, suffix = self.counts()
         logits = self.compiled(**call.kwargs(self.model)).logits
