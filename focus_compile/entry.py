@@ -22,7 +22,12 @@ from focus_compile.models.compiled import backend_of, install, original, remove,
 from focus_compile.models.mask_token import find_mask_token, predicts_next
 from focus_compile.models.vocabulary import check_mask_token, rows_of
 from focus_compile.runtime.record import Record, Status
-from focus_compile.torch_private import captures_more, compile_arguments, recompile_limits_hit
+from focus_compile.torch_private import (
+    captures_more,
+    compile_arguments,
+    compiles,
+    recompile_limits_hit,
+)
 
 __all__ = ["Backend", "adapt", "compile", "in_place", "restore", "status"]
 
@@ -107,9 +112,10 @@ def compile(
         )
         return partial(_call, compiled, config.strict, changes, signature(forward))
 
+    known = backend if compiles() else None
     if in_place:
-        return install(model, make, backend)
-    return twin(model, make, backend, partial(compile, dynamic=dynamic, adapt=adapt, **options))
+        return install(model, make, known)
+    return twin(model, make, known, partial(compile, dynamic=dynamic, adapt=adapt, **options))
 
 
 @contextmanager

@@ -58,6 +58,7 @@ __all__ = [
     "compile_arguments",
     "compile_fx",
     "compile_lock",
+    "compiles",
     "cudagraphs_by_default",
     "frame_compile_id",
     "import_block",
@@ -263,6 +264,17 @@ def backend_of(model: Any) -> Any:
         return None
     backend: Any = innermost_backend(callback) if callable(callback) else None
     return backend.compiler_fn if isinstance(backend, torch._TorchCompileWrapper) else backend
+
+
+def compiles() -> bool:
+    """Whether ``torch.compile`` does anything: where it is switched off, it gives back what it got.
+
+    By ``TORCHDYNAMO_DISABLE=1``, for one.
+    """
+
+    def probe() -> None: ...
+
+    return torch.compile(probe, backend="eager") is not probe
 
 
 def was_compiled_for(name: str) -> bool:

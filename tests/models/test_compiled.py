@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import focus_compile
 from focus_compile.entry import LIMIT
+from focus_compile.models.compiled import backend_of
 from focus_compile.runtime.session import BYPASSED
 from tests.support.toy import VOCAB, Toy
 
@@ -231,3 +232,12 @@ def test_the_recompile_limit(strict: bool, caplog: pytest.LogCaptureFixture) -> 
             assert caplog.messages.count(LIMIT) == 1
     assert focus_compile.status(compiled).focus_calls == 2
     torch._dynamo.reset()
+
+
+def test_compilation_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then ``torch.compile`` gives back what it got, and a twin is no compiled model."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    compiled = focus_compile.compile(Toy().eval(), mask_token_id=MASK)
+    assert backend_of(compiled) is None
+    with pytest.raises(ValueError, match="no status"):
+        focus_compile.status(compiled)

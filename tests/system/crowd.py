@@ -110,7 +110,9 @@ def serve(run: Run, request: Request, start: threading.Barrier) -> list[str]:
         for step, (call, found) in enumerate(zip(request.calls, request.expected, strict=True)):
             logits = run.compiled(**call.kwargs(run.model)).logits
             kept = retained(logits)
-            error = (computed(logits) - found.logits * found.retained.unsqueeze(-1)).abs().max().item()
+            error = (
+                (computed(logits) - found.logits * found.retained.unsqueeze(-1)).abs().max().item()
+            )
             if found.margin > 1e-5 and (not torch.equal(kept, found.retained) or error > 1e-4):
                 wrong.append(f"request {request.seed}, step {step}: error {error}")
             if focus.stats.fed_per_step[-1] != int(found.fed.sum()):
