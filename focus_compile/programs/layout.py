@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -54,7 +54,7 @@ class Layout:
         masked: whether the caller's mask hides slots of a cache of fixed length.
         causal: whether a mask that the model makes itself hides later tokens.
         buffers: arguments that are tensors of the model, beside its weights.
-        parts: what weights and buffers are made of, by position: arguments behind those of Dynamo's
+        parts: what weights and buffers are made of: arguments behind those of Dynamo's
             graph.
         key_program: what computes keys and values
             (:func:`~focus_compile.programs.key_program.key_program`).
@@ -80,7 +80,7 @@ class Layout:
     vocabulary: int | None = None
     held: tuple[Held, ...] = ()
     sizes: tuple[ReturnedSize, ...] = ()
-    parts: Mapping[int, Part] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
 
 def layout_of(
@@ -118,7 +118,7 @@ def layout_of(
         masked=index is not None and _hides(canonical, plan, index),
         causal=any(is_causal(canonical.gm, site) for site in plan.sites),
         buffers=(*_buffers(canonical, plan, {*own} - {each.position for each in written}), *parts),
-        parts=parts,
+        parts=tuple(parts.values()),
         key_program=key_program(canonical.gm, (w for site in plan.sites for w in site.writes)),
         vocabulary=_vocabulary(canonical.axes.entry),
         held=_held(plan, argument),

@@ -120,7 +120,7 @@ class Executable:
         return bool(self.halves.vocabulary)
 
     def __call__(self, *args: Any) -> Any:
-        args += tuple(part.of(args) for part in self.layout.parts.values())
+        args += tuple(part.of(args) for part in self.layout.parts)
         session = session_here()
         with session.calling():
             return self._run(args, session)
