@@ -18,6 +18,8 @@ from focus_compile.torch_private import OpOverload
 __all__ = ["drop_unread", "lower", "stay"]
 
 _ALIGNED = 8
+_OF_TABLES = (torch.ops.aten.index_select.default, torch.ops.aten.to.dtype)
+"""What stands between a table by position and the rows that are taken of it."""
 _MATRIX = 2
 _JOIN = [argument.name for argument in focus.join.default._schema.arguments]
 
@@ -108,10 +110,10 @@ def _fused() -> Any:
 
 
 def _is_of_a_table(pack: Node) -> bool:
-    """Whether rows of an input are packed, the same for the whole batch: nothing is computed."""
+    """Whether rows of an input are packed, the same for the whole batch: cast at most."""
     value, _, _, batch_dim, _ = pack.args
     assert isinstance(value, Node)
-    while value.target is torch.ops.aten.index_select.default:
+    while value.target in _OF_TABLES:
         value = operands(value)[0]
     return batch_dim is None and value.op == "placeholder"
 
