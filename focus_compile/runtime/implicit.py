@@ -9,7 +9,8 @@ it cannot say is found by looking (docs/algorithm.md section 15):
   twice gives the same twice;
 - tokens behind what the loop has decoded so far are not evicted.
 
-The state of a model dies with it, or with the thread. It holds keys and values of one call.
+The state of a model dies with it, or with the thread. It holds keys and values of its last call, and
+of one from which a past was completed.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ class _Implicit(Session):
             self.retain_mask = self.rescue_mask = self.scores = None
 
     def keep(self, key: tuple[int, ...], state: BlockState) -> None:
+        if not key:
+            return  # no parameter: nothing would tell it from another model, or when it is gone
         super().keep(key, state)
-        owner = state.weights.owners[0]() if key else None
+        owner = state.weights.owners[0]()
         if key not in self._alive and owner is not None:
             self._alive[key] = weakref.ref(owner, lambda _: self._end(key))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch.fx import Node
@@ -37,6 +38,7 @@ AS_OTHERS = {
 }
 """Operators that take their sizes from a second operand, with those that are told them."""
 Rule = Callable[[Node, AxisMap], Transfer]
+_Key = TypeVar("_Key", OpOverload, str)
 RULES: dict[OpOverload, Rule] = {}
 NAMED: dict[str, Rule] = {}
 """Rules of operators that other packages define, once they are imported: by qualified name."""
@@ -48,15 +50,7 @@ def transfer(*ops: OpOverload) -> Callable[[Rule], Rule]:
     Raises:
         ValueError: one of them has a rule.
     """
-
-    def register(rule: Rule) -> Rule:
-        for op in ops:
-            if op in RULES:
-                raise ValueError(f"{op} has a rule already: {RULES[op].__name__}")
-            RULES[op] = rule
-        return rule
-
-    return register
+    return _register(RULES, ops)
 
 
 def named(*names: str) -> Callable[[Rule], Rule]:
@@ -67,12 +61,15 @@ def named(*names: str) -> Callable[[Rule], Rule]:
     Raises:
         ValueError: one of them has a rule.
     """
+    return _register(NAMED, names)
 
+
+def _register(rules: dict[_Key, Rule], keys: Sequence[_Key]) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
-        for name in names:
-            if name in NAMED:
-                raise ValueError(f"{name} has a rule already: {NAMED[name].__name__}")
-            NAMED[name] = rule
+        for key in keys:
+            if key in rules:
+                raise ValueError(f"{key} has a rule already: {rules[key].__name__}")
+            rules[key] = rule
         return rule
 
     return register
