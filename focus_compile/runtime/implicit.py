@@ -9,8 +9,8 @@ it cannot say is found by looking (docs/algorithm.md section 15):
   twice gives the same twice;
 - tokens behind what the loop has decoded so far are not evicted.
 
-The state of a model dies with it, or with the thread. It holds keys and values of its last call, and
-of one from which a past was completed.
+The state of a model dies with it, or with the thread. It holds keys and values of its last call,
+and of one from which a past was completed.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("evict", "auto", "True or False"),
     ("exact", "yes", "True or False"),
     ("strict", "yes", "True or False"),
+    ("shifted_logits", 1, "True or False"),
     ("mode", "fastest", "None or one of ("),
     ("inductor", ["max_autotune"], "a dict of Inductor config patches"),
     ("buckets", 64, "a list of ints >= 1, ascending"),

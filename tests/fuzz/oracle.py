@@ -141,7 +141,7 @@ class Oracle:
         for b, row in enumerate(self.emulation.rows):
             end = tokens if self.anywhere else self.reach[b]
             open_ = draw.masked[b].nonzero().flatten().tolist()
-            row.required = frozenset(p for p in open_ if p >= end)
+            row.required = frozenset(p for p in open_ if p + self.shifted >= end)
 
     def _settle(self, draw: RowDraw) -> None:
         """Rows without masks count as fed already."""

@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,9 +193,24 @@ def test_refused_uses() -> None:
         compiled(IDS)
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [("Dream", {}, True), ("llada", {}, False), ("Dream", {"shifted_logits": False}, False)],
+)
+def test_whose_logits_predict_the_next_token(
+    kind: str, given: dict[str, bool], expected: bool
+) -> None:
+    """By the model's type; an option says otherwise."""
+    model: Any = build()
+    model.config = SimpleNamespace(model_type=kind)
+    compiled = focus_compile.compile(model, mask_token_id=MASK, **given)
+    assert compiled._focus.again.keywords["shifted_logits"] is expected
+
+
 def test_the_bare_line_is_bypassed(caplog: pytest.LogCaptureFixture) -> None:
     """``torch.compile``'s wrapper runs the eager model in its methods: its session says so."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of limits that other tests have reached
     model = build()
     assert steps(lambda: model.generate(IDS))[0] == 0 and not caplog.messages  # nothing compiled
     compiled: Any = torch.compile(model, backend="focus", options={"mask_token_id": MASK})
