@@ -81,7 +81,6 @@ __all__ = [
     "tree_flatten",
     "tree_leaves",
     "tree_unflatten",
-    "uncompiled",
     "untraced",
     "was_compiled_for",
 ]
@@ -241,11 +240,6 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     dynamo: Any = torch._dynamo
     made: Callable[..., Any] = dynamo.disable(function)
     return made
-
-
-def uncompiled(model: Module) -> Module:
-    """What ``torch.compile`` was given, of the module that it returned; else the module."""
-    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def recompile_limits_hit() -> int:

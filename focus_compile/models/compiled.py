@@ -117,7 +117,7 @@ def install(model: nn.Module, make: Make, backend: Any) -> nn.Module:
             "this model is compiled already: compile the model itself, and call "
             "focus_compile.restore(model) before it is compiled in place again"
         )
-    model = torch_private.uncompiled(model)
+    model = original(model)
     plain: nn.Module = object.__new__(type(model))
     object.__setattr__(plain, "__dict__", vars(model))
     object.__setattr__(model, "__class__", _class(plain, make, backend, None))
@@ -142,8 +142,12 @@ def is_in_place(model: Any) -> bool:
 
 
 def original(model: nn.Module) -> nn.Module:
-    """The untouched model of one that was compiled, by whichever function; else the model."""
-    return model._focus.plain if isinstance(model, Compiled) else torch_private.uncompiled(model)
+    """The untouched model of one that was compiled, by whichever function; else the model.
+
+    Also of an object that hands its attributes on to a compiled model: it may time its calls.
+    """
+    plain: nn.Module = getattr(model, "_orig_mod", model)
+    return plain
 
 
 def backend_of(model: Any) -> Any:

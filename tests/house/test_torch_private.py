@@ -152,12 +152,6 @@ def test_loggers_break_no_graph() -> None:
         torch.compile(function, backend="eager", fullgraph=True)(torch.zeros(3))
 
 
-def test_what_was_compiled() -> None:
-    model = nn.Linear(2, 3)
-    assert torch_private.uncompiled(torch.compile(model)) is model  # type: ignore[arg-type]
-    assert torch_private.uncompiled(model) is model
-
-
 def test_backends_of_a_process() -> None:
     torch._dynamo.reset()
     torch.compile(lambda x: x, backend="eager")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import focus_compile
 from focus_compile.entry import LIMIT
-from focus_compile.models.compiled import backend_of
+from focus_compile.models.compiled import backend_of, original
 from focus_compile.runtime.session import BYPASSED
 from tests.support.toy import VOCAB, Toy
 
@@ -205,6 +205,31 @@ def test_whose_logits_predict_the_next_token(
     model.config = SimpleNamespace(model_type=kind)
     compiled = focus_compile.compile(model, mask_token_id=MASK, **given)
     assert compiled._focus.again.keywords["shifted_logits"] is expected
+
+
+class Timed:
+    """Anybody's wrapper: it does something at every call, and hands all else on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Timed])
+def test_the_model_that_was_compiled(wrap: Callable[[nn.Module], Any]) -> None:
+    """Its forward's arguments and its weights are asked for, whoever stands before it."""
+    model = build()
+    for compiled in (
+        torch.compile(model, backend="focus"),
+        focus_compile.compile(model, mask_token_id=MASK),
+    ):
+        assert original(wrap(compiled)) is model
+    with focus_compile.in_place(model, mask_token_id=MASK):
+        assert type(original(wrap(model))) is Author
+    plain = wrap(model)
+    assert original(plain) is plain
 
 
 def test_the_bare_line_is_bypassed(caplog: pytest.LogCaptureFixture) -> None:
