@@ -54,7 +54,8 @@ class FocusConfig:
             many masked ones are retained. None: as many as it has decoded so far (section 2).
         shifted_logits: in calls of loops of one's own, the token at p is predicted by the logits of
             p - 1, as in Dream. A session or a generation may say so for itself.
-        evict: False runs the dense program in every call.
+        evict: False runs the dense program in every call. ``"auto"``: the program that decodes a
+            token sooner, per batch class, tried on the machine as it works (section 16).
         exact: nothing is evicted and nothing delayed: FOCUS's programs compute every token of a
             masked call in every layer, and the logits are the model's own to rounding, in every
             step of a session too. For regression tests (:mod:`focus_compile.testing`): it saves
@@ -79,7 +80,7 @@ class FocusConfig:
     calibration: Any = None
     tokens_per_step: int | None = None
     shifted_logits: bool = False
-    evict: bool = True
+    evict: bool | str = True
     exact: bool = False
     strict: bool = False
     mode: str | None = None
@@ -121,7 +122,8 @@ class FocusConfig:
         )
         valid = self.tokens_per_step is None or is_count(self.tokens_per_step)
         _expect("tokens_per_step", self.tokens_per_step, valid, "an int >= 1 or None")
-        for name in ("delayed_cache", "stale_kv", "shifted_logits", "exact", "evict", "strict"):
+        _expect("evict", self.evict, is_evict(self.evict), "True, False or 'auto'")
+        for name in ("delayed_cache", "stale_kv", "shifted_logits", "exact", "strict"):
             _expect(
                 name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
             )
@@ -183,6 +185,11 @@ class FocusConfig:
         if self.mode is not None:
             patches |= mode_options(self.mode)
         return patches | dict(self.inductor)
+
+
+def is_evict(value: Any) -> bool:
+    """Whether a value says who evicts: True, False, or ``"auto"``."""
+    return isinstance(value, bool) or value == "auto"
 
 
 def is_rescue(value: Any) -> bool:

@@ -24,7 +24,8 @@ class Generated:
             a model that computes every token.
         fed_per_step: tokens of the batch that layers 0 and 1 computed, of each denoising forward
             that ran FOCUS's prefix and suffix.
-        retain_masks: bool ``[B, T]`` of each denoising forward that ran FOCUS's prefix and suffix;
+        focus_steps: denoising forwards that ran FOCUS's prefix and suffix.
+        retain_masks: bool ``[B, T]`` of each denoising forward; all True where a dense program ran.
             T is that of the block, or, without a cache, of the whole canvas, as in the fractions.
         rescue_masks: bool ``[B, T]`` of each of them: the retained tokens that were evicted at
             first, and computed in the same step because none of the others was sure.
@@ -38,6 +39,7 @@ class Generated:
     fed_fraction: float = 1.0
     retained_fraction: float = 1.0
     fed_per_step: list[int] = field(default_factory=list)
+    focus_steps: int = 0
     retain_masks: list[Tensor] = field(default_factory=list)
     rescue_masks: list[Tensor] = field(default_factory=list)
     decode_masks: list[Tensor] = field(default_factory=list)
@@ -49,11 +51,6 @@ class Generated:
             f"{self.forwards} denoising forwards, {self.focus_steps} of them FOCUS's; "
             f"fed {self.fed_fraction:.0%}, retained {self.retained_fraction:.0%}>"
         )
-
-    @property
-    def focus_steps(self) -> int:
-        """Denoising forwards that ran FOCUS's prefix and suffix."""
-        return len(self.retain_masks)
 
     @property
     def rescued(self) -> int:
@@ -68,8 +65,7 @@ class Generated:
     @property
     def rescued_and_decoded(self) -> int:
         """How many of the rescued tokens were decoded in their step: what rescue yields."""
-        masks = self.decode_masks[len(self.decode_masks) - len(self.rescue_masks) :]
-        pairs = zip(self.rescue_masks, masks, strict=True)
+        pairs = zip(self.rescue_masks, self.decode_masks, strict=True)
         return sum(int((rescued & decoded).sum()) for rescued, decoded in pairs)
 
     @property
@@ -90,14 +86,10 @@ class Generated:
         for block, counts in enumerate(self.steps_per_block):
             forwards = self.decode_masks[done : done + int(counts.max())]
             for index, decoded in enumerate(forwards):
-                retained, rescued = torch.ones_like(decoded), torch.zeros_like(decoded)
-                if self.retain_masks:
-                    retained = self.retain_masks[done + index]
-                    rescued = self.rescue_masks[done + index]
                 flags = {
                     "masked": torch.stack(forwards[index:]).any(0),
-                    "retained": retained,
-                    "rescued": rescued,
+                    "retained": self.retain_masks[done + index],
+                    "rescued": self.rescue_masks[done + index],
                     "decoded": decoded,
                 }
                 step = {name: flag.tolist() for name, flag in flags.items()}

@@ -112,6 +112,7 @@ def generate(
     seed: int | None = None,
     rescue: Rescue = "auto",
     first_step: str | None = None,
+    evict: bool | str | None = None,
     progress: bool = False,
     return_dict: bool = False,
 ) -> Tensor | Generated:
@@ -122,8 +123,8 @@ def generate(
     model's attention is transformers' eager one) that hides left padding only: the prompt attends
     to itself in both directions, a block to the history and to itself. Blocks are in lockstep; a
     row that has ended stays in the batch, idle. Runs in a session of its own, which takes alpha,
-    visibility, signal, enabled, exact, calibration and, where they are not given, rescue and
-    first_step from the session around it.
+    visibility, signal, enabled, exact, calibration and, where they are not given, rescue,
+    first_step and evict from the session around it.
 
     Args:
         input_ids: ids ``[B, P]``, prompts padded on the left; attention_mask: ``[B, P]``, 0 at
@@ -150,8 +151,8 @@ def generate(
             computed in the same step, and decides among all (docs/algorithm.md section 11).
             ``"auto"``: as in the session around it, or in the model's options; where these say
             ``"auto"``, too, ``confidence_threshold`` if that is the strategy. None: never.
-        first_step: ``"evict"``, ``"open"`` or ``"auto"`` (section 10); None: as in the session
-            around it, or in the model's options.
+        first_step: ``"evict"``, ``"open"`` or ``"auto"`` (section 10); evict: True, False or
+            ``"auto"`` (section 16). None: as in the session around it, or in the model's options.
         use_cache: False for models without a cache (LLaDA, Dream as published): they are called
             with the prompt and all blocks, ``input_ids`` ``[B, P + new]``, and with those of
             these that their forward takes, whether or not prompts are padded: ``attention_mask``,
@@ -200,7 +201,7 @@ def generate(
     if streamer is not None:
         streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
     backend = backend_of(model)
-    request = _session(mask_token_id, shifted_logits, first_step, rescue)
+    request = _session(mask_token_id, shifted_logits, first_step, rescue, evict)
     request.decoding = decoder.demand
     with closing(request) as focus, Progress(disable=not progress, transient=True) as bar:
         focus.commits_exactly, focus.owns_kv = use_cache, True
@@ -234,8 +235,10 @@ def generate(
 def _shares(result: Generated, stats: SessionStats) -> None:
     """Note the shares of tokens that were computed, where FOCUS ran."""
     if stats.canvas:
-        result.fed_fraction = stats.fed_fraction
-        result.retained_fraction = stats.retained_fraction
+        tokens = sum(mask.numel() for mask in result.decode_masks)
+        evicted = sum(int((~mask).sum()) for mask in result.retain_masks)
+        result.fed_fraction = 1 - (stats.canvas - stats.fed) / tokens
+        result.retained_fraction = 1 - evicted / tokens
         result.fed_per_step = stats.fed_per_step
 
 
@@ -270,11 +273,12 @@ def _denoise(
         steps += masked.any(1)
         made = step_scores(partial(_peek, rows, block, focus), masked, focus, reader)
         if made.retained is not None:
-            result.retain_masks.append(made.retained)
-            result.rescue_masks.append(_rescued(focus, made.retained))
+            result.focus_steps += 1
         elif not focus.enabled:
-            result.retain_masks.clear()
-            result.rescue_masks.clear()  # dense from now on, if not from the start
+            result.focus_steps = 0  # dense from now on, if not from the start
+        whole, none = torch.ones_like(masked), torch.zeros_like(masked)
+        result.retain_masks.append(whole if made.retained is None else made.retained)
+        result.rescue_masks.append(none if focus.rescue_mask is None else focus.rescue_mask)
         if focus.shifted_logits:
             made = made.shifted(last)
         where = masked & (made.row >= 0)
@@ -289,11 +293,6 @@ def _denoise(
     result.decoded += int(count)
     result.steps_per_block.append(steps)
     return block
-
-
-def _rescued(focus: Session, retained: Tensor) -> Tensor:
-    """What the last call rescued, bool ``[B, T]``."""
-    return torch.zeros_like(retained) if focus.rescue_mask is None else focus.rescue_mask
 
 
 def _peek(rows: CachedBatch | CanvasBatch, block: Tensor, focus: Session) -> Tensor:
@@ -330,7 +329,11 @@ def _is_focus(backend: Any) -> bool:
 
 
 def _session(
-    mask_token_id: int, shifted_logits: bool, first_step: str | None, rescue: Rescue
+    mask_token_id: int,
+    shifted_logits: bool,
+    first_step: str | None,
+    rescue: Rescue,
+    evict: bool | str | None,
 ) -> Session:
     """A request's own session, with the settings of the one around it where it has none."""
     around = current_session()
@@ -344,6 +347,7 @@ def _session(
         logits="packed",
         shifted_logits=shifted_logits,
         first_step=first_step or around.first_step,
+        evict=around.evict if evict is None else evict,
         rescue=around.rescue if rescue == "auto" else rescue,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from focus_compile.calibrated import Calibrated
@@ -69,6 +70,11 @@ NO_LOGITS = (
 OVERLAP = (
     "backend 'focus' runs the dense program: the model writes into an input whose memory another "
     "input shares"
+)
+
+SHARDED = (
+    "evict='auto': processes share this model, and each would time for itself and choose another "
+    "program. Time both yourself (evict=True, evict=False), and give the one that is sooner"
 )
 
 
@@ -139,7 +145,8 @@ class Executable:
             self._complete(args, ids.shape[-1], session)
         if masked is None or ids.shape[-1] == 1 or not (masked.any() if known is None else known):
             return self._dense(args, session)
-        if not self.config.evict:
+        evict = self.config.evict if session.evict is None else session.evict
+        if evict is False:
             self.record.dense_call("evict=False")
             return self._dense(args, session, masked=True)
         if self.layout.held and not owns:
@@ -154,7 +161,22 @@ class Executable:
             warning_once(log, CAUSAL)
         if session.implicit:
             warn_outside()
+        if evict == "auto" and not is_exact(self.config, session):
+            return self._sooner(args, ids.view(masked.shape), masked, session)
         return self._focus(args, ids.view(masked.shape), masked, session)
+
+    def _sooner(self, args: Sequence[Any], ids: Tensor, masked: Tensor, session: Session) -> Any:
+        """Raises:
+        ValueError: processes share the model.
+        """
+        if any(isinstance(arg, DTensor) for arg in args):
+            raise ValueError(SHARDED)
+        lap = session.laps.of(self.record.paces.get(masked), int(masked.sum()))
+        with lap.call(ids.device):
+            if lap.evict:
+                return self._focus(args, ids, masked, session)
+            self.record.dense_call("evict='auto'")
+            return self._dense(args, session, masked=True)
 
     def _complete(self, args: Sequence[Any], tokens: int, session: Session) -> None:
         """Raises:
@@ -172,6 +194,10 @@ class Executable:
         self.dense_calls += 1
         session.stats.dense_calls += 1
         session.stats.masked_dense += masked
+        if masked:
+            session.retain_mask = session.rescue_mask = session.scores = session.logits = None
+        else:
+            session.laps.end()
         session.end_blocks(model_key(args))
         return self.dense(*args)
 

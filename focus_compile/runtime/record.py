@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from focus_compile.runtime.pace import Paces
+
 __all__ = ["Record", "Status"]
 
 
@@ -22,6 +24,7 @@ class Status:
         refusals: why it was not applied to others, and to how many.
         focus_calls: masked calls that ran prefix and suffix.
         masked_dense: why masked calls computed every token, and how many, as far as they are known.
+        paces: with ``evict="auto"``, per batch class what was chosen, and what each program took.
         compile_seconds: spent in the backend and in the inner compiler, not in Dynamo.
     """
 
@@ -30,6 +33,7 @@ class Status:
     refusals: Mapping[str, int] = field(default_factory=dict)
     focus_calls: int = 0
     masked_dense: Mapping[str, int] = field(default_factory=dict)
+    paces: Mapping[str, str] = field(default_factory=dict)
     compile_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -37,10 +41,11 @@ class Status:
 
     def __repr__(self) -> str:
         dense = "".join(f"; {count} dense: {why}" for why, count in self.masked_dense.items())
+        paces = "".join(f"; {name}: {told}" for name, told in self.paces.items())
         refused = "".join(f"; refused: {why}" for why in self.refusals)
         return (
             f"FOCUS applied to {self.applied} of {self.graphs} graphs, {self.focus_calls} masked "
-            f"calls{dense}{refused}; compiled for {self.compile_seconds:.1f} s"
+            f"calls{dense}{paces}{refused}; compiled for {self.compile_seconds:.1f} s"
         )
 
 
@@ -52,6 +57,7 @@ class Record:
         self.counts: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
         self.masked_dense: Counter[str] = Counter()
+        self.paces = Paces()
         self.seconds = 0.0
 
     def graph(self, refusal: str | None = None) -> None:
@@ -85,5 +91,6 @@ class Record:
                 dict(self.refusals),
                 self.counts["focus_calls"],
                 dict(self.masked_dense),
+                self.paces.told(),
                 self.seconds,
             )

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from focus_compile.calibrated import given_signal, read
-from focus_compile.config import FIRST_STEPS, Rescue, is_count
+from focus_compile.config import FIRST_STEPS, Rescue, is_count, is_evict
 from focus_compile.log import warning_once
 from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
 from focus_compile.runtime.audit import Audit
 from focus_compile.runtime.block import BlockState
 from focus_compile.runtime.demand import Demand, check_rescue
 from focus_compile.runtime.origin import Origins
+from focus_compile.runtime.pace import Laps
 from focus_compile.runtime.reader import Reader
 from focus_compile.runtime.signals import Choice, check_signal
 from focus_compile.runtime.statistics import SessionStats
@@ -91,8 +92,8 @@ class Session:
     """Block state of the compiled models called inside; made by :func:`session`.
 
     Attributes:
-        mask_token_id, alpha, visibility, exact, tokens_per_step: override the model's options where
-            not None.
+        mask_token_id, alpha, visibility, exact, tokens_per_step, evict: override the model's
+            options where not None. laps: with ``evict="auto"``, which program decodes the block.
         calibration: what set them, or None.
         first_step: overrides the model's option where not None; rescue: where not ``"auto"``.
         decoding: how ``generate`` decodes, which says when a row needs its evicted tokens; None in
@@ -110,8 +111,8 @@ class Session:
         reader: sees what a model returns, and so decides what is packed; None in an own loop.
         stats: counts so far.
         retain_mask: bool ``[B, T]``, what the last masked call retained, rescued tokens included;
-            None before it. rescue_mask: those that it rescued, None: none. scores: fp32 ``[B, T]``,
-            what ranked its masked tokens.
+            None: all, or no call yet. rescue_mask: those that it rescued, None: none. scores: fp32
+            ``[B, T]``, what ranked its masked tokens.
         any_masked: whether the masks of the next call hold one, as its caller knows; taken by that
             call. None: it waits for the device to tell.
         edited: bool ``[B, T]``, decoded tokens that the loop has changed since the last call; taken
@@ -153,6 +154,7 @@ class Session:
         calibration: Any = None,
         audit: int | None = None,
         tokens_per_step: int | None = None,
+        evict: bool | str | None = None,
     ) -> None:
         signal = given_signal(signal, calibration)
         self.calibration = None if calibration is None else read(calibration)
@@ -163,6 +165,10 @@ class Session:
             rescue = found.get("rescue", rescue) if rescue == "auto" else rescue
             enabled = enabled and bool(found)
         _check(alpha, visibility, logits, first_step, tokens_per_step, audit)
+        if evict is not None and not is_evict(evict):
+            raise ValueError(f"evict={evict!r}: expected True, False or 'auto'")
+        self.evict = evict
+        self.laps = Laps()
         self.tokens_per_step = tokens_per_step
         self.first_step = first_step
         self.rescue = check_rescue(rescue)
@@ -226,6 +232,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget every block: the next call of each model starts anew."""
+        self.laps.end()
         self._states.clear()
         self.origins.clear()
         self._masked = self._require = None
@@ -248,7 +255,7 @@ class Session:
         """Whether it changes nothing of what a generation does."""
         settings = (
             self.alpha, self.visibility, self.signal, self.exact, self.first_step,
-            self.tokens_per_step,
+            self.tokens_per_step, self.evict,
         )  # fmt: skip
         unset = self.rescue == "auto" and all(setting is None for setting in settings)
         return self.enabled and unset
@@ -419,6 +426,7 @@ def session(
     calibration: Any = None,
     audit: int | None = None,
     tokens_per_step: int | None = None,
+    evict: bool | str | None = None,
 ) -> Iterator[Session]:
     """Scope of one generation: K/V slots, averages and progress live until it ends.
 
@@ -451,6 +459,7 @@ def session(
             if more is missed than it has seen.
         tokens_per_step: a loop of one's own decodes as many tokens of each row in a step: at least
             so many masked ones are retained. Overrides the model's option where not None.
+        evict: True, False or ``"auto"``, as the model's option; None: as that says.
 
     Raises:
         ValueError: a value is out of range.
@@ -469,6 +478,7 @@ def session(
         calibration=calibration,
         audit=audit,
         tokens_per_step=tokens_per_step,
+        evict=evict,
     )
     scope = Scope(opened)
     scope.enter()

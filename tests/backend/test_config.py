@@ -38,7 +38,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("rescue", math.nan, "a probability from 0 to 1, 'auto' or None"),
     ("calibration", 5, "the file of focus-compile calibrate, or what"),
     ("calibration", "nowhere.json", "the file of focus-compile calibrate, or what"),
-    ("evict", "auto", "True or False"),
+    ("evict", "never", "True, False or 'auto'"),
     ("exact", "yes", "True or False"),
     ("strict", "yes", "True or False"),
     ("shifted_logits", 1, "True or False"),

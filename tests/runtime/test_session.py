@@ -134,6 +134,7 @@ def test_a_generation_has_the_settings_around_it() -> None:
         "mask_token_id": 7, "alpha": 2.5, "visibility": "prefix", "signal": "position",
         "enabled": False, "shifted_logits": True, "exact": True, "first_step": "open",
         "rescue": 0.5, "calibration": None, "audit": 3, "tokens_per_step": 2,
+        "evict": "auto",
     }  # fmt: skip
     assert {*settings, "logits"} == {*signature(Session).parameters}
     around = Session(**settings)
