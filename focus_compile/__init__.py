@@ -11,6 +11,7 @@ from focus_compile.errors import EvictedTokenDecoded, NotCompiled, UncommittedHi
 from focus_compile.generation.decoding import Candidates
 from focus_compile.generation.generated import Generated
 from focus_compile.generation.loop import generate
+from focus_compile.generation.warmup import warmup
 from focus_compile.models.masks import block_mask
 from focus_compile.reports.explanation import Explanation, explain
 from focus_compile.runtime.record import Status
@@ -51,4 +52,5 @@ __all__ = [
     "session",
     "status",
     "testing",
+    "warmup",
 ]

@@ -13,6 +13,7 @@ from focus_compile.analysis import Analysis, analyze
 from focus_compile.capture.breaks import graph_break
 from focus_compile.capture.capture import has_attention
 from focus_compile.capture.modes import refuse_modes
+from focus_compile.compiling import compiling
 from focus_compile.config import FocusConfig
 from focus_compile.errors import NothingToEvict, Unsupported
 from focus_compile.graph.recompute import set_input_values
@@ -87,13 +88,14 @@ def focus_backend(
     # Inductor takes ownership of the graph, and must see it before the analysis leaves traces in
     # Dynamo's shape environment: then the dense program has the same cache key as plain Inductor's.
     copied, broke = GraphModule(gm, copy.deepcopy(gm.graph)), graph_break(gm)
-    dense = compile_inner(gm, example_inputs)
+    with compiling("the dense program", len(gm.graph.nodes)):
+        dense = compile_inner(gm, example_inputs)
     try:
         if not has_attention(copied):
             log.debug("no attention in this graph of %d nodes: unchanged", len(copied.graph.nodes))
             return dense
         refuse_modes(example_inputs)
-        with record.compiling():
+        with record.compiling(), compiling("the analysis", len(copied.graph.nodes)):
             analysis = analyze(copied, broke, config.layers)
     except NothingToEvict:
         return Unchanged(dense)

@@ -26,6 +26,7 @@ from typer.core import TyperCommand
 
 from focus_compile import __version__
 from focus_compile.calibration.calibrate import calibrate as calibrate_model
+from focus_compile.compiling import watching
 from focus_compile.entry import compile as compile_model
 from focus_compile.generation.loop import generate as generate_blocks
 from focus_compile.generation.text import answers, end_tokens, left_padded, prompt_ids
@@ -386,8 +387,9 @@ def bench(
 
 
 def _story(path: str, batch: int, block: int, history: int, trusted: bool) -> Explanation:
-    model, call = load(path, trusted)
-    return explain_call(model, **(call or denoising_call(model, batch, block, history)))
+    with _spinner("capturing a call"):
+        model, call = load(path, trusted)
+        return explain_call(model, **(call or denoising_call(model, batch, block, history)))
 
 
 def _print_story(story: Explanation, as_json: bool) -> None:
@@ -411,5 +413,11 @@ def _read_json(path: Path, kind: str) -> Any:
 
 @contextmanager
 def _spinner(activity: str) -> Iterator[None]:
-    with Console(stderr=True).status(activity):
-        yield
+    """A sign of life on a terminal: the activity, or what is being compiled in it."""
+    with Console(stderr=True).status(activity) as status:
+
+        def show(what: str | None) -> None:
+            status.update(activity if what is None else f"compiling {what}")
+
+        with watching(show):
+            yield

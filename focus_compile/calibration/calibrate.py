@@ -17,6 +17,7 @@ from focus_compile.calibrated import fingerprint
 from focus_compile.calibration.choice import Judged, choose, gate, judge, number
 from focus_compile.calibration.record import DenseStep, Recorder
 from focus_compile.calibration.replay import Candidate, Tally, replay
+from focus_compile.compiling import shown
 from focus_compile.generation.text import end_tokens, left_padded, prompt_ids
 from focus_compile.models.mask_token import find_mask_token
 
@@ -115,8 +116,10 @@ def calibrate(
     forced: list[float] = []
     texts = sorted((prompt_ids(tokenizer, text) for text in prompts), key=len)
     ends = end_tokens(tokenizer, model)
-    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
-        job = bar.add_task("decoding densely", total=len(texts))
+    with (
+        Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar,
+        shown(bar, job := bar.add_task("decoding densely", total=len(texts))),
+    ):
         for at in range(0, len(texts), batch):
             part = texts[at : at + batch]
             ids, real = left_padded(part)

@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCrite
 from transformers.generation.streamers import BaseStreamer
 
 from focus_compile.backend import focus_backend
+from focus_compile.compiling import shown
 from focus_compile.config import Rescue
 from focus_compile.entry import Backend
 from focus_compile.generation.batch import CachedBatch, CanvasBatch
@@ -203,12 +204,15 @@ def generate(
     backend = backend_of(model)
     request = _session(mask_token_id, shifted_logits, first_step, rescue, evict)
     request.decoding = decoder.demand
-    with closing(request) as focus, Progress(disable=not progress, transient=True) as bar:
+    with (
+        closing(request) as focus,
+        Progress(disable=not progress, transient=True) as bar,
+        shown(bar, task := bar.add_task("blocks", total=blocks)),
+    ):
         focus.commits_exactly, focus.owns_kv = use_cache, True
         focus.masked, focus.any_masked = torch.zeros_like(input_ids, dtype=torch.bool), False
         with inside(focus):
             last = rows.prefill()
-        task = bar.add_task("blocks", total=blocks)
         for _ in range(blocks):
             block, masked = rows.open_block(block_length, mask_token_id, fill)
             focus.block = rows.block

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
+from focus_compile.compiling import compiling
 from focus_compile.errors import NotCompiled
 from focus_compile.graph.inputs import Input
 from focus_compile.programs.halves import Half, Halves
@@ -80,6 +81,7 @@ class Program:
         self._dense = tuple(is_contiguous_or_false(value) for value in examples)
         graph = GraphModule(self.half.gm, copy.deepcopy(self.half.gm.graph))
         with (
+            compiling(f"the {self.name}", len(graph.graph.nodes)),
             tracing(TracingContext(symbols.mode)),
             torch.no_grad(),
             output_files() as self.files,

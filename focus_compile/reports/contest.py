@@ -20,6 +20,7 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from focus_compile.compiling import shown
 from focus_compile.entry import compile as compile_model
 from focus_compile.generation.generated import Generated
 from focus_compile.generation.loop import generate
@@ -197,9 +198,11 @@ def contest(
 
     answers: dict[bool, list[Generated]] = {}
     seconds: dict[bool, list[float]] = {False: [], True: []}
-    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as bar:
-        total = 2 * (plan.rounds + 1) * len(batches)
-        job = bar.add_task("compiling, then timing", total=total)
+    total = 2 * (plan.rounds + 1) * len(batches)
+    with (
+        Progress(console=Console(stderr=True), transient=True, disable=quiet) as bar,
+        shown(bar, job := bar.add_task("compiling, then timing", total=total)),
+    ):
         for turn in range(plan.rounds + 1):
             for enabled in (False, True):
                 spent, generated = run(enabled, lambda: bar.advance(job))

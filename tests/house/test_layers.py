@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("axes",),
     ("graph", "ops", "models", "adapters"),
     ("config",),
-    ("errors", "log", "rounding", "calibrated", "intervals"),
+    ("compiling", "errors", "log", "rounding", "calibrated", "intervals"),
     ("torch_private",),
     ("refusals",),
 )
