@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType, TracebackType
@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from focus_compile.adapters.experts import METHOD, Experts, experts_of, without_loop
 from focus_compile.adapters.filled import filled_tests, may_test, told
-from focus_compile.adapters.source import read, rebuilt
+from focus_compile.adapters.source import place, read, rebuilt
 from focus_compile.torch_private import untraced
 
 __all__ = ["Adaptation", "adaptation", "adapted"]
@@ -116,12 +117,13 @@ def adapted(model: nn.Module) -> Iterator[nn.Module]:
 def adaptation(model: nn.Module) -> Adaptation:
     """What of a model's modules can be adapted; a line at INFO says what is."""
     made = Adaptation()
-    classes: dict[type[nn.Module], type[nn.Module] | None] = {}
+    classes: dict[tuple[type[nn.Module], Experts | None], type[nn.Module] | None] = {}
+    known: dict[tuple[str, str], Experts | None] = {}
     for module in model.modules():
-        kind = type(module)
-        if kind not in classes:
-            classes[kind] = _adapted(kind, made)
-        replacing = classes[kind]
+        kind, experts = type(module), experts_of(module, known)
+        if (kind, experts) not in classes:
+            classes[kind, experts] = _adapted(module, experts, made)
+        replacing = classes[kind, experts]
         if replacing is not None:
             made.classes.append((module, kind, replacing))
     for note in made.notes:
@@ -129,16 +131,27 @@ def adaptation(model: nn.Module) -> Adaptation:
     return made
 
 
-def _adapted(kind: type[nn.Module], made: Adaptation) -> type[nn.Module] | None:
-    """A class whose methods test nothing in the middle of a graph; None where none does."""
+def _adapted(
+    module: nn.Module, experts: Experts | None, made: Adaptation
+) -> type[nn.Module] | None:
+    """A class whose methods read no values in the middle of a graph; None where none does."""
+    kind = type(module)
     if issubclass(kind, Adapted):
         return None
-    methods: dict[str, FunctionType] = {}
+    methods: dict[str, Callable[..., Any]] = {}
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] == "torch":
             break
         for name, function in vars(base).items():
             if name in methods or getattr(kind, name, None) is not function:
+                continue
+            loop = None if experts is None else without_loop(module, experts, function)
+            if loop is not None and experts is not None:
+                methods |= {name: loop, METHOD: experts.method()}
+                made.notes.append(
+                    f"adapted {kind.__name__}.{name} ({place(function)}): its loop over "
+                    f"`{experts.name}` is one operator"
+                )
                 continue
             method = read(function) if _may_test(function) else None
             found = None if method is None else filled_tests(method)
@@ -148,8 +161,8 @@ def _adapted(kind: type[nn.Module], made: Adaptation) -> type[nn.Module] | None:
             methods[name] = rebuilt(method, tree)
             made.names |= names
             made.notes.append(
-                f"adapted {kind.__name__}.{name} ({method.place}): whether {_listed(names)} has a "
-                "zero is read once in a call, before the graph"
+                f"adapted {kind.__name__}.{name} ({place(function)}): whether {_listed(names)} "
+                "has a zero is read once in a call, before the graph"
             )
     if not methods:
         return None

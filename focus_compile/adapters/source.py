@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
-__all__ = ["Method", "read", "rebuilt"]
+__all__ = ["Method", "place", "read", "rebuilt"]
 
 _PRIVATE = re.compile(r"\b__\w*[^_\W]_?\b")
 """Names that Python changes in the body of a class."""
@@ -23,9 +23,11 @@ class Method:
     function: FunctionType
     tree: ast.FunctionDef
 
-    @property
-    def place(self) -> str:
-        return f"{self.function.__code__.co_filename}:{self.tree.lineno}"
+
+def place(function: Any) -> str:
+    """File and line of a function, behind its decorators."""
+    code = getattr(function, "__wrapped__", function).__code__
+    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def read(function: Any) -> Method | None:

@@ -41,8 +41,9 @@ REMEDIES: tuple[tuple[str, str, str], ...] = (
     (
         r"expert_hit",
         "",
-        "experts are computed in a loop over those that are hit: load the model with "
-        "experts_implementation='grouped_mm' or 'batched_mm'",
+        "experts are computed in a loop over those that are hit: compile with "
+        f"{_ADAPTS}, which makes one operator of a loop over a list of modules; transformers' own "
+        "models are loaded with experts_implementation='grouped_mm' or 'batched_mm'",
     ),
     (
         r"modeling_rope_utils\.py",
@@ -73,9 +74,9 @@ REMEDIES: tuple[tuple[str, str, str], ...] = (
     (
         _READS,
         _EXPERTS,
-        "the tokens of each expert are counted by Python, as in LLaDA2-MoE's `moe_infer`: compute "
-        "experts as transformers' grouped_mm and batched_mm do (docs/models.md; on a CPU "
-        "`F.grouped_mm` itself traces in bf16 only)",
+        "the tokens of each expert are counted by Python, as in LLaDA2-MoE's `moe_infer`: compile "
+        f"with {_ADAPTS}, which makes one operator of it where experts are plain perceptrons; or "
+        "compute experts as transformers' grouped_mm and batched_mm do (docs/models.md)",
     ),
     (
         r"nonzero|dynamic shape|torch\.where\(",

@@ -23,6 +23,7 @@ from focus_compile.ops.attention import (
     site_mask,
     visible,
 )
+from focus_compile.ops.experts import experts
 from focus_compile.ops.fixed_cache import clear, extend, extend_mask, replace
 from focus_compile.ops.importance import importance
 from focus_compile.ops.linear import linear
@@ -70,6 +71,8 @@ _DEFINITIONS: dict[str, Callable[..., Any]] = {
     "extend_mask(Tensor? mask, Tensor past, Tensor index, int token_dim) -> Tensor": extend_mask,
     "replace(Tensor past, Tensor joined, Tensor index, int token_dim) -> Tensor": replace,
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor": linear,
+    "experts(Tensor x, Tensor ids, Tensor weights, Tensor[] up, Tensor[] down, Tensor[] gate, "
+    "str activation) -> Tensor": experts,
 }
 
 

@@ -21,7 +21,7 @@ Size = int | torch.SymInt
 
 
 def _like(x: Tensor, *_: Any) -> Tensor:
-    """The first operand's shape: clear, replace, retain, visible, line_index."""
+    """The first operand's shape: clear, experts, replace, retain, visible, line_index."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -149,6 +149,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "causal": _causal,
     "clear": _like,
     "embedding_shard": _embedding_shard,
+    "experts": _like,
     "extend": _extend,
     "extend_mask": _extend_mask,
     "gather_ranks": _gather_ranks,

@@ -1,10 +1,11 @@
 """FLOPs and bytes of one denoising step, dense and focus, as closed forms read off a graph.
 
-Counted: matrix products (``linear``, ``matmul``), attention, and the importance that FOCUS adds. A
-multiply-add counts as 2 FLOPs. Bytes are those of the operands and the result of each of these,
-every one once: what must be moved if nothing else stays in fast memory. An operand that is computed
-from weights alone counts as what it is computed from: a quantised weight as its packed numbers and
-their scales. Elementwise work, gathers and scatters, masks and embedding rows are not counted.
+Counted: matrix products (``linear``, ``matmul``, those of experts), attention, and the importance
+that FOCUS adds. A multiply-add counts as 2 FLOPs. Bytes are those of the operands and the result of
+each of these, every one once: what must be moved if nothing else stays in fast memory. An operand
+that is computed from weights alone counts as what it is computed from: a quantised weight as its
+packed numbers and their scales. Elementwise work, gathers and scatters, masks and embedding rows
+are not counted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from focus_compile.axes.rules.products import is_packed_product
 from focus_compile.capture.canonical import Canonical
 from focus_compile.graph.nodes import aten, graph_inputs, operands, tensor_of
 from focus_compile.graph.sizes import Extent
+from focus_compile.ops.library import focus
 from focus_compile.plan.domains import Domain, Place
 from focus_compile.plan.plan import Plan
 from focus_compile.plan.sites import Site
@@ -179,6 +181,8 @@ class _Counter:
             product = node.target in _PRODUCTS or is_packed_product(node)
             if product and node.name not in inside:
                 work[passed[node]] += self._product(node, packed)
+            if node.target is focus.experts.default:
+                work[passed[node]] += self._experts(node, packed)
         for site in self.sites:
             work[site.layer] += self._attention(site, packed)
         return work
@@ -199,6 +203,14 @@ class _Counter:
         read = {source for value in factors for source in self.weights.get(value, {value})}
         sizes = [self._numel(value, packed) * _bytes(value) for value in (*read, node)]
         return _Work(2 * inner * self._numel(node, packed), sympy.Add(*sizes))
+
+    def _experts(self, node: Node, packed: Mapping[str, Place]) -> _Work:
+        """Every choice of a token is one expert's work; of all experts the weights are read."""
+        x, ids, _, *matrices = operands(node)
+        lists: list[Sequence[Node]] = list(node.args[3:-1])  # type: ignore[arg-type]
+        one = sympy.Add(*(self._numel(each[0], packed) for each in lists if each))
+        sizes = [self._numel(value, packed) * _bytes(value) for value in (*matrices, x, node)]
+        return _Work(2 * one * self._numel(ids, packed), sympy.Add(*sizes))
 
     def _attention(self, site: Site, packed: Mapping[str, Place]) -> _Work:
         """Fixed caches: the block's keys join their slots where focus attends, and there only."""

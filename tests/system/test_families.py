@@ -195,7 +195,7 @@ def test_graph_breaks_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             dataclasses.replace(DIALECTS["llada2-sorted"], build=lambda: LLaDA2(way="counted")),
             "int(count)",
-            "F.grouped_mm",
+            "focus_compile.compile(model)",
         ),
         (
             dataclasses.replace(DIALECTS["sdar-moe-grouped"], build=lambda: sdar_moe("eager")),

@@ -24,6 +24,7 @@ from torch.fx import Node
 from focus_compile.axes.axes import Axis, AxisMap, Dim, Meaning, Quantity, Transfer
 from focus_compile.axes.rules.table import fresh, transfer
 from focus_compile.graph.nodes import argument, aten, operands, tensor_of, wrap
+from focus_compile.ops.library import focus
 
 __all__ = ["GROUPED", "meaning_of"]
 
@@ -172,6 +173,15 @@ def _grouped_mm(node: Node, axes: AxisMap) -> Transfer:
     )
     mixed = (inner, *weight)
     return Transfer(((list_, weight[-1]),), mixed if ends_match else (*mixed, list_))
+
+
+@transfer(focus.experts.default)
+def _experts(node: Node, axes: AxisMap) -> Transfer:
+    """Token by token: rows, ids and shares are of the same tokens."""
+    rows, *chosen = (axes.dims[operand][0] for operand in operands(node)[:3])
+    for tokens, _ in chosen:
+        axes.unify(rows[0], tokens)
+    return Transfer((rows,), (rows[1], *(choices for _, choices in chosen)))
 
 
 def meaning_of(node: Node, axes: AxisMap) -> Meaning | None:
