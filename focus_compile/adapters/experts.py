@@ -10,9 +10,9 @@ And a loop in the middle of a method adds up, expert by expert (OLMoE, Mixtral, 
         choice, token = torch.where(mask[e])                         x, ids, weights
         total.index_add_(0, token, experts[e](x[token]) * weights[token, choice, None])
 
-in which ``mask`` is a ``one_hot`` of the ids. Either way all of it becomes one operator,
-``focus::experts``. What is found by its form is then tried: with experts of other kinds in place of
-the model's, the method as it was and as it is now must give the same.
+in which ``mask`` is a ``one_hot`` of the ids; or it asks where ``ids == e``. Either way all of it
+becomes one operator, ``focus::experts``. What is found by its form is then tried: with experts of
+other kinds in place of the model's, the method as it was and as it is now must give the same.
 """
 
 from __future__ import annotations
@@ -208,21 +208,20 @@ class _Loops(ast.NodeTransformer):
             return None
         choice, token, mask = places
         rows, weights = _rows(parts, token, choice)
-        ids = self._ids(mask)
-        if rows is None or weights is None or ids is None:
+        if rows is None or weights is None:
             return None
         ranges = {part.id for part in ast.walk(loop.iter) if isinstance(part, ast.Name)}
         self.unread |= ranges | {mask}
-        text = f"{total} = {total} + self.{METHOD}({rows}, {ids}, {weights}).to({total}.dtype)"
-        return ast.parse(text).body[0]
+        call = f"self.{METHOD}({rows}, {self._ids(mask)}, {weights})"
+        return ast.parse(f"{total} = {total} + {call}.to({total}.dtype)").body[0]
 
-    def _ids(self, mask: str) -> str | None:
-        """Of what a mask is a ``one_hot``."""
+    def _ids(self, mask: str) -> str:
+        """Of what a mask is a ``one_hot``; itself where it is none."""
         for target, value in _assigned(self.tree):
             for call in ast.walk(value) if ast.unparse(target) == mask else ():
                 if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("one_hot"):
                     return ast.unparse(call.args[0])
-        return None
+        return mask
 
 
 def _assigned(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
@@ -238,16 +237,20 @@ def _assigned(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def _places(parts: Sequence[ast.AST]) -> tuple[str, str, str] | None:
-    """Names in ``choice, token = torch.where(mask[e])``."""
+    """Names in ``choice, token = torch.where(mask[e])``, ``token, choice = ...where(ids == e)``."""
     for part in parts:
         if not isinstance(part, ast.Assign) or not isinstance(part.targets[0], ast.Tuple):
             continue
         names = [ast.unparse(name) for name in part.targets[0].elts]
         call = part.value
         where = isinstance(call, ast.Call) and ast.unparse(call.func).endswith(("where", "nonzero"))
-        masks = [each.value for each in ast.walk(call) if isinstance(each, ast.Subscript)]
-        if where and len(names) == 2 and masks and isinstance(masks[-1], ast.Name):
-            return names[0], names[1], masks[-1].id
+        if not where or len(names) != 2:
+            continue
+        for each in ast.walk(call):
+            if isinstance(each, ast.Compare) and isinstance(each.left, ast.Name):
+                return names[1], names[0], each.left.id
+            if isinstance(each, ast.Subscript) and isinstance(each.value, ast.Name):
+                return names[0], names[1], each.value.id
     return None
 
 

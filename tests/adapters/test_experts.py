@@ -168,6 +168,33 @@ class AddedTo(All):
         return total.view(hidden_states.shape), selected
 
 
+class Compared(Mixture):
+    """And one that asks where the ids are an expert's."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        x = states.view(-1, WIDTH)
+        weights, ids = self.route(x)
+        total = torch.zeros_like(x)
+        for index, layer in enumerate(self.experts):
+            token, choice = torch.where(ids == index)
+            total[token] += layer(x[token]) * weights[token, choice].unsqueeze(-1)
+        return total.view(states.shape)
+
+
+class Reused(Mixture):
+    """Not to be replaced: what the loop found last is read after it."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        x = states.view(-1, WIDTH)
+        weights, ids = self.route(x)
+        total = torch.zeros_like(x)
+        for index, layer in enumerate(self.experts):
+            token, choice = torch.where(ids == index)
+            made = layer(x[token]) * weights[token, choice, None]
+            total.index_add_(0, token, made)
+        return total.view(states.shape) + made.sum()
+
+
 class Squared(Hit):
     """One that looks like the first, and shares out by squares."""
 
@@ -231,6 +258,7 @@ class Places(nn.Module):
 
 FORMS: dict[type[Mixture], str] = {
     OnHost: "moe_infer", ToList: "moe_infer", Hit: "forward", All: "forward", AddedTo: "forward",
+    Compared: "forward",
 }  # fmt: skip
 EXPERTS: list[tuple[type[nn.Module], tuple[str, str, str | None, str]]] = [
     (Gated, ("up_proj", "down_proj", "gate_proj", "silu")),
@@ -285,7 +313,7 @@ def test_experts_of_any_words(
     assert torch.equal(actual[1], expected[1])
 
 
-@pytest.mark.parametrize("form", [Squared, Capacity])
+@pytest.mark.parametrize("form", [Squared, Capacity, Reused])
 def test_what_computes_otherwise_is_kept(form: type[Mixture]) -> None:
     assert adaptation(build(form())).notes == []
 
