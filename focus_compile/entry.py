@@ -19,6 +19,7 @@ from focus_compile.backend import focus_backend
 from focus_compile.config import FocusConfig
 from focus_compile.log import warning_once
 from focus_compile.models.compiled import backend_of, install, original, remove, twin
+from focus_compile.models.contiguous import contiguous
 from focus_compile.models.mask_token import find_mask_token, predicts_next
 from focus_compile.models.vocabulary import check_mask_token, rows_of
 from focus_compile.runtime.record import Record, Status
@@ -189,8 +190,9 @@ def _call(
         RuntimeError: Dynamo ran it eagerly, for its recompile limit is reached, and ``strict``.
     """
     before = recompile_limits_hit()
-    with changes.calling(known, args, kwargs), captures_more():
-        made = compiled(*args, **kwargs)
+    with contiguous(args, kwargs) as (given, named), changes.calling(known, given, named):
+        with captures_more():
+            made = compiled(*given, **named)
     if recompile_limits_hit() > before:
         if strict:
             raise RuntimeError(LIMIT)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
-import re
 import textwrap
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
 __all__ = ["Method", "place", "read", "rebuilt"]
-
-_PRIVATE = re.compile(r"\b__\w*[^_\W]_?\b")
-"""Names that Python changes in the body of a class."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +19,12 @@ class Method:
 
     function: FunctionType
     tree: ast.FunctionDef
+
+    @property
+    def owner(self) -> str | None:
+        """The class in whose body it stands, after which Python renames names such as ``__x``."""
+        owner = self.function.__qualname__.split(".")[-2:-1]
+        return owner[0] if owner and owner[0].isidentifier() else None
 
 
 def place(function: Any) -> str:
@@ -41,16 +44,16 @@ def read(function: Any) -> Method | None:
         return None
     if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
         return None
-    words = (getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(tree))
-    if any(_PRIVATE.fullmatch(word) for word in words):
-        return None
     ast.increment_lineno(tree, first - 1)
-    return Method(function, tree)
+    method = Method(function, tree)
+    same = rebuilt(method, copy.deepcopy(tree)).__code__
+    return method if _names(same) <= _names(function.__code__) else None
 
 
 def rebuilt(method: Method, tree: ast.FunctionDef) -> FunctionType:
     """The function of a changed tree: globals, defaults and closure are those of the method's.
 
+    It is compiled in a class of the same name, so that names are changed as Python changed them.
     Nothing is executed: the tree is compiled as the file was, and its code taken out.
     """
     old = method.function
@@ -64,10 +67,18 @@ def rebuilt(method: Method, tree: ast.FunctionDef) -> FunctionType:
     outer = ast.parse(f"def outer({', '.join(old.__code__.co_freevars)}): pass")
     maker = outer.body[0]
     assert isinstance(maker, ast.FunctionDef)
-    maker.body = [tree]
+    body: list[ast.stmt] = [tree]
+    if method.owner is not None:
+        (around,) = ast.parse(f"class {method.owner}: pass").body
+        assert isinstance(around, ast.ClassDef)
+        around.body, body = body, [around]
+        if method.owner not in old.__code__.co_freevars:  # else the method would see that class
+            body.insert(0, ast.Global([method.owner]))
+    maker.body = body
     file = old.__code__.co_filename
     module = compile(ast.fix_missing_locations(outer), file, "exec", dont_inherit=True)
-    code = _inner(_inner(module, "outer"), tree.name)
+    code = _inner(module, "outer")
+    code = _inner(code if method.owner is None else _inner(code, method.owner), tree.name)
     cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
     closure = tuple(cells[name] for name in code.co_freevars)
     made = FunctionType(code, old.__globals__, old.__name__, old.__defaults__, closure)
@@ -81,3 +92,9 @@ def _inner(code: CodeType, name: str) -> CodeType:
     return next(
         value for value in code.co_consts if isinstance(value, CodeType) and value.co_name == name
     )
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names of globals and attributes: others than the method's own are a class's that is not."""
+    inner = (_names(value) for value in code.co_consts if isinstance(value, CodeType))
+    return {*code.co_names}.union(*inner)

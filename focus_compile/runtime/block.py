@@ -15,7 +15,7 @@ from focus_compile.errors import EvictedTokenDecoded
 from focus_compile.ops.tables import last_position
 from focus_compile.runtime.identity import NO_WEIGHTS, Weights
 
-__all__ = ["BlockState", "History", "history_of"]
+__all__ = ["BlockState", "History", "history_of", "right_of"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class BlockState:
     """Masks, averages and slots of one block per row; shapes ``[B, T]`` unless noted.
 
     Attributes:
-        ids, masked: as fed to the last call.
+        ids, masked: as fed to the last call. begun: bool, the masks of the block's first call.
         retained: bool, what the last call retained.
         final: bool, tokens that are no longer fed.
         written01, written: bool, slots that hold K/V in layers 0 and 1, and in later layers.
@@ -123,6 +123,7 @@ class BlockState:
         none = torch.zeros_like(masked)
         count = torch.zeros(batch, dtype=torch.int64, device=masked.device)
         self.ids, self.masked, self.history = _copy(ids), _copy(masked), history
+        self.begun = self.masked
         self.retained, self.final, self.written01, self.written = none, none, none, none
         self.settled = none[:, 0]
         self.calls, self.first_decoded = count, count - 1
@@ -151,13 +152,15 @@ class BlockState:
         edited: Tensor | None = None,
         *,
         alone: bool = False,
+        anew: Tensor | None = None,
     ) -> None:
         """Take in the next masked call: new blocks, and what was decoded since the last one.
 
         A mask-free call in between (a commit, or another request's prefill) ended every block.
         ``shifted_logits``: a position is decoded by the logits of its left neighbour. ``alone``: a
         row with masks of which nothing was decoded starts anew, and where nothing was in any row
-        all do, so that the same call gives the same again. ``edited``, bool ``[B, T]``: decoded
+        all do, so that the same call gives the same again. ``anew``, bool ``[B]``: rows that start
+        anew whatever they hold. ``edited``, bool ``[B, T]``: decoded
         tokens that were changed, which start no other block; they are fed again, and their slots
         hold nothing until then.
 
@@ -176,7 +179,9 @@ class BlockState:
         fresh = fresh if isinstance(same, bool) else fresh | ~same
         if alone:
             fresh = fresh | (masked.any(1) & ~decoded.any(1)) | ~decoded.any()
-        known = _right_of(self.retained) if shifted_logits else self.retained
+        if anew is not None:
+            fresh = fresh | anew
+        known = right_of(self.retained) if shifted_logits else self.retained
         wrong = decoded & ~known & ~fresh.unsqueeze(1)
         is_wrong, is_fresh = torch.stack([wrong.any(), fresh.any()]).tolist()  # the host waits once
         if is_wrong:
@@ -197,6 +202,7 @@ class BlockState:
         self.calls, self.settled = torch.where(fresh, 0, self.calls), self.settled & ~fresh
         if not history.same_slots(before):
             self.slots = {}
+        self.begun = torch.where(line, self.begun, masked)
         self.ids, self.masked, self.history = _copy(ids), _copy(masked), history
         self.goes_on = not is_fresh
         self.committed = False
@@ -314,7 +320,7 @@ def _leftmost(flags: Tensor) -> Tensor:
     return (flags.cumsum(1) == 0).sum(1)
 
 
-def _right_of(flags: Tensor) -> Tensor:
+def right_of(flags: Tensor) -> Tensor:
     """Positions whose left neighbour is flagged, and the first. bool ``[B, T]``."""
     return torch.cat([torch.ones_like(flags[:, :1]), flags[:, :-1]], dim=1)
 

@@ -40,6 +40,7 @@ from focus_compile.runtime.record import Record
 from focus_compile.runtime.rescue import recompute
 from focus_compile.runtime.session import Session, warn_outside
 from focus_compile.runtime.signals import reads_confidence
+from focus_compile.runtime.turns import kept_together
 
 __all__ = ["CAUSAL", "Executable"]
 
@@ -245,12 +246,8 @@ class Executable:
         )
         values |= self.suffix(values | vars(Tables(tokens=tokens, rows=rows)))
         kept, rescued = Packed(tokens[:count], selection.retain_mask), None
-        demand = self._demand(session) if count < fed.tokens.numel() else None
-        if demand is not None:
-            sure = self._sure(values, masked.shape, kept, session)
-            if sure is None:
-                warning_once(log, NO_LOGITS)
-            rescued = rescue_of(sure, masked, kept.keep, demand)
+        if count < fed.tokens.numel():
+            rescued = self._rescued(values, state, kept, session)
         if rescued is not None:
             again, kept = recompute(
                 self.suffix, self.halves, values, fed.fed, kept, rescued, self.config.buckets,
@@ -319,6 +316,22 @@ class Executable:
         if session.owns_kv or len(kept.tokens) == kept.keep.numel():
             return values
         return self.holes.marked(values, kept.keep)
+
+    def _rescued(
+        self, values: Mapping[str, Tensor], state: BlockState, kept: Packed, session: Session
+    ) -> Tensor | None:
+        """Evicted tokens that are computed after all, bool ``[B, T]``; None: there is none."""
+        demand, rescued = self._demand(session), None
+        if demand is not None:
+            sure = self._sure(values, state.masked.shape, kept, session)
+            if sure is None:
+                warning_once(log, NO_LOGITS)
+            rescued = rescue_of(sure, state.masked, kept.keep, demand)
+        if not session.implicit or len(state.masked) == 1:
+            return rescued
+        computed = kept.keep if rescued is None else kept.keep | rescued
+        more = kept_together(state, computed, is_shifted(self.config, session))
+        return rescued if more is None else computed & ~kept.keep | more
 
     def _reads_confidences(self, session: Session) -> bool:
         choice = ranking(self.config, session)
@@ -407,13 +420,14 @@ class Executable:
         weights = weights_of(args, self.layout.buffers, self.layout.key_program)
         session.forget(key)  # until this call is through
         session.origins.begin(key)
+        shifted, alone = is_shifted(self.config, session), session.implicit
+        anew = session.others(key, ids, masked, history, shifted) if key else None
         if state is None:
             return BlockState(ids, masked, history, weights)
         try:
             if not state.fits(ids, weights) or not self._stores(state):
                 return BlockState(ids, masked, history, weights)
-            shifted, alone = is_shifted(self.config, session), session.implicit
-            state.observe(ids, masked, history, shifted, session.edited, alone=alone)
+            state.observe(ids, masked, history, shifted, session.edited, alone=alone, anew=anew)
         except EvictedTokenDecoded:
             if not session.implicit:  # there nobody could reset it
                 session.keep(key, state)  # refused before anything was changed

@@ -7,7 +7,9 @@ it cannot say is found by looking (docs/algorithm.md section 15):
 
 - a row of which nothing was decoded since the last call starts anew, so that a call that is made
   twice gives the same twice;
-- tokens behind what the loop has decoded so far are not evicted.
+- tokens behind what the loop has decoded so far are not evicted;
+- where a step takes several calls, nothing is; rows that are decoded together keep the same tokens
+  (:mod:`focus_compile.runtime.turns`).
 
 The state of a model dies with it, or with the thread. It holds keys and values of its last call,
 and of one from which a past was completed.
@@ -23,9 +25,10 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from focus_compile.runtime.ambient import current_session
-from focus_compile.runtime.block import BlockState
+from focus_compile.runtime.block import BlockState, History
 from focus_compile.runtime.session import Session
 from focus_compile.runtime.statistics import SessionStats
+from focus_compile.runtime.turns import Turns
 
 __all__ = ["session_here"]
 
@@ -37,6 +40,7 @@ class _Implicit(Session):
 
     def __init__(self) -> None:
         super().__init__()
+        self._turns: dict[tuple[int, ...], Turns] = {}
         self._alive: dict[tuple[int, ...], weakref.ref[Tensor]] = {}
 
     @contextmanager
@@ -53,14 +57,30 @@ class _Implicit(Session):
         if not key:
             return  # no parameter: nothing would tell it from another model, or when it is gone
         super().keep(key, state)
+        self._turns.setdefault(key, Turns()).note(state)
         owner = state.weights.owners[0]()
         if key not in self._alive and owner is not None:
             self._alive[key] = weakref.ref(owner, lambda _: self._end(key))
+
+    def others(
+        self, key: tuple[int, ...], ids: Tensor, masked: Tensor, history: History, shifted: bool
+    ) -> Tensor | None:
+        """As :meth:`Session.others`.
+
+        Raises:
+            EvictedTokenDecoded: a token was decoded that the call it goes on from had evicted.
+        """
+        return self._turns.setdefault(key, Turns()).take(ids, masked, history, shifted)
+
+    def reset(self) -> None:
+        super().reset()
+        self._turns.clear()
 
     def _end(self, key: tuple[int, ...]) -> None:
         self._alive.pop(key, None)
         self.forget(key)
         self.origins.forget(key)
+        self._turns.pop(key, None)
 
 
 class _Here(threading.local):

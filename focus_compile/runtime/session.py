@@ -18,7 +18,7 @@ from focus_compile.config import FIRST_STEPS, Rescue, is_count, is_evict
 from focus_compile.log import warning_once
 from focus_compile.runtime.ambient import Scope, current_session, open_elsewhere
 from focus_compile.runtime.audit import Audit
-from focus_compile.runtime.block import BlockState
+from focus_compile.runtime.block import BlockState, History
 from focus_compile.runtime.demand import Demand, check_rescue
 from focus_compile.runtime.origin import Origins
 from focus_compile.runtime.pace import Laps
@@ -361,6 +361,12 @@ class Session:
         self._thread = _THREAD.mark
         self._kept = key  # before: an interrupt in between takes it back
         self._states[key] = state
+
+    def others(
+        self, key: tuple[int, ...], ids: Tensor, masked: Tensor, history: History, shifted: bool
+    ) -> Tensor | None:
+        """Rows that start anew for a loop takes turns, bool ``[B]``, or None: in a session none."""
+        return None
 
     def end_blocks(self, key: tuple[int, ...]) -> None:
         """A mask-free call: what a model is called with next starts anew."""

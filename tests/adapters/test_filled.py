@@ -74,6 +74,25 @@ class Counted(Toy):
         return super().forward(ids) * scale
 
 
+class _Private(Toy):
+    """As LLaDA's model does, it keeps tables under a name that Python changes, and names itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__tables: dict[str, float] = {}
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is not None and 0.0 in attention_mask:
+            scale = self.__tables.setdefault("half", 0.5)
+        else:
+            scale = _Private.__whole()
+        return super().forward(ids) * scale
+
+    @staticmethod
+    def __whole() -> float:
+        return 1.0
+
+
 def masks() -> list[Tensor]:
     padded = torch.ones_like(IDS)
     padded[0, :3] = 0
@@ -81,7 +100,7 @@ def masks() -> list[Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [Contains, Layered, Counted])
+@pytest.mark.parametrize("kind", [Contains, Layered, Counted, _Private])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_numbers(kind: type[Toy], in_place: bool, caplog: pytest.LogCaptureFixture) -> None:
     """One graph for each answer, FOCUS in both, the numbers of the untouched model."""
@@ -243,6 +262,17 @@ def test_what_is_replaced(function: Callable[..., Any]) -> None:
     found = filled_tests(method)
     assert found is not None and found[1] == {"mask"}
     assert "_focus_filled" in ast.unparse(found[0])
+
+
+def test_a_private_name_of_another_class() -> None:
+    """A function that says it stands in a class where it does not: its names would be others."""
+
+    def forward(self: Any, mask: Any) -> Any:
+        return self.__tables if mask.all() else 2
+
+    assert read(forward) is not None
+    forward.__qualname__ = "Other.forward"
+    assert read(forward) is None
 
 
 def test_nothing_to_adapt() -> None:

@@ -2,7 +2,7 @@
 
 When a row starts anew is told in words by docs/algorithm.md and docs/sessions.md: a decoded
 position is masked again, an id changed, the history is another one, a mask-free call came in
-between, or, in no session, nothing of it was decoded.
+between, or, in no session, nothing of it was decoded, or its loop made several calls in the step.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Seen:
     rows: tuple[int, ...]
     history: int
     retained: Tensor
+    again: tuple[bool, ...] = ()
+    """In no session: rows whose step had a call before this one."""
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Oracle:
     Attributes:
         shifted: whether the token at p is decoded by the logits of p - 1.
         commits: whether the caller promised to commit, so that decoded rows need not be fed.
-        alone: whether a row of which nothing was decoded starts anew, as in no session.
+        alone: whether section 15 holds, as in no session.
         looks: whether it sees where a loop decodes (section 15), by what follows.
         last: the last masked call, or None; ended: whether a dense call ran since.
     """
@@ -69,27 +71,66 @@ class Oracle:
     first: list[int] = field(default_factory=list)
     begin: list[int] = field(default_factory=list)
     anywhere: bool = False
+    begun: list[Tensor] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
+    """The last masked calls, the latest first, in no session."""
     last: Seen | None = None
     ended: bool = False
     emulation: Emulation = field(default_factory=Emulation)
 
     def forget(self) -> None:
-        self.last, self.ended = None, False
+        self.last, self.ended, self.seen = None, False, []
 
     def expected_error(self, draw: RowDraw) -> type[Exception] | None:
         """What a masked call must be refused with."""
+        if self.alone:
+            sources = [self._source(row, draw) for row in range(len(draw.ids))]
+            lost = any(
+                seen is not None and bool(self._wrong(seen, draw)[row].any())
+                for row, (_, seen) in enumerate(sources)
+            )
+            return EvictedTokenDecoded if lost else None
         last = self._comparable(draw)
         if last is None:
             return None
-        known = last.retained
-        if self.shifted:
-            known = torch.cat([torch.ones_like(known[:, :1]), known[:, :-1]], 1)
-        wrong = last.masked & ~draw.masked & ~known
+        wrong = self._wrong(last, draw)
         found = any(
             bool(wrong[row].any()) and not self._starts_anew(row, draw, last)
             for row in range(len(wrong))
         )
         return EvictedTokenDecoded if found else None
+
+    def _wrong(self, last: Seen, draw: RowDraw) -> Tensor:
+        """Tokens that were decoded since a call, though it had evicted what predicts them."""
+        known = last.retained
+        if self.shifted:
+            known = torch.cat([torch.ones_like(known[:, :1]), known[:, :-1]], 1)
+        return last.masked & ~draw.masked & ~known
+
+    def _source(self, row: int, draw: RowDraw) -> tuple[int, Seen | None]:
+        """Section 15.3: which of the last calls a row goes on from, and its number among them."""
+        nearest: tuple[int, int, Seen | None] = (len(draw.ids[row]) + 1, 0, None)
+        for index, seen in enumerate(self.seen):
+            if seen.ids.shape != draw.ids.shape or draw.history != seen.history:
+                continue
+            if draw.history and draw.rows[row] != seen.rows[row]:
+                continue
+            open_ = seen.masked[row]
+            if bool((~open_ & (draw.masked[row] | (draw.ids[row] != seen.ids[row]))).any()):
+                continue
+            decoded = int((open_ & ~draw.masked[row]).sum())
+            if decoded < nearest[0]:
+                nearest = (decoded, index, seen)
+        return nearest[1:]
+
+    def _again(self, draw: RowDraw) -> tuple[bool, ...]:
+        """Rows whose step had a call before this one."""
+        found = [self._source(row, draw) for row in range(len(draw.ids))]
+        moved = [
+            seen is not None and bool((seen.masked[row] & ~draw.masked[row]).any())
+            for row, (_, seen) in enumerate(found)
+        ]
+        return tuple(seen is not None and (index > 0 or not any(moved)) for index, seen in found)
 
     def step(self, logits: Callable[[], Tensor], draw: RowDraw) -> Emulated:
         """A masked call that must be served."""
@@ -99,6 +140,7 @@ class Oracle:
         self.emulation.config = self.config
         self.emulation.judge = Judge(MASK, shifted=self.shifted)
         fresh = [last is None or self._starts_anew(b, draw, last) for b in range(len(draw.ids))]
+        again = self._again(draw)
         for b, row in enumerate(self.emulation.rows):
             assert last is not None
             if fresh[b]:
@@ -113,10 +155,27 @@ class Oracle:
             self._settle(draw)
         if self.looks:
             self._look(draw, last, fresh)
+        if self.alone:
+            self._join(draw, fresh)
         found = self.emulation.step(logits, draw.ids, draw.masked, draw.history)
-        self.last = Seen(draw.ids, draw.masked, draw.rows, draw.history, found.retained)
+        self.last = Seen(draw.ids, draw.masked, draw.rows, draw.history, found.retained, again)
+        self.seen = [self.last, *self.seen[:3]]
         self.ended = False
         return found
+
+    def _join(self, draw: RowDraw, fresh: list[bool]) -> None:
+        """Section 15.4: rows that decoded the same at the same places since their blocks began."""
+        rows = range(len(draw.ids))
+        if len(self.begun) != len(rows) or self.begun[0].shape != draw.masked[0].shape:
+            fresh = [True for _ in rows]
+            self.begun = [draw.masked[b] for b in rows]
+        self.begun = [draw.masked[b] if fresh[b] else self.begun[b] for b in rows]
+        made = [torch.where(self.begun[b] & ~draw.masked[b], draw.ids[b], -1) for b in rows]
+        self.emulation.shifted = self.shifted
+        self.emulation.partners = [
+            {c for c in rows if bool((made[b] >= 0).any()) and torch.equal(made[b], made[c])}
+            for b in rows
+        ]
 
     def _look(self, draw: RowDraw, last: Seen | None, fresh: list[bool]) -> None:
         """Section 15.2: who must not be evicted, for nobody knows yet where the loop decodes."""
@@ -162,6 +221,9 @@ class Oracle:
             return True
         settled = ~last.masked[row]
         if self.alone:
+            index, seen = self._source(row, draw)
+            if seen is not None and (index > 0 or seen.again[row]):
+                return True
             decoded = (last.masked & ~draw.masked).any(1)
             if not decoded.any() or (draw.masked[row].any() and not decoded[row]):
                 return True

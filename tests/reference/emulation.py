@@ -53,6 +53,10 @@ class Emulation:
     session: bool = True
     """False: section 10's call without one, always ``first_step="evict"``."""
     rows: list[RowState] = field(default_factory=list)
+    partners: list[set[int]] = field(default_factory=list)
+    """Section 15: of each row those that are decoded with it; none where it is empty."""
+    shifted: bool = False
+    """Whether a partner's masked token needs the logits of the one before it."""
     slots: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -82,6 +86,8 @@ class Emulation:
         logits = one.run(call)
         needs = [self._need(one, logits, b, before) for b in range(batch)]
         rescued = [need.evicted if need.flag else [] for need in needs]
+        if self.partners:
+            rescued = self._with_partners(flags, one.kept, rescued)
         if any(rescued):
             one.rescued = rescued
             logits = torch.where(_flags(rescued, tokens)[..., None], one.run(call), logits)
@@ -110,6 +116,23 @@ class Emulation:
             _flags(rescued, tokens),
             min(need.margin for need in needs),
         )
+
+    def _with_partners(
+        self, flags: list[list[bool]], kept: list[list[int]], rescued: list[list[int]]
+    ) -> list[list[int]]:
+        """Section 15.4: masked tokens that a partner has computed are rescued, too."""
+        computed = [{*some, *more} for some, more in zip(kept, rescued, strict=True)]
+        made = []
+        for b, others in enumerate(self.partners):
+            shared = {
+                p
+                for c in {*others, b}
+                for p in computed[c]
+                if flags[c][p] or (self.shifted and any(flags[c][p + 1 : p + 2]))
+            }
+            wanted = {p for p in shared if flags[b][p]} | {*rescued[b]}
+            made.append(sorted(wanted - {*kept[b]}))
+        return made
 
     def _need(self, one: _Step, logits: Tensor, b: int, before: Tensor | None) -> Need:
         if self.config.rescue is None:
