@@ -189,7 +189,7 @@ def _call(
         RuntimeError: Dynamo ran it eagerly, for its recompile limit is reached, and ``strict``.
     """
     before = recompile_limits_hit()
-    with changes.calling(known, args, kwargs), captures_more():
+    with changes.calling(known, args, kwargs), captures_more(changes.looks_up):
         made = compiled(*args, **kwargs)
     if recompile_limits_hit() > before:
         if strict:

@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 from torch.fx.graph_module import _format_import_block
 from torch.library import wrap_triton
 from torch.nn import Module
@@ -61,6 +61,7 @@ __all__ = [
     "compiles",
     "cudagraphs_by_default",
     "frame_compile_id",
+    "free_unbacked_symbols",
     "import_block",
     "inductor_modes",
     "is_contiguous_or_false",
@@ -177,22 +178,25 @@ def compile_arguments() -> dict[str, Any]:
 
 
 @contextmanager
-def captures_more() -> Iterator[None]:
+def captures_more(look_ups: bool = False) -> Iterator[None]:
     """Around a compiled call: what Dynamo would capture anew, or not at all, by its defaults.
 
     - Sizes that are equal in the call that is captured may differ later. By default a prompt that
       is as long as the block is taken for a rule of the model.
     - Calls of a logger are left out of the graph, and break it no more.
+    - With ``look_ups``, numbers and positions that are read of tensors' values are captured.
     """
     shapes: Any = torch.fx.experimental._config
     dynamo: Any = torch._dynamo.config
     loggers = "ignore_logging_functions"
     if not hasattr(dynamo, loggers):  # its name in earlier releases; an alias is not patched
         loggers = "ignore_logger_methods"
-    ignored = {*getattr(dynamo, loggers), *_logging_methods()}
+    options: dict[str, Any] = {loggers: {*getattr(dynamo, loggers), *_logging_methods()}}
+    if look_ups:
+        options |= {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
     leave = (
         shapes._make_closure_patcher(use_duck_shape=False)(),
-        dynamo._make_closure_patcher(**{loggers: ignored})(),
+        dynamo._make_closure_patcher(**options)(),
     )
     try:
         yield

@@ -50,6 +50,7 @@ class Adaptation:
     classes: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = field(default_factory=list)
     names: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
+    looks_up: bool = True
     inside: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 

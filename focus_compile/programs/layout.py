@@ -9,6 +9,7 @@ import torch
 
 from focus_compile.axes.axes import Entry
 from focus_compile.capture.canonical import Canonical
+from focus_compile.capture.looked_up import LookUps
 from focus_compile.capture.returned_sizes import ReturnedSize
 from focus_compile.capture.unwrap import Part
 from focus_compile.graph.inputs import Argument, Input
@@ -60,6 +61,8 @@ class Layout:
             (:func:`~focus_compile.programs.key_program.key_program`).
         vocabulary: rows of the embedding, None where that is not known.
         sizes: numbers that the model returns, which no program computes.
+        given: how many arguments Dynamo's graph has.
+        look_ups: what is looked up in these: arguments behind ``parts``.
     """
 
     inputs: tuple[Input, ...]
@@ -81,6 +84,8 @@ class Layout:
     held: tuple[Held, ...] = ()
     sizes: tuple[ReturnedSize, ...] = ()
     parts: tuple[Part, ...] = ()
+    given: int = 0
+    look_ups: LookUps | None = None
 
 
 def layout_of(

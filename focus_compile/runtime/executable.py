@@ -70,6 +70,11 @@ OVERLAP = (
     "backend 'focus' runs the dense program: the model writes into an input whose memory another "
     "input shares"
 )
+LOOKED_UP = (
+    "backend 'focus' runs the dense program: positions that the model looks up in an argument are "
+    "not as many as the block has tokens, or a number is out of range. Mark one place for each "
+    "token of the block, the same in every row, or pass positions, int64 [T] or [B, T]"
+)
 
 
 class Executable:
@@ -98,7 +103,8 @@ class Executable:
         *,
         returns: bool = True,
     ) -> None:
-        self.dense = _without(dense, len(layout.parts)) if layout.parts else dense
+        more = layout.parts or layout.look_ups is not None
+        self.dense = _first(dense, layout.given) if more else dense
         self.halves = halves
         self.layout = layout
         self.config = config
@@ -150,6 +156,13 @@ class Executable:
             warning_once(log, OVERLAP)
             self.record.dense_call("written and shared memory")
             return self._dense(args, session, masked=True)
+        if self.layout.look_ups is not None:
+            found = self.layout.look_ups.of(args, masked.shape[1])
+            if found is None:
+                warning_once(log, LOOKED_UP)
+                self.record.dense_call("what the model looks up does not fit the block")
+                return self._dense(args, session, masked=True)
+            args = (*args, *found)
         if self.layout.causal:
             warning_once(log, CAUSAL)
         if session.implicit:
@@ -412,10 +425,10 @@ class Executable:
         }
 
 
-def _without(dense: Callable[..., Any], parts: int) -> Callable[..., Any]:
-    """A program that is given that many arguments more, and leaves them out."""
+def _first(dense: Callable[..., Any], given: int) -> Callable[..., Any]:
+    """A program that is given more arguments, and leaves them out."""
 
     def run(*args: Any) -> Any:
-        return dense(*args[:-parts])
+        return dense(*args[:given])
 
     return run
