@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -86,6 +87,12 @@ class Layout:
     parts: tuple[Part, ...] = ()
     given: int = 0
     look_ups: LookUps | None = None
+
+    def looked_up(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
+        """What is looked up in a call's arguments; None where it does not fit the block."""
+        if self.look_ups is None:
+            return ()
+        return self.look_ups.of(args, args[self.ids].shape[-1])
 
 
 def layout_of(

@@ -138,6 +138,8 @@ class Executable:
         if not ids.numel():
             raise EmptyCall(tuple(ids.shape))
         self._check_calibration(args, session)
+        looked_up = self.layout.looked_up(args)
+        args = (*args, *(looked_up or ()))
         owns = session.owns_kv
         masked = self._masked(ids, session) if session.enabled else None
         known = session.take_any_masked()
@@ -156,13 +158,10 @@ class Executable:
             warning_once(log, OVERLAP)
             self.record.dense_call("written and shared memory")
             return self._dense(args, session, masked=True)
-        if self.layout.look_ups is not None:
-            found = self.layout.look_ups.of(args, masked.shape[1])
-            if found is None:
-                warning_once(log, LOOKED_UP)
-                self.record.dense_call("what the model looks up does not fit the block")
-                return self._dense(args, session, masked=True)
-            args = (*args, *found)
+        if looked_up is None:
+            warning_once(log, LOOKED_UP)
+            self.record.dense_call("what the model looks up does not fit the block")
+            return self._dense(args, session, masked=True)
         if self.layout.causal:
             warning_once(log, CAUSAL)
         if session.implicit:
