@@ -54,6 +54,7 @@ __all__ = [
     "TracingContext",
     "at_fixed_addresses",
     "backend_of",
+    "captures_look_ups",
     "captures_more",
     "compile_arguments",
     "compile_fx",
@@ -191,18 +192,31 @@ def captures_more(look_ups: bool = False) -> Iterator[None]:
     loggers = "ignore_logging_functions"
     if not hasattr(dynamo, loggers):  # its name in earlier releases; an alias is not patched
         loggers = "ignore_logger_methods"
-    options: dict[str, Any] = {loggers: {*getattr(dynamo, loggers), *_logging_methods()}}
-    if look_ups:
-        options |= {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+    ignored = {*getattr(dynamo, loggers), *_logging_methods()}
     leave = (
         shapes._make_closure_patcher(use_duck_shape=False)(),
-        dynamo._make_closure_patcher(**options)(),
+        dynamo._make_closure_patcher(**{loggers: ignored})(),
     )
     try:
-        yield
+        with captures_look_ups() if look_ups else nullcontext():
+            yield
     finally:
         for restore in leave:
             restore()
+
+
+@contextmanager
+def captures_look_ups() -> Iterator[None]:
+    """Around a compiled call: numbers and positions that are read of tensors' values are captured,
+    and break no graph."""
+    dynamo: Any = torch._dynamo.config
+    restore = dynamo._make_closure_patcher(
+        capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+    )()
+    try:
+        yield
+    finally:
+        restore()
 
 
 class _Breaks(logging.Handler):

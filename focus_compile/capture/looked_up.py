@@ -72,9 +72,7 @@ class LookUps:
 
 
 @lru_cache(maxsize=64)  # within a block they are the same in every call
-def _hold(
-    conditions: tuple[sympy.Basic, ...], known: tuple[tuple[sympy.Symbol, int], ...]
-) -> bool:
+def _hold(conditions: tuple[sympy.Basic, ...], known: tuple[tuple[sympy.Symbol, int], ...]) -> bool:
     numbers = {symbol: sympy.Integer(value) for symbol, value in known}
     return all(condition.xreplace(numbers) == True for condition in conditions)  # noqa: E712
 
@@ -384,6 +382,8 @@ def _drop_unread(gm: GraphModule) -> None:
     for node in reversed(list(gm.graph.nodes)):
         if node.op in ("placeholder", "output") or node.users or _writes(node):
             continue
-        if isinstance(node.meta.get("example_value"), Tensor | torch.SymInt | torch.SymBool | tuple):
+        if isinstance(
+            node.meta.get("example_value"), Tensor | torch.SymInt | torch.SymBool | tuple
+        ):
             gm.graph.erase_node(node)
     gm.recompile()
