@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.graph_module import _format_import_block
 from torch.library import wrap_triton
 from torch.nn import Module
@@ -38,6 +38,7 @@ from torch.package.importer import sys_importer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 __all__ = [
     "BackendCompilerFailed",
@@ -62,7 +63,6 @@ __all__ = [
     "compiles",
     "cudagraphs_by_default",
     "frame_compile_id",
-    "free_unbacked_symbols",
     "import_block",
     "inductor_modes",
     "is_contiguous_or_false",
@@ -74,6 +74,7 @@ __all__ = [
     "mode_options",
     "onednn_linear",
     "output_modules",
+    "read_expr",
     "recompile_limit",
     "recompile_limits_hit",
     "reported_breaks",
@@ -83,6 +84,7 @@ __all__ = [
     "tree_flatten",
     "tree_leaves",
     "tree_unflatten",
+    "unknown_symbols",
     "untraced",
     "was_compiled_for",
 ]
@@ -217,6 +219,19 @@ def captures_look_ups() -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+def read_expr(number: torch.SymInt | torch.SymBool | torch.SymFloat) -> Any:
+    """A number as it was computed: what was found to equal it since is not put in its place."""
+    return number.node._expr
+
+
+def unknown_symbols(number: Any) -> set[Any]:
+    """Symbols of values that were read of tensors, in a number as it was computed."""
+    if not isinstance(number, torch.SymInt | torch.SymBool | torch.SymFloat):
+        return set()
+    kinds = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
+    return {each for each in read_expr(number).free_symbols if symbol_is_type(each, kinds)}
 
 
 class _Breaks(logging.Handler):

@@ -28,7 +28,7 @@ from focus_compile.capture.returned_sizes import size_symbols
 from focus_compile.errors import Unsupported, source_line
 from focus_compile.graph.nodes import expr_of, graph_inputs
 from focus_compile.refusals import LOOKED_UP_IN_TOKENS, LOOKED_UP_IN_WRITTEN, LOOKED_UP_SLICE
-from focus_compile.torch_private import FakeTensor, free_unbacked_symbols, tree_leaves
+from focus_compile.torch_private import FakeTensor, read_expr, tree_leaves, unknown_symbols
 
 __all__ = ["LookUps", "look_up"]
 
@@ -107,7 +107,8 @@ def look_up(gm: GraphModule) -> tuple[GraphModule, LookUps | None]:
     numbers = {
         _symbol(node): at for node, at in zip(taken, values, strict=True) if _is_number(node)
     }
-    conditions = _conditions(gm, {symbol: _symbol(firsts[at]) for symbol, at in numbers.items()})
+    same = {symbol: _symbol(firsts[at]) for symbol, at in numbers.items()}
+    conditions = _conditions(gm, same, _counts(gm, taken))
     used = frozenset[Any]().union(*(each.free_symbols for each in conditions))
     where = {symbol: place for symbol, place in size_symbols(gm).items() if symbol in used}
     inputs = graph_inputs(gm)
@@ -131,9 +132,9 @@ def _unknown(value: Any) -> set[sympy.Symbol]:
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             for number in (*leaf.shape, *leaf.stride(), leaf.storage_offset()):
-                found |= free_unbacked_symbols(number)
-        elif isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
-            found |= free_unbacked_symbols(leaf)
+                found |= unknown_symbols(number)
+        else:
+            found |= unknown_symbols(leaf)
     return found
 
 
@@ -194,7 +195,7 @@ def _lengths(node: Node) -> tuple[int, ...]:
     value = node.meta["example_value"]
     if not isinstance(value, Tensor):
         return ()
-    return tuple(at for at, size in enumerate(value.shape) if free_unbacked_symbols(size))
+    return tuple(at for at, size in enumerate(value.shape) if unknown_symbols(size))
 
 
 # -- writes ----------------------------------------------------------------------------------------
@@ -236,12 +237,24 @@ def _written(node: Node) -> set[Node]:
 # -- the graphs ------------------------------------------------------------------------------------
 
 
-def _conditions(gm: GraphModule, same: dict[Any, Any]) -> list[sympy.Basic]:
+def _counts(gm: GraphModule, taken: Sequence[Node]) -> dict[Any, Any]:
+    """Symbols of how many positions there are: as many as tokens."""
+    tokens = _tokens(gm)
+    sizes = (value.shape[at] for node in taken for value, at in _long(node))
+    found = {read_expr(size) for size in sizes}
+    return {} if tokens is None else {each: expr_of(tokens) for each in found if each.is_Symbol}
+
+
+def _long(node: Node) -> list[tuple[Tensor, int]]:
+    return [(node.meta["example_value"], at) for at in _lengths(node)]
+
+
+def _conditions(gm: GraphModule, same: dict[Any, Any], counts: dict[Any, Any]) -> list[sympy.Basic]:
     """What must hold of numbers that were looked up, so that the graph means what it says.
 
     What Dynamo asserts of them; none is negative, nor any that comes of them; and a slice between
     such numbers lies in what is sliced, and is as long as Dynamo found it to be. ``same``: of
-    numbers with one value, the symbol of the first.
+    numbers with one value, the symbol of the first; ``counts``: symbols of how many there are.
     """
     strict: list[sympy.Basic] = []
     others: list[sympy.Basic] = []
@@ -249,15 +262,15 @@ def _conditions(gm: GraphModule, same: dict[Any, Any]) -> list[sympy.Basic]:
         value = node.meta.get("example_value")
         if node.target is _CHECK and isinstance(node.args[0], Node):
             asserted: Any = node.args[0].meta.get("example_value")
-            others += [asserted.node.expr] if isinstance(asserted, torch.SymBool) else []
+            others += [read_expr(asserted)] if isinstance(asserted, torch.SymBool) else []
         elif isinstance(value, torch.SymInt) and _unknown(value):
-            others.append(sympy.Ge(expr_of(value), 0))
+            others.append(sympy.Ge(read_expr(value), 0))
         elif node.target in (operator.getitem, operator.setitem):
             strict += _of_slices(node)
     known = {*same.values(), *size_symbols(gm)}
     made = []
     for each in dict.fromkeys((*strict, *others)):
-        condition = each.xreplace(same)
+        condition = each.xreplace({**same, **counts})
         if condition.free_symbols <= known:
             made.append(condition)
         elif each in strict:
@@ -270,8 +283,8 @@ def _is_number(node: Node) -> bool:
 
 
 def _symbol(node: Node) -> sympy.Symbol:
-    value: Any = node.meta["example_value"]
-    return value.node.expr
+    symbol: sympy.Symbol = read_expr(node.meta["example_value"])
+    return symbol
 
 
 def _of_slices(node: Node) -> list[sympy.Basic]:
@@ -279,22 +292,30 @@ def _of_slices(node: Node) -> list[sympy.Basic]:
     places = index if isinstance(index, tuple) else (index,)
     if not any(isinstance(place, slice) and _is_unknown(place) for place in places):
         return []
-    if not all(isinstance(place, slice) for place in places):
-        raise Unsupported(LOOKED_UP_SLICE, node)
     assert isinstance(source, Node)
     shape = source.meta["example_value"].shape
-    put = node.target is operator.setitem
-    other: Any = node.args[2] if put else node
-    if not isinstance(other, Node) or not isinstance(other.meta["example_value"], Tensor):
+    other: Any = node.args[2] if node.target is operator.setitem else node
+    value = other.meta["example_value"] if isinstance(other, Node) else other
+    if not isinstance(value, Tensor):
         raise Unsupported(LOOKED_UP_SLICE, node)
-    result = other.meta["example_value"].shape
-    if len(result) != len(shape):
-        raise Unsupported(LOOKED_UP_SLICE, node)
+    if Ellipsis in places:
+        at, missing = places.index(Ellipsis), len(shape) + 1 - len(places) + places.count(None)
+        places = (*places[:at], *[slice(None)] * missing, *places[at + 1 :])
     found: list[sympy.Basic] = []
-    for place, whole, part in zip(places, shape, result, strict=False):
+    wholes, parts = iter(shape), iter(value.shape)
+    for place in places:
+        if place is None:
+            next(parts, None)
+            continue
+        whole = next(wholes)
+        if not isinstance(place, slice):
+            if not isinstance(place, int):
+                raise Unsupported(LOOKED_UP_SLICE, node)
+            continue
+        part = next(parts, None)
         if _is_unknown(place):
             start, stop = _bound(place.start, 0), _bound(place.stop, whole)
-            if place.step not in (None, 1):
+            if place.step not in (None, 1) or part is None:
                 raise Unsupported(LOOKED_UP_SLICE, node)
             found += [sympy.Ge(start, 0), sympy.Le(stop, expr_of(whole))]
             found.append(sympy.Eq(stop - start, expr_of(part)))
@@ -304,7 +325,8 @@ def _of_slices(node: Node) -> list[sympy.Basic]:
 def _bound(value: Any, default: Any) -> sympy.Expr:
     if value is None:
         value = default
-    return expr_of(value.meta["example_value"] if isinstance(value, Node) else value)
+    number = value.meta["example_value"] if isinstance(value, Node) else value
+    return read_expr(number) if isinstance(number, torch.SymInt) else sympy.Integer(number)
 
 
 def _is_unknown(place: slice) -> bool:
@@ -370,10 +392,10 @@ def _tokens(gm: GraphModule) -> Any:
 
 
 def _as_long(value: Any, tokens: Any) -> Any:
-    if not isinstance(value, FakeTensor):
+    if not isinstance(value, FakeTensor) or tokens is None:
         return value
     with value.fake_mode:
-        shape = [tokens if free_unbacked_symbols(size) else size for size in value.shape]
+        shape = [tokens if unknown_symbols(size) else size for size in value.shape]
         return torch.empty(shape, dtype=value.dtype, device=value.device)
 
 

@@ -80,6 +80,7 @@ def by_row(past: Tensor, new: Tensor, places: Any) -> Tensor:
 
 def model(kind: type[Block], rotary: type[Rotary] = Rotary) -> LLaDA:
     torch._dynamo.reset()
+    torch.manual_seed(0)
     made = LLaDA(**({"put": by_row} if kind is Listed else {})).eval()
     for block in made.blocks:
         assert isinstance(block, Block)
