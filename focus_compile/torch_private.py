@@ -221,8 +221,9 @@ def captures_look_ups() -> Iterator[None]:
         restore()
 
 
-def read_expr(number: torch.SymInt | torch.SymBool | torch.SymFloat) -> Any:
-    """A number as it was computed: what was found to equal it since is not put in its place."""
+def read_expr(number: Any) -> Any:
+    """A symbolic number as it was computed: what was found to equal it since is not put in its
+    place."""
     return number.node._expr
 
 
