@@ -98,7 +98,7 @@ def look_up(gm: GraphModule) -> tuple[GraphModule, LookUps | None]:
     for node in gm.graph.nodes:
         if _writes(node) and inside & _written(node):
             raise Unsupported(LOOKED_UP_IN_WRITTEN, node)
-    taken = [node for node in wanted if any(user not in inside for user in node.users)]
+    taken = [node for node in wanted if _is_number(node) or _is_used(node, inside)]
     program, values = _program(gm, taken)
     firsts: dict[int, Node] = {}
     for node, at in zip(taken, values, strict=True):
@@ -161,6 +161,12 @@ def _is_wanted(node: Node) -> bool:
     if not isinstance(value, Tensor | tuple | list):
         return _looks_up(node)
     return _is_whole(value) and bool(_unknown(value))
+
+
+def _is_used(node: Node, inside: set[Node]) -> bool:
+    """Whether anything but look-ups reads more than a size of it."""
+    values = (user.meta.get("example_value") for user in node.users if user not in inside)
+    return any(not isinstance(value, torch.SymInt | torch.SymBool) for value in values)
 
 
 def _sources(node: Node) -> list[Node]:
