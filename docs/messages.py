@@ -26,6 +26,9 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "focus_compile.block_mask"),
     "whose memory another input shares": (
         "a cache that is written into overlaps an input", "give each its own memory"),
+    "that the model looks up in an argument are": (
+        "more or fewer places than tokens, or others in each row; a negative number",
+        "mark as many places as the block has tokens, or pass positions"),
     "writes keys and values into a part of a cache": (
         "a loop of one's own, with a cache whose tensors hold room for the block",
         "a cache that grows, or transformers' StaticCache"),

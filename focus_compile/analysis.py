@@ -14,6 +14,7 @@ from focus_compile.capture.canonical import Canonical, canonicalize
 from focus_compile.capture.capture import capture
 from focus_compile.capture.grow import grow
 from focus_compile.capture.last_tokens import widen
+from focus_compile.capture.looked_up import look_up
 from focus_compile.capture.returned_sizes import without_sizes
 from focus_compile.capture.unwrap import unwrap
 from focus_compile.errors import EmptyCall, NothingToEvict, Unsupported
@@ -27,6 +28,7 @@ from focus_compile.programs.layout import Layout, layout_of
 from focus_compile.refusals import (
     GOES_ON_BEHIND_A_BREAK,
     INTERNAL_ERROR,
+    LOOKED_UP_IN_WRITTEN,
     ONE_TOKEN,
     WRITES_INPUT,
     WRITES_TOKENS,
@@ -74,7 +76,8 @@ def analyze(
 def _analyze(gm: GraphModule, broke: GraphBreak | None, layers: tuple[int, int]) -> Analysis:
     gm, sizes = without_sizes(gm)
     unwrapped = unwrap(gm)
-    traced = capture(unwrapped.gm)
+    plain, look_ups = look_up(unwrapped.gm)
+    traced = capture(plain)
     captured = traced.gm
     written = tuple(traced.arguments[at] for at in traced.written)
     entry = find_entry(captured)
@@ -88,9 +91,11 @@ def _analyze(gm: GraphModule, broke: GraphBreak | None, layers: tuple[int, int])
     given = graph_inputs(gm)
     if any(argument.position >= len(given) for argument in written):
         raise Unsupported(WRITES_INPUT)
+    if look_ups is not None and look_ups.sources & {argument.position for argument in written}:
+        raise Unsupported(LOOKED_UP_IN_WRITTEN)
     module_state = [index for index, node in enumerate(given) if is_module_state(node)]
     layout = layout_of(canonical, plan, written, module_state, unwrapped.parts)
-    layout = replace(layout, sizes=sizes)
+    layout = replace(layout, sizes=sizes, given=len(given), look_ups=look_ups)
     if {held.argument for held in layout.held} != {traced.arguments[at] for at in traced.held}:
         raise Unsupported(WRITES_INPUT)
     halves = cut(stages[-1][1], plan, last)

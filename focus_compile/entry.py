@@ -191,7 +191,7 @@ def _call(
     """
     before = recompile_limits_hit()
     with contiguous(args, kwargs) as (given, named), changes.calling(known, given, named):
-        with captures_more():
+        with captures_more(changes.looks_up):
             made = compiled(*given, **named)
     if recompile_limits_hit() > before:
         if strict:

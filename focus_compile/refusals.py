@@ -111,6 +111,22 @@ INTERNAL_ERROR = Refusal(
     "report it with the script that explain(...).save(folder) writes; the model runs unchanged",
 )
 
+_LOOKED_UP = (
+    "look positions and numbers up in an argument that the model does not write into, as "
+    "replace_position.nonzero(as_tuple=True)[1] does, or outside the model, and pass them"
+)
+LOOKED_UP_IN_TOKENS = Refusal(
+    "a number or positions are looked up in what was computed of tokens", _LOOKED_UP
+)
+LOOKED_UP_IN_WRITTEN = Refusal(
+    "positions are looked up in a tensor that the model writes into", _LOOKED_UP
+)
+LOOKED_UP_SLICE = Refusal(
+    "what a slice between numbers that are looked up holds is not known",
+    "slice each dim by numbers whose difference is the number of tokens, table[:, end - t : end], "
+    "or pass positions, int64 [T], and index by them",
+)
+
 # -- operators over tokens -------------------------------------------------------------------------
 
 _ONE_BY_ONE = (

@@ -38,6 +38,7 @@ from torch.package.importer import sys_importer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 __all__ = [
     "BackendCompilerFailed",
@@ -54,6 +55,7 @@ __all__ = [
     "TracingContext",
     "at_fixed_addresses",
     "backend_of",
+    "captures_look_ups",
     "captures_more",
     "compile_arguments",
     "compile_fx",
@@ -72,6 +74,7 @@ __all__ = [
     "mode_options",
     "onednn_linear",
     "output_modules",
+    "read_expr",
     "recompile_limit",
     "recompile_limits_hit",
     "reported_breaks",
@@ -81,6 +84,7 @@ __all__ = [
     "tree_flatten",
     "tree_leaves",
     "tree_unflatten",
+    "unknown_symbols",
     "untraced",
     "was_compiled_for",
 ]
@@ -177,12 +181,13 @@ def compile_arguments() -> dict[str, Any]:
 
 
 @contextmanager
-def captures_more() -> Iterator[None]:
+def captures_more(look_ups: bool = False) -> Iterator[None]:
     """Around a compiled call: what Dynamo would capture anew, or not at all, by its defaults.
 
     - Sizes that are equal in the call that is captured may differ later. By default a prompt that
       is as long as the block is taken for a rule of the model.
     - Calls of a logger are left out of the graph, and break it no more.
+    - With ``look_ups``, numbers and positions that are read of tensors' values are captured.
     """
     shapes: Any = torch.fx.experimental._config
     dynamo: Any = torch._dynamo.config
@@ -195,10 +200,39 @@ def captures_more() -> Iterator[None]:
         dynamo._make_closure_patcher(**{loggers: ignored})(),
     )
     try:
-        yield
+        with captures_look_ups() if look_ups else nullcontext():
+            yield
     finally:
         for restore in leave:
             restore()
+
+
+@contextmanager
+def captures_look_ups() -> Iterator[None]:
+    """Around a compiled call: numbers and positions that are read of tensors' values are captured,
+    and break no graph."""
+    dynamo: Any = torch._dynamo.config
+    restore = dynamo._make_closure_patcher(
+        capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+    )()
+    try:
+        yield
+    finally:
+        restore()
+
+
+def read_expr(number: Any) -> Any:
+    """A symbolic number as it was computed: what was found to equal it since is not put in its
+    place."""
+    return number.node._expr
+
+
+def unknown_symbols(number: Any) -> set[Any]:
+    """Symbols of values that were read of tensors, in a number as it was computed."""
+    if not isinstance(number, torch.SymInt | torch.SymBool | torch.SymFloat):
+        return set()
+    kinds = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
+    return {each for each in read_expr(number).free_symbols if symbol_is_type(each, kinds)}
 
 
 class _Breaks(logging.Handler):

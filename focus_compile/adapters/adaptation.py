@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FunctionType, TracebackType
 from typing import Any
@@ -15,8 +15,9 @@ from torch import nn
 
 from focus_compile.adapters.experts import METHOD, Experts, experts_of, without_loop
 from focus_compile.adapters.filled import filled_tests, may_test, told
+from focus_compile.adapters.looks_up import looked_up, may_look_up
 from focus_compile.adapters.source import place, read, rebuilt
-from focus_compile.torch_private import untraced
+from focus_compile.torch_private import captures_look_ups, untraced
 
 __all__ = ["Adaptation", "adaptation", "adapted"]
 
@@ -46,11 +47,13 @@ class Adaptation:
     Attributes:
         classes: the class of each such module; names: of arguments whose values methods test.
         notes: what was replaced, a line each.
+        looks_up: whether methods look up positions or numbers in the model's arguments.
     """
 
     classes: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = field(default_factory=list)
     names: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
+    looks_up: bool = False
     inside: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -107,7 +110,7 @@ def adapted(model: nn.Module) -> Iterator[nn.Module]:
         last = model.register_forward_hook(untraced(leave), always_call=True)
         handles = [first, last]
     try:
-        with made:
+        with made, captures_look_ups() if made.looks_up else nullcontext():
             yield model
     finally:
         for handle in handles:
@@ -117,12 +120,13 @@ def adapted(model: nn.Module) -> Iterator[nn.Module]:
 def adaptation(model: nn.Module) -> Adaptation:
     """What of a model's modules can be adapted; a line at INFO says what is."""
     made = Adaptation()
+    arguments = tuple(inspect.signature(model.forward).parameters)[1:]  # but the ids
     classes: dict[tuple[type[nn.Module], Experts | None], type[nn.Module] | None] = {}
     known: dict[tuple[str, str], Experts | None] = {}
     for module in model.modules():
         kind, experts = type(module), experts_of(module, known)
         if (kind, experts) not in classes:
-            classes[kind, experts] = _adapted(module, experts, made)
+            classes[kind, experts] = _adapted(module, experts, made, arguments)
         replacing = classes[kind, experts]
         if replacing is not None:
             made.classes.append((module, kind, replacing))
@@ -132,7 +136,7 @@ def adaptation(model: nn.Module) -> Adaptation:
 
 
 def _adapted(
-    module: nn.Module, experts: Experts | None, made: Adaptation
+    module: nn.Module, experts: Experts | None, made: Adaptation, arguments: Collection[str]
 ) -> type[nn.Module] | None:
     """A class whose methods read no values in the middle of a graph; None where none does."""
     kind = type(module)
@@ -153,9 +157,17 @@ def _adapted(
                     f"`{experts.name}` is one operator"
                 )
                 continue
-            method = read(function) if _may_test(function) else None
-            found = None if method is None else filled_tests(method)
-            if method is None or found is None:
+            method = read(function) if _may_read(function) else None
+            if method is None:
+                continue
+            if sought := looked_up(method, arguments):
+                made.looks_up = True
+                made.notes.append(
+                    f"{kind.__name__}.{name} ({place(function)}): what it looks up in "
+                    f"{_listed(sought)} is looked up before the graph"
+                )
+            found = filled_tests(method)
+            if found is None:
                 continue
             tree, names = found
             methods[name] = rebuilt(method, tree)
@@ -174,8 +186,8 @@ def _adapted(
     return replacing
 
 
-def _may_test(function: Any) -> bool:
-    return isinstance(function, FunctionType) and may_test(function)
+def _may_read(function: Any) -> bool:
+    return isinstance(function, FunctionType) and (may_test(function) or may_look_up(function))
 
 
 def _listed(names: frozenset[str]) -> str:

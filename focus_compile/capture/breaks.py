@@ -81,8 +81,9 @@ REMEDIES: tuple[tuple[str, str, str], ...] = (
     (
         r"nonzero|dynamic shape|torch\.where\(",
         "",
-        "positions are looked up by value, so that their number is a value too: look them up "
-        "outside the model, and pass them as a tensor",
+        "positions are looked up by value, so that their number is a value too: compile with "
+        f"{_ADAPTS}, which looks up those of an argument before the graph, or look them up outside "
+        "the model, and pass them as a tensor",
     ),
     (
         r"data.dependent branching",
@@ -93,8 +94,9 @@ REMEDIES: tuple[tuple[str, str, str], ...] = (
     (
         _READS,
         "",
-        "Python reads a tensor's value at this line: take the number from shapes (x.shape), or "
-        "compute it outside the model and pass it",
+        "Python reads a tensor's value at this line: take the number from shapes (x.shape), "
+        "compute it outside the model and pass it, or, where it comes of an argument, compile with "
+        f"{_ADAPTS}",
     ),
 )
 

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from focus_compile.graph.nodes import graph_inputs, graph_outputs
 
-__all__ = ["ReturnedSize", "with_sizes", "without_sizes"]
+__all__ = ["ReturnedSize", "size_symbols", "with_sizes", "without_sizes"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def without_sizes(gm: GraphModule) -> tuple[GraphModule, tuple[ReturnedSize, ...
     they are sums and products of the inputs' own. Without any it is ``gm``.
     """
     found = []
-    where = _symbols(gm)
+    where = size_symbols(gm)
     for index, node in enumerate(graph_outputs(gm)):
         size = node.meta.get("example_value") if isinstance(node, Node) else None
         expr: Any = size.node.expr if isinstance(size, torch.SymInt) else None
@@ -71,7 +71,7 @@ def with_sizes(
     return tuple(made.get(index, value) for index, value in enumerate(returned))
 
 
-def _symbols(gm: GraphModule) -> Mapping[Any, tuple[int, int | None]]:
+def size_symbols(gm: GraphModule) -> Mapping[Any, tuple[int, int | None]]:
     """Where the symbols of sizes are found among the graph's inputs."""
     where: dict[Any, tuple[int, int | None]] = {}
     for at, node in enumerate(graph_inputs(gm)):

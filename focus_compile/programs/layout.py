@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from focus_compile.axes.axes import Entry
 from focus_compile.capture.canonical import Canonical
+from focus_compile.capture.looked_up import LookUps
 from focus_compile.capture.returned_sizes import ReturnedSize
 from focus_compile.capture.unwrap import Part
 from focus_compile.graph.inputs import Argument, Input
@@ -60,6 +62,8 @@ class Layout:
             (:func:`~focus_compile.programs.key_program.key_program`).
         vocabulary: rows of the embedding, None where that is not known.
         sizes: numbers that the model returns, which no program computes.
+        given: how many arguments Dynamo's graph has.
+        look_ups: what is looked up in these: arguments behind ``parts``.
     """
 
     inputs: tuple[Input, ...]
@@ -81,6 +85,14 @@ class Layout:
     held: tuple[Held, ...] = ()
     sizes: tuple[ReturnedSize, ...] = ()
     parts: tuple[Part, ...] = ()
+    given: int = 0
+    look_ups: LookUps | None = None
+
+    def looked_up(self, args: Sequence[Any]) -> tuple[Any, ...] | None:
+        """What is looked up in a call's arguments; None where it does not fit the block."""
+        if self.look_ups is None:
+            return ()
+        return self.look_ups.of(args, args[self.ids].shape[-1])
 
 
 def layout_of(

@@ -72,6 +72,11 @@ OVERLAP = (
     "backend 'focus' runs the dense program: the model writes into an input whose memory another "
     "input shares"
 )
+LOOKED_UP = (
+    "backend 'focus' runs the dense program: positions that the model looks up in an argument are "
+    "not as many as the block has tokens, or a number is out of range. Mark one place for each "
+    "token of the block, the same in every row, or pass positions, int64 [T] or [B, T]"
+)
 
 SHARDED = (
     "evict='auto': processes share this model, and each would time for itself and choose another "
@@ -105,7 +110,8 @@ class Executable:
         *,
         returns: bool = True,
     ) -> None:
-        self.dense = _without(dense, len(layout.parts)) if layout.parts else dense
+        more = layout.parts or layout.look_ups is not None
+        self.dense = _first(dense, layout.given) if more else dense
         self.halves = halves
         self.layout = layout
         self.config = config
@@ -139,6 +145,8 @@ class Executable:
         if not ids.numel():
             raise EmptyCall(tuple(ids.shape))
         self._check_calibration(args, session)
+        looked_up = self.layout.looked_up(args)
+        args = (*args, *(looked_up or ()))
         owns = session.owns_kv
         masked = self._masked(ids, session) if session.enabled else None
         known = session.take_any_masked()
@@ -157,6 +165,10 @@ class Executable:
         if self.layout.written and overlap(args, self.written):
             warning_once(log, OVERLAP)
             self.record.dense_call("written and shared memory")
+            return self._dense(args, session, masked=True)
+        if looked_up is None:
+            warning_once(log, LOOKED_UP)
+            self.record.dense_call("what the model looks up does not fit the block")
             return self._dense(args, session, masked=True)
         if self.layout.causal:
             warning_once(log, CAUSAL)
@@ -452,10 +464,10 @@ class Executable:
         }
 
 
-def _without(dense: Callable[..., Any], parts: int) -> Callable[..., Any]:
-    """A program that is given that many arguments more, and leaves them out."""
+def _first(dense: Callable[..., Any], given: int) -> Callable[..., Any]:
+    """A program that is given more arguments, and leaves them out."""
 
     def run(*args: Any) -> Any:
-        return dense(*args[:-parts])
+        return dense(*args[:given])
 
     return run

@@ -105,14 +105,16 @@ class Holes:
         """Slots that hold nothing, and to which a call would attend, bool ``[S]``; None: none is.
 
         ``tokens``: of the block. Of a cache of fixed length the slots that the call itself takes do
-        not count, nor, where there is a mask, those behind them.
+        not count, nor, where there is a mask, those behind them; all do where it is not known
+        which these are (:meth:`~.layout.Layout.looked_up`).
         """
         layout = self.layout
         past = None if self.past is None else local(self.past.of(args))
         empty = None if past is None else _empty_slots(past, layout.values_dim)
         if empty is None:
             return None
-        if layout.index is not None:
+        own = layout.given + len(layout.parts)
+        if layout.index is not None and (layout.look_ups is None or len(args) > own):
             values = arguments(layout, args, tokens)
             (places,) = layout.index.gm(*(values[name] for name in layout.index.inputs))
             places = places.remainder(empty.shape[1]).expand(len(empty), -1)
