@@ -27,6 +27,10 @@ MAY_RETURN_OPERAND = (
     aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default,
 )  # fmt: skip
 """Operators that may return their operand itself, though their schemas do not say so."""
+CONVERSIONS = (
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default,
+)  # fmt: skip
+"""Operators that return their operand itself where it is already of the dtype and device."""
 VIEWS = (
     aten.view.default, aten.transpose.int, aten.permute.default, aten.t.default,
     aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim,
@@ -88,6 +92,10 @@ def drop_whole_slices(graph: Graph) -> None:
 
 def _shape(node: Node) -> list[sympy.Expr]:
     return [expr_of(size) for size in tensor_of(node).shape]
+
+
+def _kind(node: Node) -> tuple[torch.dtype, torch.device]:
+    return tensor_of(node).dtype, tensor_of(node).device
 
 
 def _counterpart(node: Node) -> OpOverload | None:
@@ -176,6 +184,8 @@ def aliased(node: Node) -> Node | None:
             return source.args[0][node.args[1]]  # type: ignore[index, return-value]
         return aliased(source) if isinstance(source, Node) else None
     if not isinstance(node.target, OpOverload) or not isinstance(source, Node):
+        return None
+    if node.target in CONVERSIONS and _kind(node) != _kind(source):
         return None
     if node.target in MAY_RETURN_OPERAND:
         return source

@@ -62,7 +62,33 @@ def under_a_view(x: Tensor) -> Tensor:
     return made + row + part.sum() + before
 
 
-@pytest.mark.parametrize("model", [router, through_a_view, twice, narrower, under_a_view])
+def of_booleans(x: Tensor) -> Tensor:
+    """LLaDA's additive mask: a conversion to another dtype is a copy, and written in place."""
+    bias = (x > 0).to(dtype=torch.float)
+    bias.masked_fill_(bias == 0.0, -5.0)
+    return x + bias
+
+
+def converted(x: Tensor) -> Tensor:
+    """An input under another dtype is another tensor; both are read after."""
+    wide = x.double()
+    wide.add_(1)
+    return x + wide
+
+
+def typed_as(x: Tensor) -> Tensor:
+    wide = x.type_as(x.new_zeros(1, dtype=torch.float64))
+    row = wide[0]
+    row.mul_(3)
+    return x + row
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        router, through_a_view, twice, narrower, under_a_view, of_booleans, converted, typed_as,
+    ],
+)  # fmt: skip
 def test_replaced(model: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     gm = make_fx(model, pre_dispatch=True)(x)
