@@ -35,6 +35,9 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "this is the last of %d graphs": (
         "calls with ever other kinds of arguments",
         "call alike, or raise Dynamo's recompile_limit"),
+    "evict='auto': processes share": (
+        "ranks would choose different programs, and wait for each other for ever",
+        "what it says"),
     "is in no session, while one is open elsewhere": (
         "a thread, or code around a generator, calls outside of the session that was meant",
         "enter a session in that thread, around the call"),
