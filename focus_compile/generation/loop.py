@@ -240,7 +240,7 @@ def _shares(result: Generated, stats: SessionStats) -> None:
     """Note the shares of tokens that were computed, where FOCUS ran."""
     if stats.canvas:
         tokens = sum(mask.numel() for mask in result.decode_masks)
-        evicted = sum(int((~mask).sum()) for mask in result.retain_masks)
+        evicted = int((~torch.stack(result.retain_masks)).sum())
         result.fed_fraction = 1 - (stats.canvas - stats.fed) / tokens
         result.retained_fraction = 1 - evicted / tokens
         result.fed_per_step = stats.fed_per_step

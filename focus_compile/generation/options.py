@@ -41,4 +41,5 @@ class Options(TypedDict, total=False):
     seed: int | None
     rescue: float | Literal["auto"] | None
     first_step: str | None
+    evict: bool | str | None
     progress: bool

@@ -24,8 +24,8 @@ class Status:
         refusals: why it was not applied to others, and to how many.
         focus_calls: masked calls that ran prefix and suffix.
         masked_dense: why masked calls computed every token, and how many, as far as they are known.
-        paces: with ``evict="auto"``, per batch class what was chosen, and what each program took.
         compile_seconds: spent in the backend and in the inner compiler, not in Dynamo.
+        paces: with ``evict="auto"``, per batch class what was chosen, and what each program took.
     """
 
     graphs: int = 0
@@ -33,8 +33,8 @@ class Status:
     refusals: Mapping[str, int] = field(default_factory=dict)
     focus_calls: int = 0
     masked_dense: Mapping[str, int] = field(default_factory=dict)
-    paces: Mapping[str, str] = field(default_factory=dict)
     compile_seconds: float = 0.0
+    paces: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,6 +91,6 @@ class Record:
                 dict(self.refusals),
                 self.counts["focus_calls"],
                 dict(self.masked_dense),
-                self.paces.told(),
                 self.seconds,
+                self.paces.told(),
             )

@@ -213,6 +213,11 @@ MIXERS = [
     Example(aten.bincount.default, (_index(5),), kept=0),
     Example(aten._grouped_mm.default, GROUPS, {"offs": ENDS}, kept=0),
     Example(torch.ops.transformers.grouped_mm_fallback.default, (*GROUPS, ENDS), kept=0),
+    Example(
+        focus.experts.default,
+        (_x(5, 7), _index(5, 2) % 4, _x(5, 2), 4 * [_x(11, 7)], 4 * [_x(7, 11)], [], "relu"),
+        kept=1,
+    ),
     Example(aten.one_hot.default, (_index(3, 5), 7), kept=2),
     Example(aten.repeat_interleave.self_int, (X, 2, 1), kept=3),
     Example(aten.rms_norm.default, (X, [7], _x(7)), kept=2),

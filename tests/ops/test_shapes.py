@@ -42,6 +42,12 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
     "causal": [(KEEP, STALE)],
     "clear": [(STALE, INDEX, 2)],
     "embedding_shard": [(mixed(9, E), torch.randint(0, 30, (B, T)), 9), (mixed(0, E), ORDER, 9)],
+    "experts": [
+        (mixed(N, E).to(dtype), torch.randint(0, 3, (N, 2)), torch.rand(N, 2),
+         *([mixed(*shape).to(dtype) for _ in range(3)] for shape in ((D, E), (E, D), (D, E))),
+         "silu")
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
     "extend": [(mixed(T, E), INDEX, 0), (mixed(B, G, S, D), INDEX, 2)],
     "extend_mask": [
         (None, STALE, INDEX, 2), (bools(B, 1, 3, S + T), STALE, INDEX, 2),
