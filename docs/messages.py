@@ -35,6 +35,8 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "this is the last of %d graphs": (
         "calls with ever other kinds of arguments",
         "call alike, or raise Dynamo's recompile_limit"),
+    "the layers of experts were replaced after": (
+        "adapters were added to a model after it was compiled", "compile it anew"),
     "evict='auto': processes share": (
         "ranks would choose different programs, and wait for each other for ever",
         "what it says"),

@@ -37,6 +37,10 @@ __all__ = ["METHOD", "Experts", "experts_of", "without_loop"]
 METHOD = "_focus_experts"
 """What a method calls instead of its loop: ``self._focus_experts(x, ids, weights)``."""
 _ROWS, _CHOICES = 5, 2
+CHANGED = (
+    "the layers of experts were replaced after their loop was adapted, by LoRA or quantisation, "
+    "say: compile the model anew"
+)
 _TOLERANCE = 1e-5
 _HOST = {"numpy", "item", "tolist"}
 """By which a method reads on the host how many tokens an expert has."""
@@ -60,19 +64,16 @@ class Experts:
 
     def method(self) -> Callable[..., Tensor]:
         """The operator over the experts of a module, as a method of it."""
-        name, up, down, gate, activation = (
-            self.name, self.up, self.down, self.gate, self.activation,
-        )  # fmt: skip
+        name, activation = self.name, self.activation
+        parts = (self.up, self.down) if self.gate is None else (self.up, self.down, self.gate)
 
         def run(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            experts = getattr(module, name)
-            made: Tensor = focus.experts(
-                x, ids, weights,
-                [getattr(expert, up).weight for expert in experts],
-                [getattr(expert, down).weight for expert in experts],
-                [] if gate is None else [getattr(expert, gate).weight for expert in experts],
-                activation,
-            )  # fmt: skip
+            layers = [[getattr(each, part) for each in getattr(module, name)] for part in parts]
+            if any(type(layer) is not nn.Linear for each in layers for layer in each):
+                raise RuntimeError(CHANGED)
+            up, down, *gates = ([layer.weight for layer in each] for each in layers)
+            gate = gates[0] if gates else []
+            made: Tensor = focus.experts(x, ids, weights, up, down, gate, activation)
             return made
 
         return run

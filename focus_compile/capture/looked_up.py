@@ -42,8 +42,8 @@ class LookUps:
     Attributes:
         program: of the arguments of Dynamo's graph; it returns the values.
         lengths: for each value, the dims that are as long as the block.
-        conditions: of numbers that are looked up, and of sizes; symbols: what these are called, by
-            the value, or by the argument and its dim.
+        conditions: of numbers that are looked up, and of sizes, by their symbols; numbers: which
+            value is which symbol; sizes: which argument, or which of its dims, is.
         sources: arguments, by position, that are read.
         places: where the model looks them up.
     """

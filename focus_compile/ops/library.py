@@ -91,10 +91,14 @@ def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
 _LIBRARY: Any = torch.library.Library("focus", "DEF")  # type: ignore[no-untyped-call]
 
 
+_WAITS = {"experts": (torch.Tag.cudagraph_unsafe,)}
+"""Operators in which the host waits for numbers: CUDA graphs are recorded without them."""
+
 for _schema, _function in _DEFINITIONS.items():
     _name = _schema.split("(")[0]
     _kernel = _function if _function is store else _contiguous(_function)
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout, *_WAITS.get(_name, ()))
+    _LIBRARY.define(_schema, tags=_tags)
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"focus::{_name}", SHAPES[_name], lib=_LIBRARY)
 

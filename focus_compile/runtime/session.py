@@ -264,6 +264,8 @@ class Session:
         """At its end: warn if FOCUS had nothing to do, or was never asked."""
         if not self.enabled or self.stats.steps:
             missed = recompile_limits_hit() > self._limits
+        elif self.stats.masked_dense:
+            missed = False  # masked calls ran densely, by a choice, or with a warning of their own
         elif self.stats.dense_calls and self.mask_sought is not None:
             warning_once(log, NO_MASKED_CALL, self.stats.dense_calls, self.mask_sought)
             missed = False
@@ -365,7 +367,10 @@ class Session:
     def others(
         self, key: tuple[int, ...], ids: Tensor, masked: Tensor, history: History, shifted: bool
     ) -> Tensor | None:
-        """Rows that start anew for a loop takes turns, bool ``[B]``, or None: in a session none."""
+        """Rows that start anew since other calls came in between, bool ``[B]``; None: none does.
+
+        In a session that was entered none does: its calls are those of one loop.
+        """
         return None
 
     def end_blocks(self, key: tuple[int, ...]) -> None:

@@ -334,6 +334,28 @@ def test_experts_with_something_on_them_are_kept() -> None:
     assert experts_of(mixture, {}) is None
 
 
+class Adapter(nn.Linear):
+    """As LoRA's: it has a weight, and computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def test_layers_that_are_replaced_afterwards() -> None:
+    """Their weights alone would be silently wrong. Where strict, the broken graph is the error."""
+    torch._dynamo.reset()
+    model = build(Hit())
+    compiled = focus_compile.compile(model, mask_token_id=MASK)
+    with torch.no_grad(), focus_compile.session(exact=True):
+        compiled(IDS)
+        expert = model.get_submodule("between.mixture.experts.1")
+        expert.up_proj = Adapter(WIDTH, 24, bias=False)
+        with pytest.raises(RuntimeError, match="compile the model anew"):
+            compiled(IDS)
+        again = focus_compile.compile(model, mask_token_id=MASK, adapt=False)
+        assert torch.allclose(again(IDS), model(IDS), atol=1e-5)
+
+
 def test_without_adapters_it_is_explained() -> None:
     torch._dynamo.reset()
     model = build(OnHost())

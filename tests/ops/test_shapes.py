@@ -106,6 +106,12 @@ def test_no_operator_is_left_out() -> None:
     assert CASES.keys() | RANKS == SHAPES.keys()
 
 
+def test_the_host_waits() -> None:
+    """What no CUDA graph can hold says so."""
+    assert torch.Tag.cudagraph_unsafe in focus.experts.default.tags
+    assert torch.Tag.cudagraph_unsafe not in focus.linear.default.tags
+
+
 @pytest.mark.parametrize(("name", "arguments"), CALLS)
 def test_shapes(name: str, arguments: tuple[Any, ...]) -> None:
     """Shape and dtype; contiguous whatever the operands are; no operand is written to."""

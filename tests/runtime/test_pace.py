@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import focus_compile
+from focus_compile.log import text_once
 from focus_compile.runtime import pace as pace_module
 from focus_compile.runtime.executable import Executable
 from focus_compile.runtime.pace import HELD, TRIALS, Laps, Pace, Paces
@@ -145,6 +147,32 @@ def test_a_loop_of_ones_own(compiled: nn.Module, clock: Clock) -> None:
                 text[0, ((text == MASK) & kept)[0].nonzero()[0]] = position % 5
     steps = [run for run in ("_focus", "_dense", "_focus") for _ in range(BLOCK)]
     assert clock.ran == steps
+
+
+def test_processes_that_share_a_model(
+    compiled: nn.Module, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would choose differently, and wait for each other: refused before anything runs."""
+    monkeypatch.setattr("focus_compile.runtime.executable.DTensor", Tensor)
+    with pytest.raises(ValueError, match="processes share this model"):
+        generate(compiled, 1)
+    assert clock.ran == []
+
+
+@pytest.mark.parametrize("evict", ["auto", False])
+def test_no_warning_of_a_choice(
+    compiled: nn.Module, clock: Clock, evict: bool | str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A session in which the dense program was chosen had masked calls."""
+    clock.cost["_dense"] = 0.5
+    generate(compiled, BOTH)
+    clock.ran.clear()
+    caplog.clear()
+    text_once.cache_clear()
+    with torch.no_grad(), focus_compile.session(evict=evict):
+        compiled(input_ids=torch.full((1, BLOCK), MASK), position_ids=torch.arange(BLOCK)[None])
+    warnings = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+    assert clock.ran == ["_dense"] and warnings == []
 
 
 def test_turns() -> None:
